@@ -1,0 +1,46 @@
+# Everything below sets itself up in $(VENV) and touches no other environment.
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+JOBS   ?= auto
+
+BIN := $(VENV)/bin
+
+.PHONY: help demo test lint format bench clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# One stamp file per set of extras. The first pip call of an environment is the slow one.
+$(VENV)/.made:
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.run: pyproject.toml constraints.txt | $(VENV)/.made
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/.made
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint]'
+	@touch $@ $(VENV)/.run
+
+demo: $(VENV)/.run  ## train a small GPT twice, with the eager loop and with ours (options: ARGS="--steps 50")
+	$(BIN)/fusedopt demo $(ARGS)
+
+test: $(VENV)/.test  ## run the whole test suite (options: ARGS="-k adamw")
+	$(BIN)/python -m pytest -q -n $(JOBS) $(ARGS)
+
+lint: $(VENV)/.test  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.test  ## let ruff put the code in shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.test  ## what fits this machine in two minutes
+	$(BIN)/python -m perf.bench $(ARGS)
+
+clean:  ## remove the environment and everything that was built
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,135 @@
+"""AdamW in the three conventions in use: transformers', torch's and Keras'."""
+
+from typing import Any
+
+import torch
+from fusedopt_kernels.rules import CONVENTIONS
+from torch import Tensor
+
+from fusedopt import checks
+from fusedopt.base import FusedOptimizer
+from fusedopt.batch import AdamWHyper
+
+
+class AdamW(FusedOptimizer):
+    r"""AdamW with the numbers of `transformers.AdamW` 4.34, of `torch.optim.AdamW` or of Keras' Adam with decay.
+
+    With `convention="transformers"`, per parameter with gradient g, t counting its updates:
+
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g²
+        p = p - lr * sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps)
+        p = p - lr * weight_decay * p
+
+    `"torch"` adds eps to sqrt(v / (1 - beta2^t)) and decays before the update; `"keras"` adds eps as transformers does,
+    decays before the update, and counts t for the optimizer as a whole. The default values stay those of transformers
+    whatever the convention: for torch's own defaults pass `eps=1e-8, weight_decay=1e-2`.
+
+    On a GPU the update of all parameters is a few Triton launches without a host synchronisation; on a CPU it is torch's
+    fused kernel wherever that is right. 16-bit parameters are updated in float32 arithmetic and rounded once; moments
+    have the dtype and the layout of their parameter.
+
+    Args:
+        params: parameters (any dense layout; float16, bfloat16, float32 or float64), named parameters, or param groups with
+            options of their own.
+        lr: learning rate; a float, or a tensor of one element that is read on its device at every step.
+        betas: decay rates of the averages of g and g², each in [0, 1).
+        eps: added to the root of v; >= 0.
+        weight_decay: decoupled weight decay, >= 0, in units of lr.
+        correct_bias: whether to correct the bias of the averages; False (as in the original BERT code) goes with
+            `convention="transformers"` alone.
+        no_deprecation_warning: accepted for the original's callers, and ignored.
+        amsgrad: divide by the largest v so far (state `max_exp_avg_sq`).
+        maximize: ascend instead of descend.
+        convention: "transformers", "torch" or "keras".
+        backend: "auto" (Triton for CUDA and ROCm tensors, eager for the others), "triton" or "eager".
+
+    Raises:
+        ValueError: an option is out of range, for the constructor and for every group, or a parameter cannot be updated.
+        TypeError: an option that does not exist here, such as torch's `fused=`.
+
+    State per parameter: `step` (0-d float32 tensor), `exp_avg`, `exp_avg_sq`, with amsgrad `max_exp_avg_sq`. Loads checkpoints
+    of `torch.optim.AdamW` and `transformers.AdamW`.
+
+    Sources: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", arXiv:1711.05101; Kingma & Ba, "Adam", arXiv:1412.6980;
+    Reddi et al., "On the Convergence of Adam and Beyond", arXiv:1904.09237 (amsgrad); transformers 4.34 `optimization.py`.
+
+    Example:
+        >>> import fusedopt, torch
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = fusedopt.AdamW(model.parameters(), lr=1e-2, weight_decay=0.01)
+        >>> before = model(torch.ones(4)).item()
+        >>> model(torch.ones(4)).sum().backward()
+        >>> optimizer.step()
+        >>> model(torch.ones(4)).item() < before
+        True
+    """
+
+    rule = "adamw"
+    checks = {
+        "lr": checks.learning_rate,
+        "betas": checks.betas,
+        "eps": checks.finite_non_negative,
+        "weight_decay": checks.finite_non_negative,
+        "correct_bias": checks.flag,
+        "amsgrad": checks.flag,
+        "maximize": checks.flag,
+    }
+    constructor_options = ("backend", "convention")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        correct_bias: bool = True,
+        no_deprecation_warning: bool = False,
+        *,
+        amsgrad: bool = False,
+        maximize: bool = False,
+        convention: str = "transformers",
+        backend: str = "auto",
+        **unknown: Any,
+    ) -> None:
+        if convention not in CONVENTIONS:
+            raise ValueError(f"convention must be one of {', '.join(map(repr, CONVENTIONS))}, got {convention!r}")
+        self.convention = convention
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "correct_bias": correct_bias,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+        }
+        self.check_group(defaults)
+        super().__init__(params, defaults, backend, unknown)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        super().check_group(group)
+        if not group["correct_bias"] and self.convention != "transformers":
+            raise ValueError(
+                f"correct_bias=False goes with convention='transformers' alone, got convention={self.convention!r}"
+            )
+
+    def hyper(self, group: dict[str, Any]) -> AdamWHyper:
+        return AdamWHyper(
+            group["lr"],
+            *group["betas"],
+            group["eps"],
+            group["weight_decay"],
+            group["correct_bias"],
+            group["amsgrad"],
+            group["maximize"],
+            CONVENTIONS[self.convention],
+        )
+
+    def new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * group["amsgrad"]
+        return {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in names}
+
+    def shares_steps(self) -> bool:
+        return CONVENTIONS[self.convention].shared_steps

@@ -1,0 +1,262 @@
+"""The only `step()` of the package: closures, missing gradients, state, choice of backend. Subclasses declare."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fusedopt import backends, checkpoint, checks
+from fusedopt.batch import Batch, Control
+
+# Options of torch's optimizers that say how a step runs, not what it computes: here `backend=` says it.
+_TORCH_BACKEND_OPTIONS = ("fused", "foreach", "capturable", "differentiable")
+
+_NO_STATE: dict[str, Tensor] = {}
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """Base of all optimizers here; see `AdamW` for one. A subclass declares `rule`, `checks`, `hyper`, `new_state`."""
+
+    rule: ClassVar[str]
+    """Which update the backends run."""
+
+    checks: ClassVar[dict[str, checks.Check]]
+    """One check per option of a param group."""
+
+    constructor_options: ClassVar[tuple[str, ...]] = ("backend",)
+    """Attributes that belong to the optimizer, not to a group or a checkpoint; copies and pickles carry them."""
+
+    def __init__(self, params: Any, defaults: dict[str, Any], backend: str, unknown: dict[str, Any]) -> None:
+        refuse_unknown(type(self).__name__, unknown)
+        backends.check(backend)
+        self.backend = backend
+        self._forget()
+        super().__init__(params, defaults)
+
+    # What a subclass declares.
+
+    def hyper(self, group: dict[str, Any]) -> Any:
+        """The hyper-parameters of a group as the NamedTuple that the rule's backends know."""
+        raise NotImplementedError
+
+    def new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """The state of a parameter before its first update, without its `step`. Called on meta tensors too."""
+        raise NotImplementedError
+
+    def shares_steps(self) -> bool:
+        """Whether all parameters count the applied steps of the whole optimizer."""
+        return False
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raises ValueError where an option, or a combination of options, makes no sense."""
+        for name, check in self.checks.items():
+            check(name, group[name])
+
+    def foreign_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """State of a parameter as another implementation saved it, in the names of this one."""
+        return state
+
+    # Param groups.
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group; options that it does not give are the constructor's.
+
+        Raises:
+            ValueError: an option is out of range or a parameter cannot be updated; the optimizer is as before.
+        """
+        refuse_unknown("a param group", {name: param_group[name] for name in _TORCH_BACKEND_OPTIONS if name in param_group})
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self.check_group(group)
+            for p in group["params"]:
+                checks.parameter(p)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        self._forget()
+
+    def batches(self, grads: list[list[Tensor | None]]) -> list[Batch]:
+        """This step's work, given one gradient (or None) per parameter of each group."""
+        return [
+            Batch(self.hyper(group), group["params"], grads_of_group, [self.state.get(p, _NO_STATE) for p in group["params"]])
+            for group, grads_of_group in zip(self.param_groups, grads)
+        ]
+
+    # The step.
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Updates every parameter that has a gradient.
+
+        Args:
+            closure: computes the loss again, with gradients enabled; called once, before the update.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: a gradient is sparse or does not fit its parameter; nothing was changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        given, control = self._given or (None, Control())
+        if given is None:
+            grads = [[p.grad for p in group["params"]] for group in self.param_groups]
+        else:
+            grads = [[given.get(p) for p in group["params"]] for group in self.param_groups]
+        self._update(grads, control)
+        return loss
+
+    def apply_gradients(
+        self, grads_and_params: Iterable[tuple[Tensor | None, Tensor]], scale: float | Tensor = 1.0
+    ) -> None:
+        """Updates parameters from gradients given here instead of `.grad`, which is neither read nor written.
+
+        A step like any other: hooks and schedulers see it. Parameters that are not mentioned, or whose gradient is
+        None, are left alone.
+
+        Args:
+            grads_and_params: pairs of a gradient (the parameter's shape and device; any floating dtype) and a parameter of this
+                optimizer.
+            scale: factor on all gradients, for instance one over the number of micro-batches; a tensor of one element is
+                read on its device.
+
+        Raises:
+            ValueError: a tensor is not a parameter of this optimizer, or comes twice.
+            RuntimeError: a gradient is sparse or does not fit its parameter; nothing was changed.
+
+        Example:
+            >>> import fusedopt, torch
+            >>> w = torch.nn.Parameter(torch.ones(2))
+            >>> optimizer = fusedopt.AdamW([w], lr=0.1)
+            >>> optimizer.apply_gradients([(torch.tensor([2.0, -2.0]), w)], scale=0.5)
+            >>> w.detach()
+            tensor([0.9000, 1.1000])
+        """
+        known = {p for group in self.param_groups for p in group["params"]}
+        given: dict[Tensor, Tensor | None] = {}
+        for grad, p in grads_and_params:
+            if p not in known:
+                raise ValueError(f"a tensor of shape {tuple(p.shape)} is not a parameter of this optimizer")
+            if p in given:
+                raise ValueError(f"a parameter of shape {tuple(p.shape)} comes twice; add its gradients first")
+            given[p] = grad
+        self._given = given, Control(scale=scale)
+        try:
+            self.step()
+        finally:
+            self._given = None
+
+    def _update(self, grads: list[list[Tensor | None]], control: Control) -> None:
+        for group, grads_of_group in zip(self.param_groups, grads):
+            _check_gradients(group["params"], grads_of_group)
+        self._init_states(grads)
+        batches = self.batches(grads)
+        devices = list(dict.fromkeys(p.device for group in self.param_groups for p in group["params"]))
+        steppers = [self._stepper(device) for device in devices]
+        for device, stepper in zip(devices, steppers):
+            stepper(batches if len(devices) == 1 else [batch.on(device) for batch in batches], control)
+
+    def _stepper(self, device: torch.device) -> backends.Stepper:
+        stepper = self._steppers.get(device)
+        if stepper is None:
+            stepper = self._steppers[device] = backends.create(self.rule, device, self.backend)
+        return stepper
+
+    # State.
+
+    def init_state(self) -> None:
+        """Makes the state of every parameter that requires a gradient and has none yet; `step` does it by itself.
+
+        For tools that look at the state before the first step (`torch.distributed.checkpoint` among them, which
+        otherwise takes a step of its own to see it), and before a CUDA graph is captured.
+        """
+        self._init_states([[p if p.requires_grad else None for p in group["params"]] for group in self.param_groups])
+
+    def _init_states(self, wanted: list[list[Tensor | None]]) -> None:
+        """Makes missing states of the parameters whose place in `wanted` is not None; the counts of one device are one tensor."""
+        missing: dict[torch.device, list[tuple[Tensor, dict[str, Any]]]] = {}
+        for group, row in zip(self.param_groups, wanted):
+            for p, want in zip(group["params"], row):
+                if want is not None and p not in self.state:
+                    missing.setdefault(p.device, []).append((p, group))
+        if not missing:
+            return
+        begun = next((s["step"] for s in self.state.values() if s), None) if self.shares_steps() else None
+        for device, entries in missing.items():
+            steps = torch.zeros(len(entries), dtype=torch.float32, device=device)
+            if begun is not None:
+                steps += begun.to(device, non_blocking=True)
+            for (p, group), step in zip(entries, steps.unbind()):
+                self.state[p] = {"step": step, **self.new_state(p, group)}
+
+    def _forget(self) -> None:
+        """Drops what was derived from groups and states: backends and gradients in flight."""
+        self._steppers: dict[torch.device, backends.Stepper] = {}
+        self._given: tuple[dict[Tensor, Tensor | None], Control] | None = None
+
+    # Checkpoints and copies.
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state in torch's names and layout; step counts are 0-d tensors of their own."""
+        saved = super().state_dict()
+        saved["state"] = {
+            key: {**state, "step": state["step"].clone()} if "step" in state else state
+            for key, state in saved["state"].items()
+        }
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+        """Loads a checkpoint of this optimizer, or of the one that it replaces, whichever backend or device made it.
+
+        Group options that the checkpoint lacks keep their present value; states keep the dtype they were saved in and
+        are laid out like their parameter.
+
+        Raises:
+            ValueError: the checkpoint does not fit the parameters; nothing was changed.
+        """
+        handle = self.register_load_state_dict_pre_hook(checkpoint.prepare)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in self.constructor_options}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
+        checkpoint.lay_out(self)
+
+
+def refuse_unknown(where: str, options: dict[str, Any]) -> None:
+    """Raises for options that do not exist here; torch's ways to choose an implementation get a pointer to `backend=`."""
+    for name, value in options.items():
+        if name in _TORCH_BACKEND_OPTIONS:
+            raise TypeError(
+                f"{where} got {name}={value!r}, an option of torch.optim: here backend='auto', 'triton' or 'eager' chooses how "
+                "a step runs, and every step is fused and can be captured"
+            )
+        raise TypeError(f"{where} got an unexpected argument {name}={value!r}")
+
+
+def _check_gradients(params: list[Tensor], grads: list[Tensor | None]) -> None:
+    """Raises for a gradient that no backend can use, before anything has changed."""
+    for p, g in zip(params, grads):
+        if g is None:
+            continue
+        if g.layout is not torch.strided:
+            raise RuntimeError(
+                f"the gradient of a parameter of shape {tuple(p.shape)} is sparse ({g.layout}): make it dense "
+                "(nn.Embedding(sparse=False)) or use torch.optim.SparseAdam for this parameter"
+            )
+        if g.shape != p.shape or g.device != p.device or not g.dtype.is_floating_point:
+            raise RuntimeError(
+                f"a gradient of shape {tuple(g.shape)}, {g.dtype}, on {g.device} does not fit its parameter of shape "
+                f"{tuple(p.shape)} on {p.device}: shape and device must be the same, the dtype real"
+            )

@@ -1,0 +1,78 @@
+"""Loading: what a checkpoint holds is checked before anything changes, and laid out like the parameters it belongs to."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fusedopt.base import FusedOptimizer
+
+# Group keys of other implementations that choose how a step runs; none of them means anything here.
+_FOREIGN_GROUP_KEYS = ("fused", "foreach", "capturable", "differentiable", "decoupled_weight_decay")
+
+
+class _Saved:
+    """A saved value on its way through torch's load_state_dict, which would cast it to the dtype of its parameter."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def prepare(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Turns a checkpoint into one of this optimizer, or raises ValueError; a pre-hook of load_state_dict."""
+    groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
+    if len(groups) != len(saved_groups):
+        raise ValueError(f"the checkpoint has {len(saved_groups)} param groups, this optimizer {len(groups)}")
+    loaded_groups, state = [], {}
+    for number, (group, saved) in enumerate(zip(groups, saved_groups)):
+        if len(group["params"]) != len(saved["params"]):
+            raise ValueError(
+                f"param group {number} of the checkpoint has {len(saved['params'])} parameters, "
+                f"here it has {len(group['params'])}"
+            )
+        merged = {**group, **{key: value for key, value in saved.items() if key not in _FOREIGN_GROUP_KEYS}}
+        merged["params"] = saved["params"]
+        optimizer.check_group(merged)
+        loaded_groups.append(merged)
+        for index, p in zip(saved["params"], group["params"]):
+            if state_dict["state"].get(index):
+                state[index] = _fit(optimizer, p, merged, index, state_dict["state"][index])
+    of_parameters = {index for group in loaded_groups for index in group["params"]}
+    state.update({key: value for key, value in state_dict["state"].items() if key not in of_parameters})
+    return {**state_dict, "param_groups": loaded_groups, "state": state}
+
+
+def _fit(
+    optimizer: "FusedOptimizer", p: Tensor, group: dict[str, Any], index: int, saved: dict[str, Any]
+) -> dict[str, Any]:
+    saved = optimizer.foreign_state(dict(saved))
+    expected = optimizer.new_state(torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device="meta"), group)
+    who = f"the checkpoint's state of parameter {index} (shape {tuple(p.shape)})"
+    missing = sorted({"step", *expected} - saved.keys())
+    unknown = sorted(saved.keys() - {"step", *expected})
+    if missing or unknown:
+        raise ValueError(
+            f"{who} does not fit {type(optimizer).__name__}: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}"
+        )
+    for name, like in expected.items():
+        if not isinstance(saved[name], Tensor) or saved[name].shape != like.shape:
+            shape = getattr(saved[name], "shape", None)
+            got = f"shape {tuple(shape)}" if shape is not None else repr(saved[name])
+            raise ValueError(f"{who} has {name} of {got}, expected shape {tuple(like.shape)}")
+    return {name: _Saved(value) for name, value in saved.items()}
+
+
+def lay_out(optimizer: "FusedOptimizer") -> None:
+    """Puts loaded values on their parameter's device, in its layout and in the dtype they were saved in."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            state = optimizer.state.get(p)
+            if not state or not any(isinstance(value, _Saved) for value in state.values()):
+                continue
+            values = {name: value.value for name, value in state.items()}
+            step = torch.as_tensor(values.pop("step"), dtype=torch.float32)
+            state["step"] = step.reshape(()).to(p.device, copy=True)
+            for name, value in values.items():
+                like = p if value.shape == p.shape else value
+                state[name] = torch.empty_like(like, dtype=value.dtype, device=p.device).copy_(value)

@@ -1,0 +1,71 @@
+"""What a user may pass: one function per kind of value, each error naming the argument, its value and the way out."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from fusedopt_kernels.layout import overlaps_itself
+from torch import Tensor
+
+Check = Callable[[str, Any], None]
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    return float(value)
+
+
+def finite_non_negative(name: str, value: Any) -> None:
+    """Refuses negative, infinite and NaN values."""
+    number = _number(name, value)
+    if not (math.isfinite(number) and number >= 0.0):
+        raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
+
+
+def learning_rate(name: str, value: Any) -> None:
+    """A finite number >= 0, or a tensor of one real element (read on its device at every step)."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_complex():
+            raise ValueError(f"{name} as a tensor must hold one real number, got shape {tuple(value.shape)}, {value.dtype}")
+        value = value.item()
+    finite_non_negative(name, value)
+
+
+def beta(name: str, value: Any) -> None:
+    """A decay rate of a running average, in [0, 1)."""
+    number = _number(name, value)
+    if not 0.0 <= number < 1.0:
+        raise ValueError(f"{name} must be in [0, 1), got {value!r}")
+
+
+def betas(name: str, value: Any) -> None:
+    """A pair of decay rates."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise ValueError(f"{name} must be a pair (beta1, beta2), got {value!r}")
+    for i, one in enumerate(value):
+        beta(f"{name}[{i}]", one)
+
+
+def flag(name: str, value: Any) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def parameter(p: Tensor) -> None:
+    """A parameter that can be updated in place: real, floating, dense, without two elements in one place."""
+    what = f"a parameter of shape {tuple(p.shape)}"
+    if p.layout is not torch.strided:
+        raise ValueError(f"{what} is {p.layout}: only dense parameters can be updated, use torch.optim.SparseAdam for it")
+    if not p.dtype.is_floating_point or p.dtype.itemsize < 2:
+        raise ValueError(
+            f"{what} is {p.dtype}: parameters must be float16, bfloat16, float32 or float64; "
+            "for a complex one pass torch.view_as_real of it"
+        )
+    if overlaps_itself(p):
+        raise ValueError(
+            f"{what} with strides {p.stride()} has several elements in one place of memory (an expanded tensor?): "
+            "pass the tensor before it was expanded, or a clone of it"
+        )

@@ -1,0 +1,1 @@
+"""Formulas and Triton kernels of fusedopt. Knows tensors, not optimizers."""
