@@ -3,12 +3,12 @@
 from typing import Any
 
 import torch
-from fusedopt_kernels.rules import CONVENTIONS
 from torch import Tensor
 
 from fusedopt import checks
 from fusedopt.base import FusedOptimizer
 from fusedopt.batch import AdamWHyper
+from fusedopt_kernels.rules import CONVENTIONS
 
 
 class AdamW(FusedOptimizer):
@@ -25,13 +25,13 @@ class AdamW(FusedOptimizer):
     decays before the update, and counts t for the optimizer as a whole. The default values stay those of transformers
     whatever the convention: for torch's own defaults pass `eps=1e-8, weight_decay=1e-2`.
 
-    On a GPU the update of all parameters is a few Triton launches without a host synchronisation; on a CPU it is torch's
-    fused kernel wherever that is right. 16-bit parameters are updated in float32 arithmetic and rounded once; moments
-    have the dtype and the layout of their parameter.
+    On a GPU the update of all parameters is a few Triton launches without a host synchronisation; on a CPU it is
+    torch's fused kernel wherever that is right. 16-bit parameters are updated in float32 arithmetic and rounded once;
+    moments have the dtype and the layout of their parameter.
 
     Args:
-        params: parameters (any dense layout; float16, bfloat16, float32 or float64), named parameters, or param groups with
-            options of their own.
+        params: parameters (float16, bfloat16, float32 or float64; any strides), named parameters, or param groups
+            with options of their own.
         lr: learning rate; a float, or a tensor of one element that is read on its device at every step.
         betas: decay rates of the averages of g and g², each in [0, 1).
         eps: added to the root of v; >= 0.
@@ -45,14 +45,15 @@ class AdamW(FusedOptimizer):
         backend: "auto" (Triton for CUDA and ROCm tensors, eager for the others), "triton" or "eager".
 
     Raises:
-        ValueError: an option is out of range, for the constructor and for every group, or a parameter cannot be updated.
+        ValueError: an option is out of range, for the constructor or for a group, or a parameter cannot be updated.
         TypeError: an option that does not exist here, such as torch's `fused=`.
 
-    State per parameter: `step` (0-d float32 tensor), `exp_avg`, `exp_avg_sq`, with amsgrad `max_exp_avg_sq`. Loads checkpoints
-    of `torch.optim.AdamW` and `transformers.AdamW`.
+    State per parameter: `step` (0-d float32 tensor), `exp_avg`, `exp_avg_sq`, with amsgrad `max_exp_avg_sq`. Loads
+    checkpoints of `torch.optim.AdamW` and `transformers.AdamW`.
 
-    Sources: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", arXiv:1711.05101; Kingma & Ba, "Adam", arXiv:1412.6980;
-    Reddi et al., "On the Convergence of Adam and Beyond", arXiv:1904.09237 (amsgrad); transformers 4.34 `optimization.py`.
+    Sources: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", arXiv:1711.05101; Kingma & Ba, "Adam",
+    arXiv:1412.6980; Reddi et al., "On the Convergence of Adam and Beyond", arXiv:1904.09237 (amsgrad); transformers
+    4.34, `optimization.py`.
 
     Example:
         >>> import fusedopt, torch

@@ -12,6 +12,8 @@ from fusedopt.batch import Batch, Control
 # Options of torch's optimizers that say how a step runs, not what it computes: here `backend=` says it.
 _TORCH_BACKEND_OPTIONS = ("fused", "foreach", "capturable", "differentiable")
 
+_FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+
 _NO_STATE: dict[str, Tensor] = {}
 
 
@@ -65,7 +67,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: an option is out of range or a parameter cannot be updated; the optimizer is as before.
         """
-        refuse_unknown("a param group", {name: param_group[name] for name in _TORCH_BACKEND_OPTIONS if name in param_group})
+        refuse_unknown(
+            "a param group", {name: param_group[name] for name in _TORCH_BACKEND_OPTIONS if name in param_group}
+        )
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -80,7 +84,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     def batches(self, grads: list[list[Tensor | None]]) -> list[Batch]:
         """This step's work, given one gradient (or None) per parameter of each group."""
         return [
-            Batch(self.hyper(group), group["params"], grads_of_group, [self.state.get(p, _NO_STATE) for p in group["params"]])
+            Batch(
+                self.hyper(group),
+                group["params"],
+                grads_of_group,
+                [self.state.get(p, _NO_STATE) for p in group["params"]],
+            )
             for group, grads_of_group in zip(self.param_groups, grads)
         ]
 
@@ -246,17 +255,23 @@ def refuse_unknown(where: str, options: dict[str, Any]) -> None:
 
 
 def _check_gradients(params: list[Tensor], grads: list[Tensor | None]) -> None:
-    """Raises for a gradient that no backend can use, before anything has changed."""
-    for p, g in zip(params, grads):
-        if g is None:
-            continue
+    """Raises for a gradient that no backend can use, before anything has changed. Whole lists: thousands are common."""
+    pairs = [(p, g) for p, g in zip(params, grads) if g is not None]
+    if (
+        {g.layout for _, g in pairs} <= {torch.strided}
+        and {g.dtype for _, g in pairs} <= _FLOATS
+        and [g.device for _, g in pairs] == [p.device for p, _ in pairs]
+        and [g.shape for _, g in pairs] == [p.shape for p, _ in pairs]
+    ):
+        return
+    for p, g in pairs:
         if g.layout is not torch.strided:
             raise RuntimeError(
                 f"the gradient of a parameter of shape {tuple(p.shape)} is sparse ({g.layout}): make it dense "
                 "(nn.Embedding(sparse=False)) or use torch.optim.SparseAdam for this parameter"
             )
-        if g.shape != p.shape or g.device != p.device or not g.dtype.is_floating_point:
+        if g.shape != p.shape or g.device != p.device or g.dtype not in _FLOATS:
             raise RuntimeError(
                 f"a gradient of shape {tuple(g.shape)}, {g.dtype}, on {g.device} does not fit its parameter of shape "
-                f"{tuple(p.shape)} on {p.device}: shape and device must be the same, the dtype real"
+                f"{tuple(p.shape)} on {p.device}: shape and device must be the same, the dtype float16 to float64"
             )

@@ -3,8 +3,9 @@
 from typing import Any, NamedTuple
 
 import torch
-from fusedopt_kernels.rules import Convention
 from torch import Tensor
+
+from fusedopt_kernels.rules import Convention
 
 
 class AdamWHyper(NamedTuple):

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from fusedopt_kernels.layout import overlaps_itself
 from torch import Tensor
+
+from fusedopt_kernels.layout import overlaps_itself
 
 Check = Callable[[str, Any], None]
 
@@ -28,7 +29,9 @@ def learning_rate(name: str, value: Any) -> None:
     """A finite number >= 0, or a tensor of one real element (read on its device at every step)."""
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.is_complex():
-            raise ValueError(f"{name} as a tensor must hold one real number, got shape {tuple(value.shape)}, {value.dtype}")
+            raise ValueError(
+                f"{name} as a tensor must hold one real number, got shape {tuple(value.shape)}, {value.dtype}"
+            )
         value = value.item()
     finite_non_negative(name, value)
 
@@ -58,7 +61,9 @@ def parameter(p: Tensor) -> None:
     """A parameter that can be updated in place: real, floating, dense, without two elements in one place."""
     what = f"a parameter of shape {tuple(p.shape)}"
     if p.layout is not torch.strided:
-        raise ValueError(f"{what} is {p.layout}: only dense parameters can be updated, use torch.optim.SparseAdam for it")
+        raise ValueError(
+            f"{what} is {p.layout}: only dense parameters can be updated, use torch.optim.SparseAdam for it"
+        )
     if not p.dtype.is_floating_point or p.dtype.itemsize < 2:
         raise ValueError(
             f"{what} is {p.dtype}: parameters must be float16, bfloat16, float32 or float64; "

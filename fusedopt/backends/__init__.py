@@ -54,7 +54,7 @@ def choose(device: torch.device, backend: str = "auto") -> str:
         return "triton" if device.type == "cuda" and has_triton() else "eager"
     if backend == "triton" and device.type != "cuda" and not interpreting():
         raise RuntimeError(
-            f"backend='triton' cannot update parameters on {device}: it needs a CUDA or ROCm device (use backend='auto')"
+            f"backend='triton' cannot update parameters on {device}: it needs CUDA or ROCm tensors; use backend='auto'"
         )
     return backend
 

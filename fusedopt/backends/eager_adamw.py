@@ -5,20 +5,25 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from fusedopt_kernels import rules
-from fusedopt_kernels.layout import is_dense, same_layout
 from torch import Tensor
 
 from fusedopt.backends.steps import StepCounts
 from fusedopt.batch import AdamWHyper, Batch, Control
+from fusedopt_kernels import rules
+from fusedopt_kernels.layout import is_dense, same_layout
 
 
-class _Row(NamedTuple):
-    p: Tensor
-    g: Tensor
-    m: Tensor
-    v: Tensor
-    h: Tensor | None  # the largest v so far
+class _Columns(NamedTuple):
+    """The tensors of some parameters, a list each: thousands of parameters are common, so no object per parameter."""
+
+    p: list[Tensor]
+    g: list[Tensor]
+    m: list[Tensor]
+    v: list[Tensor]
+    h: list[Tensor]  # the largest v so far; empty without amsgrad
+
+    def only(self, which: Sequence[int]) -> "_Columns":
+        return _Columns(*([column[i] for i in which] if column else [] for column in self))
 
 
 class EagerAdamW:
@@ -29,38 +34,44 @@ class EagerAdamW:
         self._counts = StepCounts()
 
     def __call__(self, batches: Sequence[Batch], control: Control) -> None:
-        scale = float(control.scale)
-        shared = batches[0].hyper.convention.shared_steps
         work = [[i for i, g in enumerate(batch.grads) if g is not None] for batch in batches]
         if not any(work):
             return
+        shared = batches[0].hyper.convention.shared_steps
         counted = [
             [s for s in batch.states if s] if shared else [batch.states[i] for i in active]
             for batch, active in zip(batches, work)
         ]
-        counts = iter(self._counts.advance([s for states in counted for s in states]))
+        counts = self._counts.advance([s for states in counted for s in states])
         for batch, active, states in zip(batches, work, counted):
-            steps = [next(counts) for _ in states]
-            rows = [_row(batch, i) for i in active]
+            steps, counts = counts[: len(states)], counts[len(states) :]
+            columns = _columns(batch, active)
             for step in dict.fromkeys(steps):
-                same = rows if shared or steps.count(step) == len(rows) else [r for r, s in zip(rows, steps) if s == step]
-                self._update(batch.hyper, same, step, scale)
+                everyone = shared or steps.count(step) == len(active)
+                same = columns if everyone else columns.only([i for i, s in enumerate(steps) if s == step])
+                self._update(batch.hyper, same, step, float(control.scale))
 
-    def _update(self, hyper: AdamWHyper, rows: list[_Row], step: float, scale: float) -> None:
+    def _update(self, hyper: AdamWHyper, columns: _Columns, step: float, scale: float) -> None:
         scalars = _scalars(hyper, step)
-        served = [row for row in rows if _fused_serves(row)] if self._on_cpu and scale == 1.0 and scalars[1] > 0.0 else []
+        served = range(0)
+        if self._on_cpu and scale == 1.0 and scalars[1] > 0.0:
+            served = _fused_serves(columns)
         if served:
-            _fused_update(hyper, served, step, *scalars)
-        if len(served) < len(rows):
-            done = set(map(id, served))
-            for row in rows:
-                if id(row) not in done:
-                    _rule_update(hyper, row, scale, *scalars)
+            _fused_update(hyper, columns if len(served) == len(columns.p) else columns.only(served), step, *scalars)
+        if len(served) < len(columns.p):
+            for i in set(range(len(columns.p))).difference(served):
+                _rule_update(hyper, columns.only([i]), scale, *scalars)
 
 
-def _row(batch: Batch, i: int) -> _Row:
-    state = batch.states[i]
-    return _Row(batch.params[i], batch.grads[i], state["exp_avg"], state["exp_avg_sq"], state.get("max_exp_avg_sq"))  # type: ignore[arg-type]
+def _columns(batch: Batch, active: list[int]) -> _Columns:
+    states = [batch.states[i] for i in active]
+    return _Columns(
+        p=[batch.params[i] for i in active],
+        g=[g for g in batch.grads if g is not None],
+        m=[s["exp_avg"] for s in states],
+        v=[s["exp_avg_sq"] for s in states],
+        h=[s["max_exp_avg_sq"] for s in states] if batch.hyper.amsgrad else [],
+    )
 
 
 def _scalars(hyper: AdamWHyper, step: float) -> tuple[float, float, float]:
@@ -79,28 +90,29 @@ def _scalars(hyper: AdamWHyper, step: float) -> tuple[float, float, float]:
     return scalars
 
 
-def _fused_serves(row: _Row) -> bool:
-    """torch's fused CPU kernel walks memory, blind to strides and to a dtype that is not the parameter's."""
-    tensors = [t for t in row if t is not None]
-    if any(t.dtype != row.p.dtype for t in tensors):
-        return False
-    if all(t.is_contiguous() for t in tensors):
-        return True
-    return is_dense(row.p) and all(same_layout(row.p, t) for t in tensors)
+def _fused_serves(columns: _Columns) -> Sequence[int]:
+    """Which parameters torch's fused CPU kernel updates rightly: it is blind to strides and to a mixture of dtypes."""
+    tensors = [t for column in columns for t in column]
+    if len({t.dtype for t in tensors}) == 1 and all(map(Tensor.is_contiguous, tensors)):
+        return range(len(columns.p))
+    rows = zip(*(column for column in columns if column))
+    return [i for i, (p, *others) in enumerate(rows) if is_dense(p) and all(_is_like(t, p) for t in others)]
+
+
+def _is_like(t: Tensor, p: Tensor) -> bool:
+    return t.dtype == p.dtype and same_layout(t, p)
 
 
 def _fused_update(
-    hyper: AdamWHyper, rows: list[_Row], step: float, shrink: float, step_size: float, eps_hat: float
+    hyper: AdamWHyper, columns: _Columns, step: float, shrink: float, step_size: float, eps_hat: float
 ) -> None:
-    """torch's kernel computes torch's convention, so it gets the lr, decay and eps with which that gives our scalars."""
+    """torch's kernel computes torch's convention, so it gets the lr, decay and eps that turn it into our scalars."""
     correction1 = 1.0 - hyper.beta1**step
     root2 = math.sqrt(1.0 - hyper.beta2**step)
     lr = step_size * correction1 / root2
-    columns = [list(column) for column in zip(*rows)]
     torch._fused_adamw_(
-        *columns[:4],
-        columns[4] if hyper.amsgrad else [],
-        [torch.tensor(step, dtype=torch.float32)] * len(rows),
+        *columns,
+        [torch.tensor(step, dtype=torch.float32)] * len(columns.p),
         lr=lr,
         beta1=hyper.beta1,
         beta2=hyper.beta2,
@@ -112,18 +124,18 @@ def _fused_update(
 
 
 def _rule_update(
-    hyper: AdamWHyper, row: _Row, scale: float, shrink: float, step_size: float, eps_hat: float
+    hyper: AdamWHyper, one: _Columns, scale: float, shrink: float, step_size: float, eps_hat: float
 ) -> None:
-    dtype = torch.promote_types(row.p.dtype, torch.float32)
+    """The rule on the tensors of one parameter, whatever their layout, in at least float32, rounded once."""
+    (p,), (g,), (m,), (v,), h = one
+    dtype = torch.promote_types(p.dtype, torch.float32)
+    wide = [t.to(dtype) for t in (p, g, m, v)]
     factor = -scale if hyper.maximize else scale
-    g = row.g.to(dtype) if factor == 1.0 else row.g.to(dtype) * factor
-    m, v = rules.adam_moments(
-        g, row.m.to(dtype), row.v.to(dtype), hyper.beta1, 1.0 - hyper.beta1, hyper.beta2, 1.0 - hyper.beta2
-    )
-    row.m.copy_(m)
-    row.v.copy_(v)
+    wide[1] = wide[1] if factor == 1.0 else wide[1] * factor
+    new_m, new_v = rules.adam_moments(*wide[1:], hyper.beta1, 1.0 - hyper.beta1, hyper.beta2, 1.0 - hyper.beta2)
+    m.copy_(new_m)
+    v.copy_(new_v)
     if hyper.amsgrad:
-        assert row.h is not None
-        v = torch.maximum(row.h.to(dtype), v)
-        row.h.copy_(v)
-    row.p.copy_(rules.adamw_update(row.p.to(dtype), m, v, shrink, step_size, eps_hat, sqrt=torch.sqrt, div=torch.div))
+        new_v = torch.maximum(h[0].to(dtype), new_v)
+        h[0].copy_(new_v)
+    p.copy_(rules.adamw_update(wide[0], new_m, new_v, shrink, step_size, eps_hat, sqrt=torch.sqrt, div=torch.div))
