@@ -117,9 +117,11 @@ class AdamW(FusedOptimizer):
             )
 
     def hyper(self, group: dict[str, Any]) -> AdamWHyper:
+        beta1, beta2 = group["betas"]
         return AdamWHyper(
             group["lr"],
-            *group["betas"],
+            beta1,
+            beta2,
             group["eps"],
             group["weight_decay"],
             group["correct_bias"],

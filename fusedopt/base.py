@@ -26,6 +26,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     checks: ClassVar[dict[str, checks.Check]]
     """One check per option of a param group."""
 
+    _given: tuple[dict[Tensor, Tensor | None], Control] | None
+    """Gradients that `apply_gradients` hands to `step`."""
+
     constructor_options: ClassVar[tuple[str, ...]] = ("backend",)
     """Attributes that belong to the optimizer, not to a group or a checkpoint; copies and pickles carry them."""
 
@@ -67,9 +70,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: an option is out of range or a parameter cannot be updated; the optimizer is as before.
         """
-        refuse_unknown(
-            "a param group", {name: param_group[name] for name in _TORCH_BACKEND_OPTIONS if name in param_group}
-        )
+        refuse_unknown("a param group", {k: v for k, v in param_group.items() if k in _TORCH_BACKEND_OPTIONS})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -84,19 +85,14 @@ class FusedOptimizer(torch.optim.Optimizer):
     def batches(self, grads: list[list[Tensor | None]]) -> list[Batch]:
         """This step's work, given one gradient (or None) per parameter of each group."""
         return [
-            Batch(
-                self.hyper(group),
-                group["params"],
-                grads_of_group,
-                [self.state.get(p, _NO_STATE) for p in group["params"]],
-            )
-            for group, grads_of_group in zip(self.param_groups, grads)
+            Batch(self.hyper(group), group["params"], row, [self.state.get(p, _NO_STATE) for p in group["params"]])
+            for group, row in zip(self.param_groups, grads)
         ]
 
     # The step.
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient.
 
         Args:
@@ -129,10 +125,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         None, are left alone.
 
         Args:
-            grads_and_params: pairs of a gradient (the parameter's shape and device; any floating dtype) and a parameter of this
-                optimizer.
-            scale: factor on all gradients, for instance one over the number of micro-batches; a tensor of one element is
-                read on its device.
+            grads_and_params: pairs of a gradient (the parameter's shape and device; any floating dtype) and a parameter
+                of this optimizer.
+            scale: factor on all gradients, for instance one over the number of micro-batches; a tensor of one element
+                is read on its device.
 
         Raises:
             ValueError: a tensor is not a parameter of this optimizer, or comes twice.
@@ -161,14 +157,19 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._given = None
 
     def _update(self, grads: list[list[Tensor | None]], control: Control) -> None:
-        for group, grads_of_group in zip(self.param_groups, grads):
-            _check_gradients(group["params"], grads_of_group)
-        self._init_states(grads)
-        batches = self.batches(grads)
+        for group, row in zip(self.param_groups, grads):
+            _check_gradients(group["params"], row)
         devices = list(dict.fromkeys(p.device for group in self.param_groups for p in group["params"]))
         steppers = [self._stepper(device) for device in devices]
+        self._init_states(grads)
+        batches = self.batches(grads)
         for device, stepper in zip(devices, steppers):
             stepper(batches if len(devices) == 1 else [batch.on(device) for batch in batches], control)
+        # Neither torch's fused kernel nor ours tells autograd that it wrote to the parameters.
+        updated = [
+            p for group, row in zip(self.param_groups, grads) for p, g in zip(group["params"], row) if g is not None
+        ]
+        torch.autograd.graph.increment_version(updated)
 
     def _stepper(self, device: torch.device) -> backends.Stepper:
         stepper = self._steppers.get(device)
@@ -187,7 +188,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._init_states([[p if p.requires_grad else None for p in group["params"]] for group in self.param_groups])
 
     def _init_states(self, wanted: list[list[Tensor | None]]) -> None:
-        """Makes missing states of the parameters whose place in `wanted` is not None; the counts of one device are one tensor."""
+        """Makes missing states where `wanted` is not None; new counts on one device are views of one tensor."""
         missing: dict[torch.device, list[tuple[Tensor, dict[str, Any]]]] = {}
         for group, row in zip(self.param_groups, wanted):
             for p, want in zip(group["params"], row):
@@ -206,7 +207,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _forget(self) -> None:
         """Drops what was derived from groups and states: backends and gradients in flight."""
         self._steppers: dict[torch.device, backends.Stepper] = {}
-        self._given: tuple[dict[Tensor, Tensor | None], Control] | None = None
+        self._given = None
 
     # Checkpoints and copies.
 
@@ -219,7 +220,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         }
         return saved
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of this optimizer, or of the one that it replaces, whichever backend or device made it.
 
         Group options that the checkpoint lacks keep their present value; states keep the dtype they were saved in and
@@ -244,12 +245,12 @@ class FusedOptimizer(torch.optim.Optimizer):
 
 
 def refuse_unknown(where: str, options: dict[str, Any]) -> None:
-    """Raises for options that do not exist here; torch's ways to choose an implementation get a pointer to `backend=`."""
+    """Raises for options that do not exist here; those of torch's that choose an implementation point to `backend=`."""
     for name, value in options.items():
         if name in _TORCH_BACKEND_OPTIONS:
             raise TypeError(
-                f"{where} got {name}={value!r}, an option of torch.optim: here backend='auto', 'triton' or 'eager' chooses how "
-                "a step runs, and every step is fused and can be captured"
+                f"{where} got {name}={value!r}, an option of torch.optim: here backend='auto', 'triton' or 'eager' "
+                "chooses how a step runs, and every step is fused and can be captured"
             )
         raise TypeError(f"{where} got an unexpected argument {name}={value!r}")
 

@@ -1,4 +1,4 @@
-"""Loading: what a checkpoint holds is checked before anything changes, and laid out like the parameters it belongs to."""
+"""Loading: a checkpoint is checked before anything changes, and laid out like the parameters it belongs to."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ class _Saved:
         self.value = value
 
 
-def prepare(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> dict[str, Any]:
+def prepare(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Turns a checkpoint into one of this optimizer, or raises ValueError; a pre-hook of load_state_dict."""
     groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
     if len(groups) != len(saved_groups):
@@ -53,7 +53,8 @@ def _fit(
     unknown = sorted(saved.keys() - {"step", *expected})
     if missing or unknown:
         raise ValueError(
-            f"{who} does not fit {type(optimizer).__name__}: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}"
+            f"{who} does not fit {type(optimizer).__name__}: "
+            f"missing {missing or 'nothing'}, unknown {unknown or 'nothing'}"
         )
     for name, like in expected.items():
         if not isinstance(saved[name], Tensor) or saved[name].shape != like.shape:

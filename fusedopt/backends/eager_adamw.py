@@ -34,26 +34,24 @@ class EagerAdamW:
         self._counts = StepCounts()
 
     def __call__(self, batches: Sequence[Batch], control: Control) -> None:
-        work = [[i for i, g in enumerate(batch.grads) if g is not None] for batch in batches]
-        if not any(work):
+        active = [[i for i, g in enumerate(batch.grads) if g is not None] for batch in batches]
+        if not any(active):
             return
         shared = batches[0].hyper.convention.shared_steps
-        counted = [
-            [s for s in batch.states if s] if shared else [batch.states[i] for i in active]
-            for batch, active in zip(batches, work)
-        ]
-        counts = self._counts.advance([s for states in counted for s in states])
-        for batch, active, states in zip(batches, work, counted):
-            steps, counts = counts[: len(states)], counts[len(states) :]
-            columns = _columns(batch, active)
+        advancing = [[i for i, s in enumerate(batch.states) if s] for batch in batches] if shared else active
+        counts = self._counts.advance([batch.states[i] for batch, which in zip(batches, advancing) for i in which])
+        for batch, which in zip(batches, advancing):
+            steps = [step for step, i in zip(counts, which) if batch.grads[i] is not None]
+            counts = counts[len(which) :]
+            columns = _columns(batch)
             for step in dict.fromkeys(steps):
-                everyone = shared or steps.count(step) == len(active)
-                same = columns if everyone else columns.only([i for i, s in enumerate(steps) if s == step])
-                self._update(batch.hyper, same, step, float(control.scale))
+                same = [i for i, s in enumerate(steps) if s == step]
+                part = columns if len(same) == len(steps) else columns.only(same)
+                self._update(batch.hyper, part, step, float(control.scale))
 
     def _update(self, hyper: AdamWHyper, columns: _Columns, step: float, scale: float) -> None:
         scalars = _scalars(hyper, step)
-        served = range(0)
+        served: Sequence[int] = ()
         if self._on_cpu and scale == 1.0 and scalars[1] > 0.0:
             served = _fused_serves(columns)
         if served:
@@ -63,10 +61,10 @@ class EagerAdamW:
                 _rule_update(hyper, columns.only([i]), scale, *scalars)
 
 
-def _columns(batch: Batch, active: list[int]) -> _Columns:
-    states = [batch.states[i] for i in active]
+def _columns(batch: Batch) -> _Columns:
+    states = [s for s, g in zip(batch.states, batch.grads) if g is not None]
     return _Columns(
-        p=[batch.params[i] for i in active],
+        p=[p for p, g in zip(batch.params, batch.grads) if g is not None],
         g=[g for g in batch.grads if g is not None],
         m=[s["exp_avg"] for s in states],
         v=[s["exp_avg_sq"] for s in states],
@@ -75,13 +73,14 @@ def _columns(batch: Batch, active: list[int]) -> _Columns:
 
 
 def _scalars(hyper: AdamWHyper, step: float) -> tuple[float, float, float]:
-    betas = (hyper.beta1, hyper.beta2) if hyper.correct_bias else (0.0, 0.0)
+    beta1, beta2 = (hyper.beta1, hyper.beta2) if hyper.correct_bias else (0.0, 0.0)
     scalars: tuple[float, float, float] = rules.adamw_scalars(
         step,
         float(hyper.lr),
         hyper.weight_decay,
         hyper.eps,
-        *map(rules.log_beta, betas),
+        rules.log_beta(beta1),
+        rules.log_beta(beta2),
         hyper.convention.decays_update,
         hyper.convention.corrects_eps,
         exp=math.exp,
@@ -129,13 +128,13 @@ def _rule_update(
     """The rule on the tensors of one parameter, whatever their layout, in at least float32, rounded once."""
     (p,), (g,), (m,), (v,), h = one
     dtype = torch.promote_types(p.dtype, torch.float32)
-    wide = [t.to(dtype) for t in (p, g, m, v)]
     factor = -scale if hyper.maximize else scale
-    wide[1] = wide[1] if factor == 1.0 else wide[1] * factor
-    new_m, new_v = rules.adam_moments(*wide[1:], hyper.beta1, 1.0 - hyper.beta1, hyper.beta2, 1.0 - hyper.beta2)
+    wide_g = g.to(dtype) if factor == 1.0 else g.to(dtype) * factor
+    weight1, weight2 = 1.0 - hyper.beta1, 1.0 - hyper.beta2
+    new_m, new_v = rules.adam_moments(wide_g, m.to(dtype), v.to(dtype), hyper.beta1, weight1, hyper.beta2, weight2)
     m.copy_(new_m)
     v.copy_(new_v)
     if hyper.amsgrad:
         new_v = torch.maximum(h[0].to(dtype), new_v)
         h[0].copy_(new_v)
-    p.copy_(rules.adamw_update(wide[0], new_m, new_v, shrink, step_size, eps_hat, sqrt=torch.sqrt, div=torch.div))
+    p.copy_(rules.adamw_update(p.to(dtype), new_m, new_v, shrink, step_size, eps_hat, sqrt=torch.sqrt, div=torch.div))

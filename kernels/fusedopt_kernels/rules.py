@@ -14,7 +14,7 @@ class Convention(NamedTuple):
     """How an implementation of AdamW arranges eps, decay and bias correction: a row of `CONVENTIONS`.
 
     Attributes:
-        decays_update: 1.0 where the decay comes after the update and so shrinks the update too (transformers), else 0.0.
+        decays_update: 1.0 where the decay follows the update and so shrinks it too (transformers), else 0.0.
         corrects_eps: 1.0 where eps is added to sqrt(v / (1 - beta2^t)) (torch), 0.0 where it is added to sqrt(v).
         shared_steps: True where t counts the applied steps of the whole optimizer (keras), False where it counts the
             updates of that parameter.

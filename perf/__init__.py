@@ -1,0 +1,1 @@
+"""Benchmarks: what the optimizers cost, measured side by side."""
