@@ -1,0 +1,271 @@
+"""The two schedulers that are driven by a metric instead of the step: reduce on plateau, and greedy.
+
+Both are stepped with the metric, `scheduler.step(loss)`. The metric decides on the host, so a metric on a GPU is copied
+from there; pass a number that you have read anyway. A learning rate that is a tensor is only ever written, in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, SupportsFloat
+
+import torch
+from torch.optim import Optimizer
+
+
+class ReduceLROnPlateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
+    """torch's `ReduceLROnPlateau`, except that it reduces a learning rate that is a tensor without reading it.
+
+    Arguments, defaults, errors and checkpoints are torch's.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        >>> scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=1)
+        >>> for loss in (3.0, 2.0, 2.0, 2.0):
+        ...     scheduler.step(loss)
+        >>> scheduler.get_last_lr()
+        [0.5]
+    """
+
+    def _reduce_lr(self, epoch: int) -> None:
+        groups = self.optimizer.param_groups
+        if not any(isinstance(group["lr"], torch.Tensor) for group in groups):
+            super()._reduce_lr(epoch)
+            return
+        for group, min_lr in zip(groups, self.min_lrs, strict=True):
+            lr = group["lr"]
+            if isinstance(lr, torch.Tensor):
+                reduced = (lr * self.factor).clamp(min=min_lr)
+                lr.copy_(torch.where(lr - reduced > self.eps, reduced, lr))
+            elif lr - max(lr * self.factor, min_lr) > self.eps:
+                group["lr"] = max(lr * self.factor, min_lr)
+
+
+def get_reduce_on_plateau_schedule(optimizer: Optimizer, **kwargs: Any) -> ReduceLROnPlateau:
+    """Multiply the learning rate by a factor whenever a metric has stopped getting better.
+
+    Args:
+        optimizer: Any torch optimizer.
+        **kwargs: The arguments of `torch.optim.lr_scheduler.ReduceLROnPlateau`, with its defaults: `mode="min"`,
+            `factor=0.1`, `patience=10`, `threshold=1e-4`, `threshold_mode="rel"`, `cooldown=0`, `min_lr=0`, `eps=1e-8`.
+
+    Returns:
+        The scheduler; call `step(metric)` after every evaluation.
+
+    Raises:
+        ValueError: On a factor of 1 or more, an unknown mode, a list of `min_lr` that is not one per param group.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        >>> get_reduce_on_plateau_schedule(optimizer, patience=3).patience
+        3
+    """
+    return ReduceLROnPlateau(optimizer, **kwargs)
+
+
+def _per_group(name: str, value: float | Sequence[float], num_groups: int) -> list[float]:
+    if not isinstance(value, (list, tuple)):
+        return [value] * num_groups  # type: ignore[list-item]
+    if len(value) != num_groups:
+        raise ValueError(f"{name} must be one number or {num_groups}, one per param group, got {len(value)} numbers")
+    return list(value)
+
+
+class GreedyLR:
+    """Raises the learning rate while a metric gets better, lowers it while it does not.
+
+    After more than `patience` better metrics in a row the rate is divided by `factor`, up to `max_lr`; after more than
+    `patience` others it is multiplied by `factor`, down to `min_lr`. Once it was to be lowered `reset_start` times with
+    all groups already at `min_lr`, everything starts over from the initial rates. As in the original it is no torch
+    `LRScheduler`, and a rate that starts below `min_lr` is never lowered.
+
+    Source: GreedyLR (https://arxiv.org/abs/2512.14527) and `GreedyLR` of transformers 5.
+
+    Args:
+        optimizer: Any torch optimizer.
+        mode: "min" if a smaller metric is better, "max" if a larger one is.
+        factor: Below 1.
+        patience: Metrics in a row that change nothing yet.
+        threshold: By how much a metric must beat the best one to count as better.
+        threshold_mode: "abs" (`threshold` is a difference) or "rel" (a share of the best one).
+        cooldown: Metrics that are passed over after a reduction.
+        warmup: Metrics that are passed over after an increase.
+        min_lr: Lowest rate, one number or one per param group.
+        max_lr: Highest rate, one number or one per param group.
+        eps: Smaller changes of the rate are left out.
+        verbose: Print every change.
+        smooth: Judge the average of the last `window_size` metrics.
+        window_size: See `smooth`.
+        reset_start: See above.
+
+    Raises:
+        ValueError: On a factor of 1 or more, an unknown mode or threshold mode, a list of the wrong length.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+        >>> scheduler = GreedyLR(optimizer, factor=0.5, patience=0)
+        >>> for loss in (3.0, 2.0, 2.0):
+        ...     scheduler.step(loss)
+        ...     print(scheduler.get_last_lr())
+        [0.2]
+        [0.4]
+        [0.2]
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        mode: str = "min",
+        factor: float = 0.95,
+        patience: int = 10,
+        threshold: float = 1e-6,
+        threshold_mode: str = "abs",
+        cooldown: int = 0,
+        warmup: int = 0,
+        min_lr: float | Sequence[float] = 1e-3,
+        max_lr: float | Sequence[float] = 1.0,
+        eps: float = 1e-8,
+        verbose: bool = False,
+        smooth: bool = False,
+        window_size: int = 50,
+        reset_start: int = 500,
+    ) -> None:
+        if factor >= 1.0:
+            raise ValueError(f"factor must be < 1, got {factor}; it lowers the rate, its inverse raises it")
+        if mode not in ("min", "max"):
+            raise ValueError(f"mode must be 'min' or 'max', got {mode!r}")
+        if threshold_mode not in ("rel", "abs"):
+            raise ValueError(f"threshold_mode must be 'rel' or 'abs', got {threshold_mode!r}")
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"GreedyLR drives a torch optimizer, got {type(optimizer).__name__}")
+        self.optimizer = optimizer
+        self.mode, self.threshold, self.threshold_mode = mode, threshold, threshold_mode
+        self.factor, self.patience, self.cooldown, self.warmup = factor, patience, cooldown, warmup
+        self.min_lrs = _per_group("min_lr", min_lr, len(optimizer.param_groups))
+        self.max_lrs = _per_group("max_lr", max_lr, len(optimizer.param_groups))
+        self.eps, self.verbose = eps, verbose
+        self.smooth, self.window_size = smooth, window_size
+        self.reset_start_original = reset_start
+        self.last_epoch = 0
+        # The only reading of rates that are tensors; from here on _last_lr says what they are.
+        self._init_lrs = [float(group["lr"]) for group in optimizer.param_groups]
+        self._last_lr = list(self._init_lrs)
+        self._reset()
+
+    def _reset(self) -> None:
+        self.best = float("inf") if self.mode == "min" else float("-inf")
+        self.num_bad_epochs = self.num_good_epochs = 0
+        self.cooldown_counter = self.warmup_counter = 0
+        self.reset_start = self.reset_start_original
+        self._window: list[float] = []
+
+    def step(self, metrics: SupportsFloat, epoch: int | None = None) -> None:
+        """Take note of a metric, and change the learning rate if it is time to.
+
+        Args:
+            metrics: The metric, a number or anything `float()` takes.
+            epoch: The number of this call. Default: one more than the last.
+        """
+        current = self._smoothed(float(metrics))
+        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
+        for i, group in enumerate(self.optimizer.param_groups):
+            if not isinstance(group["lr"], torch.Tensor):
+                self._last_lr[i] = group["lr"]
+        if self.cooldown_counter > 0 or self.warmup_counter > 0:
+            if self.cooldown_counter > 0:
+                self.cooldown_counter -= 1
+            else:
+                self.warmup_counter -= 1
+            self.num_bad_epochs = self.num_good_epochs = 0
+            return
+        if self._is_better(current):
+            self.best = current
+            self.num_good_epochs, self.num_bad_epochs = self.num_good_epochs + 1, 0
+        else:
+            self.num_good_epochs, self.num_bad_epochs = 0, self.num_bad_epochs + 1
+        if self.num_good_epochs > self.patience:
+            self.num_good_epochs = 0
+            self.warmup_counter = self.warmup
+            self.reset_start = self.reset_start_original
+            self._set([min(lr / self.factor, high) for lr, high in zip(self._last_lr, self.max_lrs)], rising=True)
+        elif self.num_bad_epochs > self.patience:
+            self._lower()
+
+    def _lower(self) -> None:
+        self._set([max(lr * self.factor, low) for lr, low in zip(self._last_lr, self.min_lrs)], rising=False)
+        if all(lr <= low for lr, low in zip(self._last_lr, self.min_lrs)):
+            self.reset_start -= 1
+            if self.reset_start <= 0:
+                self._reset()
+                self._write(self._init_lrs)
+        # The original sets these after a reset too, so a cooldown follows it.
+        self.num_bad_epochs = 0
+        self.cooldown_counter = self.cooldown
+
+    def _set(self, wanted: list[float], rising: bool) -> None:
+        def changed(old: float, new: float) -> bool:
+            return (new - old if rising else old - new) > self.eps
+
+        rates = [new if changed(old, new) else old for old, new in zip(self._last_lr, wanted)]
+        if rates == self._last_lr:
+            return
+        if self.verbose:
+            print(f"metric {self.last_epoch}: learning rates {self._last_lr} -> {rates}")
+        self._write(rates)
+
+    def _write(self, rates: list[float]) -> None:
+        for group, lr in zip(self.optimizer.param_groups, rates):
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+        self._last_lr = list(rates)
+
+    def _smoothed(self, metric: float) -> float:
+        if not self.smooth:
+            return metric
+        self._window = [*self._window, metric][-self.window_size :]
+        return sum(self._window) / len(self._window)
+
+    def _is_better(self, current: float) -> bool:
+        margin = self.threshold if self.mode == "max" else -self.threshold
+        to_beat = self.best * (1.0 + margin) if self.threshold_mode == "rel" else self.best + margin
+        return current > to_beat if self.mode == "max" else current < to_beat
+
+    def get_last_lr(self) -> list[float]:
+        """The learning rates that the last step left, one per param group, as Python floats."""
+        return list(self._last_lr)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the optimizer: settings, counters and rates, as plain Python values."""
+        return {key: value for key, value in self.__dict__.items() if key != "optimizer"}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a `state_dict`, ours or that of transformers, and write its learning rates to the optimizer."""
+        state = {key: value for key, value in state_dict.items() if key != "optimizer"}
+        average = state.pop("_streaming_avg", None)
+        self.__dict__.update(state)
+        if average is not None:
+            self._window = list(average["values"])
+        self._write(self._last_lr)
+
+
+def get_greedy_schedule(optimizer: Optimizer, **kwargs: Any) -> GreedyLR:
+    """Raise the learning rate while a metric gets better, lower it while it does not.
+
+    Args:
+        optimizer: Any torch optimizer.
+        **kwargs: The arguments of `GreedyLR`.
+
+    Returns:
+        The scheduler; call `step(metric)` after every optimizer step or evaluation.
+
+    Raises:
+        ValueError: As `GreedyLR`.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+        >>> get_greedy_schedule(optimizer, patience=3).get_last_lr()
+        [0.1]
+    """
+    return GreedyLR(optimizer, **kwargs)

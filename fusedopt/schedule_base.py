@@ -1,0 +1,136 @@
+"""What a learning-rate schedule is: a step goes in, the factor of the initial learning rate comes out.
+
+Every formula is written once and serves Python numbers, numpy arrays and torch tensors alike: what differs between them
+(`cos`, `where`, ...) is handed to it. On Python numbers the arithmetic is that of transformers 4.34 and 5, in the same
+order, so the values are the same float64 numbers.
+
+Schedules are flat frozen dataclasses with a `__dict__`: `torch.optim.lr_scheduler.LambdaLR` saves the `__dict__` of a
+callable object, and `torch.load(weights_only=True)` reads numbers and strings but no nested object.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from numbers import Real
+from typing import Any, NamedTuple, overload
+
+import numpy as np
+import torch
+
+
+class Functions(NamedTuple):
+    """What a formula needs beside `+ - * / % **`, for one kind of number. Bounds are plain Python numbers."""
+
+    cos: Callable[[Any], Any]
+    sqrt: Callable[[Any], Any]
+    at_most: Callable[[Any, float], Any]
+    at_least: Callable[[Any, float], Any]
+    where: Callable[[Any, Any, Any], Any]
+
+
+_PYTHON = Functions(math.cos, math.sqrt, min, max, lambda condition, yes, no: yes if condition else no)
+_NUMPY = Functions(np.cos, np.sqrt, np.minimum, np.maximum, np.where)
+_TORCH = Functions(
+    torch.cos, torch.sqrt, lambda x, bound: x.clamp(max=bound), lambda x, bound: x.clamp(min=bound), torch.where
+)
+
+
+def _functions_for(step: Any) -> tuple[Functions, Any]:
+    if isinstance(step, torch.Tensor):
+        return _TORCH, step.double()
+    if isinstance(step, Real):
+        return _PYTHON, step.item() if isinstance(step, np.generic) else step
+    return _NUMPY, np.asarray(step, dtype=np.float64)
+
+
+def _number(name: str, value: Any) -> float:
+    """`value` as a plain Python number, so that checkpoints hold nothing else."""
+    if isinstance(value, (torch.Tensor, np.generic, np.ndarray)):
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    return value
+
+
+def _count(name: str, value: Any) -> float:
+    if value is None:
+        raise ValueError(f"{name} is missing; give it as a number of optimizer steps")
+    value = _number(name, value)
+    if value < 0:
+        raise ValueError(f"{name} must be >= 0, got {value}; it counts optimizer steps, 0 leaves the phase out")
+    return value
+
+
+class Schedule:
+    """A learning rate that is a function of the step alone: `schedule(step)` is the factor of the initial rate.
+
+    Subclasses are frozen dataclasses that state what comes after the warm-up (`_after`) and, where it is not a straight
+    line from 0 to 1, the warm-up itself (`_warm_up`). Counts are optimizer steps, integers or floats.
+
+    Attributes:
+        name: The name that `get_scheduler` knows the schedule by.
+        num_warmup_steps: Length of the warm-up.
+        length: Number of steps from the start until the schedule has arrived, None if it never does.
+
+    Raises:
+        ValueError: On a missing or negative count and on parameters that are no finite numbers.
+
+    Example:
+        >>> import numpy as np
+        >>> from fusedopt.closed_forms import LinearSchedule
+        >>> schedule = LinearSchedule(num_warmup_steps=2, num_training_steps=6)
+        >>> schedule
+        LinearSchedule(num_warmup_steps=2, num_training_steps=6)
+        >>> schedule(1), schedule(4.5)
+        (0.5, 0.375)
+        >>> schedule(np.arange(7)).tolist()
+        [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+
+    name: str
+    num_warmup_steps: float
+
+    @property
+    def length(self) -> float | None:
+        return getattr(self, "num_training_steps", None)
+
+    @overload
+    def __call__(self, step: float) -> float: ...
+    @overload
+    def __call__(self, step: torch.Tensor) -> torch.Tensor: ...
+    @overload
+    def __call__(self, step: np.ndarray | Sequence[float]) -> np.ndarray: ...
+
+    def __call__(self, step: Any) -> Any:
+        """The factor of the initial learning rate at `step` (>= 0, the number of scheduler steps taken).
+
+        Args:
+            step: A number, an array or sequence of numbers, or a tensor (which stays on its device).
+
+        Returns:
+            A float, or a float64 array or tensor of the same shape.
+        """
+        f, s = _functions_for(step)
+        # Each side sees only steps of its own side: outside them a formula may divide by zero or overflow.
+        w = self.num_warmup_steps
+        return f.where(s < w, self._warm_up(f.at_most(s, w), f), self._after(f.at_least(s, w), f))
+
+    def _warm_up(self, s: Any, f: Functions) -> Any:
+        return s / max(1, self.num_warmup_steps)
+
+    def _after(self, s: Any, f: Functions) -> Any:
+        raise NotImplementedError
+
+    def _progress(self, s: Any) -> Any:
+        """How much of the time between the warm-up and the end has passed at step s."""
+        return (s - self.num_warmup_steps) / max(1, (self.length or 0) - self.num_warmup_steps)
+
+    def __post_init__(self) -> None:
+        for field in fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
+            value = getattr(self, field.name)
+            if isinstance(field.default, str) or (value is None and field.default is None):
+                continue
+            check = _count if field.name.endswith("_steps") else _number
+            object.__setattr__(self, field.name, check(field.name, value))

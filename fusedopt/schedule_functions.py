@@ -1,0 +1,361 @@
+"""The functions that hand a schedule to an optimizer, with the names and signatures of transformers.
+
+Each returns torch's `LambdaLR` around an object of `fusedopt.closed_forms`. Learning rates that are tensors stay the
+same tensors, filled in place and never read by a step, so a scheduler may drive an optimizer step captured in a
+CUDA graph.
+
+Positional order, defaults and values are those of transformers 4.34 and 5, with these departures: negative counts and
+parameters that are no finite numbers are refused; where the original divides by zero, a rate is defined (see
+`PolynomialSchedule` and `InverseSqrtSchedule`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from fusedopt.closed_forms import (
+    ConstantSchedule,
+    ConstantWithWarmupSchedule,
+    CosineSchedule,
+    CosineWarmupWithMinLRSchedule,
+    CosineWithMinLRSchedule,
+    CosineWithRestartsSchedule,
+    InverseSqrtSchedule,
+    LinearSchedule,
+    PolynomialSchedule,
+    WarmupStableDecaySchedule,
+)
+from fusedopt.schedule_base import Schedule
+
+
+def _drive(optimizer: Optimizer, schedule: Schedule, last_epoch: int) -> LambdaLR:
+    for index, group in enumerate(optimizer.param_groups):
+        if group["lr"] is None:
+            raise ValueError(
+                f"param group {index} has lr=None, so there is no rate to schedule; give the optimizer an lr "
+                "(Adafactor: with relative_step=False), or leave its rate to the optimizer itself"
+            )
+    return LambdaLR(optimizer, schedule, last_epoch)
+
+
+def _initial_lr(optimizer: Optimizer) -> float:
+    """The learning rate that the optimizer was made with; reads it once if it is a tensor."""
+    lr = optimizer.defaults["lr"]
+    for group in optimizer.param_groups:
+        # A tensor is shared by defaults and groups: an earlier scheduler has filled it with another rate since.
+        if isinstance(lr, torch.Tensor) and group["lr"] is lr and "initial_lr" in group:
+            lr = group["initial_lr"]
+    if lr is None:
+        raise ValueError("the optimizer has lr=None, so there is no initial rate to start from; give it an lr")
+    return float(lr)
+
+
+def _min_lr_rate(optimizer: Optimizer, min_lr: float | None, min_lr_rate: float | None) -> float:
+    if min_lr is not None and min_lr_rate is not None:
+        raise ValueError(f"min_lr={min_lr} and min_lr_rate={min_lr_rate} exclude each other; give one of them")
+    if min_lr_rate is not None:
+        return min_lr_rate
+    if min_lr is None:
+        raise ValueError("min_lr and min_lr_rate are both missing; give one of them")
+    if _initial_lr(optimizer) == 0:
+        raise ValueError("min_lr is no share of an initial learning rate of 0; give min_lr_rate instead")
+    return min_lr / _initial_lr(optimizer)
+
+
+def get_constant_schedule(optimizer: Optimizer, last_epoch: int = -1) -> LambdaLR:
+    """The optimizer's learning rate, unchanged.
+
+    Args:
+        optimizer: Any torch optimizer.
+        last_epoch: The last scheduler step when a run goes on; -1 for a new run. Otherwise every param group needs its
+            "initial_lr" (KeyError), and the first rate is that of step `last_epoch + 1`. So in all functions here.
+
+    Returns:
+        A `LambdaLR` around a `ConstantSchedule`.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+        >>> get_constant_schedule(optimizer).get_last_lr()
+        [0.5]
+    """
+    return _drive(optimizer, ConstantSchedule(), last_epoch)
+
+
+def get_constant_schedule_with_warmup(optimizer: Optimizer, num_warmup_steps: float, last_epoch: int = -1) -> LambdaLR:
+    """From 0 to the initial rate in `num_warmup_steps` steps, then unchanged.
+
+    Args:
+        optimizer: Any torch optimizer.
+        num_warmup_steps: Length of the warm-up.
+        last_epoch: See `get_constant_schedule`.
+
+    Returns:
+        A `LambdaLR` around a `ConstantWithWarmupSchedule`.
+
+    Raises:
+        ValueError: On a missing or negative count; the same in all functions here.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+        >>> get_constant_schedule_with_warmup(optimizer, 10).get_last_lr()
+        [0.0]
+    """
+    return _drive(optimizer, ConstantWithWarmupSchedule(num_warmup_steps), last_epoch)
+
+
+def get_linear_schedule_with_warmup(
+    optimizer: Optimizer, num_warmup_steps: float, num_training_steps: float, last_epoch: int = -1
+) -> LambdaLR:
+    """From 0 to the initial rate and back to 0, in straight lines.
+
+    Args:
+        optimizer: Any torch optimizer.
+        num_warmup_steps: Length of the warm-up.
+        num_training_steps: Length of the whole training; the rate is 0 from there on.
+        last_epoch: See `get_constant_schedule`.
+
+    Returns:
+        A `LambdaLR` around a `LinearSchedule`.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+        >>> scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=2, num_training_steps=10)
+        >>> optimizer.step(); scheduler.step()
+        >>> scheduler.get_last_lr()
+        [0.25]
+    """
+    return _drive(optimizer, LinearSchedule(num_warmup_steps, num_training_steps), last_epoch)
+
+
+def get_cosine_schedule_with_warmup(
+    optimizer: Optimizer,
+    num_warmup_steps: float,
+    num_training_steps: float,
+    num_cycles: float = 0.5,
+    last_epoch: int = -1,
+) -> LambdaLR:
+    """Warm-up, then a cosine wave: by default half a wave, from the initial rate to 0.
+
+    Args:
+        optimizer: Any torch optimizer.
+        num_warmup_steps: Length of the warm-up.
+        num_training_steps: Length of the whole training. Past it the wave goes on.
+        num_cycles: Number of full waves.
+        last_epoch: See `get_constant_schedule`.
+
+    Returns:
+        A `LambdaLR` around a `CosineSchedule`.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+        >>> get_cosine_schedule_with_warmup(optimizer, 0, 10).get_last_lr()
+        [0.5]
+    """
+    return _drive(optimizer, CosineSchedule(num_warmup_steps, num_training_steps, num_cycles), last_epoch)
+
+
+def get_cosine_with_hard_restarts_schedule_with_warmup(
+    optimizer: Optimizer,
+    num_warmup_steps: float,
+    num_training_steps: float,
+    num_cycles: float = 1,
+    last_epoch: int = -1,
+) -> LambdaLR:
+    """Warm-up, then `num_cycles` times half a cosine wave from the initial rate to 0.
+
+    Args:
+        optimizer: Any torch optimizer.
+        num_warmup_steps: Length of the warm-up.
+        num_training_steps: Length of the whole training; the rate is 0 from there on.
+        num_cycles: Number of descents.
+        last_epoch: See `get_constant_schedule`.
+
+    Returns:
+        A `LambdaLR` around a `CosineWithRestartsSchedule`.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+        >>> get_cosine_with_hard_restarts_schedule_with_warmup(optimizer, 0, 10, num_cycles=3).get_last_lr()
+        [0.5]
+    """
+    return _drive(optimizer, CosineWithRestartsSchedule(num_warmup_steps, num_training_steps, num_cycles), last_epoch)
+
+
+def get_polynomial_decay_schedule_with_warmup(
+    optimizer: Optimizer,
+    num_warmup_steps: float,
+    num_training_steps: float,
+    lr_end: float = 1e-7,
+    power: float = 1.0,
+    last_epoch: int = -1,
+) -> LambdaLR:
+    """Warm-up, then a polynomial decay to `lr_end`.
+
+    `lr_end` is compared with the optimizer's default rate, as in the original: a param group with another rate ends at
+    its own share, `lr_end * lr / default lr`.
+
+    Args:
+        optimizer: Any torch optimizer with an "lr" among its defaults.
+        num_warmup_steps: Length of the warm-up.
+        num_training_steps: Length of the whole training; the rate is `lr_end` from there on.
+        lr_end: The last rate, below the optimizer's.
+        power: Exponent of the decay, 1 for a straight line.
+        last_epoch: See `get_constant_schedule`.
+
+    Returns:
+        A `LambdaLR` around a `PolynomialSchedule`.
+
+    Raises:
+        ValueError: As `PolynomialSchedule`.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+        >>> get_polynomial_decay_schedule_with_warmup(optimizer, 0, 10, lr_end=0.1).lr_lambdas[0](10)
+        0.2
+    """
+    schedule = PolynomialSchedule(num_warmup_steps, num_training_steps, _initial_lr(optimizer), lr_end, power)
+    return _drive(optimizer, schedule, last_epoch)
+
+
+def get_inverse_sqrt_schedule(
+    optimizer: Optimizer, num_warmup_steps: float, timescale: float | None = None, last_epoch: int = -1
+) -> LambdaLR:
+    """Warm-up, then a rate that falls with one over the square root of the step.
+
+    Args:
+        optimizer: Any torch optimizer.
+        num_warmup_steps: Length of the warm-up.
+        timescale: Steps in which the rate falls by sqrt(2). Default: the warm-up's length, 10,000 without warm-up.
+        last_epoch: See `get_constant_schedule`.
+
+    Returns:
+        A `LambdaLR` around an `InverseSqrtSchedule`.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+        >>> get_inverse_sqrt_schedule(optimizer, 0).lr_lambdas[0](30_000)
+        0.5
+    """
+    return _drive(optimizer, InverseSqrtSchedule(num_warmup_steps, timescale), last_epoch)
+
+
+def get_cosine_with_min_lr_schedule_with_warmup(
+    optimizer: Optimizer,
+    num_warmup_steps: float,
+    num_training_steps: float,
+    num_cycles: float = 0.5,
+    last_epoch: int = -1,
+    min_lr: float | None = None,
+    min_lr_rate: float | None = None,
+) -> LambdaLR:
+    """Warm-up, then a cosine wave that ends at a minimum above 0.
+
+    Args:
+        optimizer: Any torch optimizer.
+        num_warmup_steps: Length of the warm-up.
+        num_training_steps: Length of the whole training. Past it the wave goes on.
+        num_cycles: Number of full waves.
+        last_epoch: See `get_constant_schedule`.
+        min_lr: The minimum as a rate; it becomes a share of the optimizer's default rate for all param groups.
+        min_lr_rate: The minimum as a share of the initial rate. Exactly one of the two must be given.
+
+    Returns:
+        A `LambdaLR` around a `CosineWithMinLRSchedule`.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+        >>> get_cosine_with_min_lr_schedule_with_warmup(optimizer, 0, 10, min_lr=0.05).lr_lambdas[0](10)
+        0.1
+    """
+    rate = _min_lr_rate(optimizer, min_lr, min_lr_rate)
+    return _drive(
+        optimizer, CosineWithMinLRSchedule(num_warmup_steps, num_training_steps, rate, num_cycles), last_epoch
+    )
+
+
+def get_cosine_with_min_lr_schedule_with_warmup_lr_rate(
+    optimizer: Optimizer,
+    num_warmup_steps: float,
+    num_training_steps: float,
+    num_cycles: float = 0.5,
+    last_epoch: int = -1,
+    min_lr: float | None = None,
+    min_lr_rate: float | None = None,
+    warmup_lr_rate: float | None = None,
+) -> LambdaLR:
+    """`get_cosine_with_min_lr_schedule_with_warmup`, one step further on, and with a warm-up that starts above 0.
+
+    Args:
+        optimizer: Any torch optimizer.
+        num_warmup_steps: Length of the warm-up.
+        num_training_steps: Length of the whole training; its last step, `num_training_steps - 1`, uses the minimum.
+        num_cycles: Number of full waves.
+        last_epoch: See `get_constant_schedule`.
+        min_lr: The minimum as a rate; it becomes a share of the optimizer's default rate for all param groups.
+        min_lr_rate: The minimum as a share of the initial rate. Exactly one of the two must be given.
+        warmup_lr_rate: Where the warm-up starts, as a share of the initial rate. Default: `1 / num_warmup_steps`.
+
+    Returns:
+        A `LambdaLR` around a `CosineWarmupWithMinLRSchedule`.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+        >>> get_cosine_with_min_lr_schedule_with_warmup_lr_rate(optimizer, 10, 100, min_lr_rate=0.1).get_last_lr()
+        [0.05]
+    """
+    rate = _min_lr_rate(optimizer, min_lr, min_lr_rate)
+    schedule = CosineWarmupWithMinLRSchedule(num_warmup_steps, num_training_steps, rate, num_cycles, warmup_lr_rate)
+    return _drive(optimizer, schedule, last_epoch)
+
+
+def get_wsd_schedule(
+    optimizer: Optimizer,
+    num_warmup_steps: float,
+    num_decay_steps: float,
+    num_training_steps: float | None = None,
+    num_stable_steps: float | None = None,
+    warmup_type: str = "linear",
+    decay_type: str = "cosine",
+    min_lr_ratio: float = 0,
+    num_cycles: float = 0.5,
+    last_epoch: int = -1,
+) -> LambdaLR:
+    """Warm-up, a stable phase at the initial rate, and a decay.
+
+    Args:
+        optimizer: Any torch optimizer.
+        num_warmup_steps: Length of the warm-up.
+        num_decay_steps: Length of the decay.
+        num_training_steps: Length of all three phases.
+        num_stable_steps: Length of the stable phase, instead of `num_training_steps`; given both, this one is used,
+            with a UserWarning.
+        warmup_type: Shape of the warm-up: "linear", "cosine" or "1-sqrt".
+        decay_type: Shape of the decay, from the same three.
+        min_lr_ratio: Where warm-up starts and decay ends, as a share of the initial rate.
+        num_cycles: Number of full waves of a cosine decay.
+        last_epoch: See `get_constant_schedule`.
+
+    Returns:
+        A `LambdaLR` around a `WarmupStableDecaySchedule`.
+
+    Raises:
+        ValueError: As `WarmupStableDecaySchedule`.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+        >>> get_wsd_schedule(optimizer, 10, 20, num_training_steps=100).lr_lambdas[0](50)
+        1.0
+    """
+    schedule = WarmupStableDecaySchedule(
+        num_warmup_steps,
+        num_decay_steps,
+        num_training_steps,
+        num_stable_steps,
+        warmup_type,
+        decay_type,
+        min_lr_ratio,
+        num_cycles,
+    )
+    return _drive(optimizer, schedule, last_epoch)
