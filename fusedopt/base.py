@@ -62,6 +62,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         """State of a parameter as another implementation saved it, in the names of this one."""
         return state
 
+    def prepare(self, grads: list[list[Tensor | None]], control: Control) -> tuple[list[list[Tensor | None]], Control]:
+        """What a step works with instead of these checked gradients and this control; called once per step."""
+        return grads, control
+
     # Param groups.
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -159,6 +163,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _update(self, grads: list[list[Tensor | None]], control: Control) -> None:
         for group, row in zip(self.param_groups, grads):
             _check_gradients(group["params"], row)
+        grads, control = self.prepare(grads, control)
         devices = list(dict.fromkeys(p.device for group in self.param_groups for p in group["params"]))
         steppers = [self._stepper(device) for device in devices]
         self._init_states(grads)
