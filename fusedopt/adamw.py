@@ -1,6 +1,6 @@
 """AdamW in the three conventions in use: transformers', torch's and Keras'."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ class AdamW(FusedOptimizer):
         "amsgrad": checks.flag,
         "maximize": checks.flag,
     }
-    constructor_options = ("backend", "convention")
+    constructor_options: ClassVar[tuple[str, ...]] = ("backend", "convention")
 
     def __init__(
         self,

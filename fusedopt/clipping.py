@@ -1,0 +1,103 @@
+"""Clipping of gradients by value, by tensor and by their common norm, without writing to them and without waiting."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedopt.checks import finite_non_negative
+
+Gradients = list[list[Tensor | None]]
+"""One row per param group, one place per parameter."""
+
+
+class Clipping(NamedTuple):
+    """Which clippings a step applies, in this order; None leaves one out.
+
+    Attributes:
+        clipvalue: every element is brought into [-clipvalue, clipvalue].
+        clipnorm: every tensor's norm is brought down to it.
+        global_clipnorm: the norm of all gradients together is brought down to it.
+    """
+
+    clipvalue: float | None = None
+    clipnorm: float | None = None
+    global_clipnorm: float | None = None
+
+    def check(self) -> None:
+        """Raises ValueError for a negative bound and for both norms at once."""
+        for name, bound in self._asdict().items():
+            if bound is not None:
+                finite_non_negative(name, bound)
+        if self.clipnorm is not None and self.global_clipnorm is not None:
+            raise ValueError(
+                f"clipnorm={self.clipnorm!r} and global_clipnorm={self.global_clipnorm!r} exclude each other: pass one"
+            )
+
+    def __call__(self, grads: Gradients, scale: float | Tensor = 1.0) -> tuple[Gradients, float | Tensor]:
+        """The gradients and the factor on them that a step works with instead of `grads` and `scale`.
+
+        What is clipped is `scale * grads`. By the common norm alone, the gradients stay as they are and the factor
+        changes; by value or by tensor, they are copied (in float32 where they have 16 bits).
+
+        Args:
+            grads: dense gradients, which are not written to.
+            scale: their factor, a number or a tensor of one element.
+
+        Returns:
+            Gradients and factor; the factor is a tensor where it depends on a norm.
+
+        Example:
+            >>> g = torch.tensor([3.0, 4.0])
+            >>> Clipping(global_clipnorm=1.0)([[g, None]])
+            ([[tensor([3., 4.]), None]], tensor(0.2000))
+            >>> Clipping(clipvalue=3.5)([[g, None]])
+            ([[tensor([3.0000, 3.5000]), None]], 1.0)
+        """
+        flat = [g for row in grads for g in row if g is not None]
+        if not flat or not any(bound is not None for bound in self):
+            return grads, scale
+        copied = flat
+        if self.clipvalue is not None:
+            copied, scale = _clip_values(_wide(copied), scale, self.clipvalue), 1.0
+        if self.clipnorm is not None:
+            factors = [_factor(norm, scale, self.clipnorm) for norm in _norms(copied)]
+            copied, scale = list(torch._foreach_mul(_wide(copied), factors)), 1.0
+        if self.global_clipnorm is not None:
+            norms = _norms(copied)
+            home = norms[0].device
+            norm = torch.linalg.vector_norm(torch.stack([norm.to(home, non_blocking=True) for norm in norms]))
+            scale = _factor(norm, scale, self.global_clipnorm)
+            if any(g.device != home for g in copied):
+                # A factor is read on the device of the parameters it is for.
+                copied, scale = [g * scale.to(g.device, non_blocking=True) for g in _wide(copied)], 1.0
+        if copied is flat:
+            return grads, scale
+        remaining = iter(copied)
+        return [[g if g is None else next(remaining) for g in row] for row in grads], scale
+
+
+def _wide(grads: list[Tensor]) -> list[Tensor]:
+    """float32 for 16-bit gradients, which clipping would round a second time; the others as they are."""
+    return [g.to(torch.promote_types(g.dtype, torch.float32)) for g in grads]
+
+
+def _norms(grads: list[Tensor]) -> list[Tensor]:
+    """Each tensor's norm, 0-d, at least in float32: g² of 16 bits would overflow, or vanish in the sum."""
+    double = any(g.dtype == torch.float64 for g in grads)
+    return list(torch._foreach_norm(grads, 2, torch.float64 if double else torch.float32))
+
+
+def _clip_values(grads: list[Tensor], scale: float | Tensor, bound: float) -> list[Tensor]:
+    if isinstance(scale, Tensor) or scale != 1.0:
+        grads = list(torch._foreach_mul(grads, scale))
+    clipped = list(torch._foreach_clamp_min(grads, -bound))
+    torch._foreach_clamp_max_(clipped, bound)
+    return clipped
+
+
+def _factor(norm: Tensor, scale: float | Tensor, bound: float) -> Tensor:
+    """The factor that brings gradients of this norm, times `scale`, down to `bound`; NaN if not finite, as in Keras."""
+    size = norm * scale
+    largest = size.abs().clamp_min(max(bound, torch.finfo(norm.dtype).tiny))
+    return scale * (bound / largest) + (size - size)

@@ -1,0 +1,421 @@
+"""AdamWeightDecay and create_optimizer: the TensorFlow half of transformers' optimization module, for torch."""
+
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fusedopt import checks
+from fusedopt.adamw import AdamW
+from fusedopt.base import refuse_unknown
+from fusedopt.batch import AdamWHyper, Batch, Control
+from fusedopt.clipping import Clipping, Gradients
+from fusedopt.keras_schedules import PolynomialDecay, RateFunction, WarmUp, describe, revive
+
+_KERAS_EPSILON = 1e-7
+"""What Keras' Adam takes for an epsilon of 0."""
+
+_GROUP_OPTIONS = {"learning_rate": "lr", "epsilon": "eps", "weight_decay_rate": "weight_decay"}
+"""Options of a param group may have Keras' names too; the group itself has torch's, so that torch's tools find them."""
+
+
+class AdamWeightDecay(AdamW):
+    """`AdamWeightDecay` of transformers' TensorFlow half, as a torch optimizer.
+
+    Per parameter with gradient g, t counting the applied steps of the whole optimizer:
+
+        p = p - lr * weight_decay_rate * p                              (where the parameter's name says so)
+        m = beta_1 * m + (1 - beta_1) * g
+        v = beta_2 * v + (1 - beta_2) * g²
+        p = p - lr * sqrt(1 - beta_2^t) / (1 - beta_1^t) * m / (sqrt(v) + epsilon)
+
+    It is `AdamW(convention="keras")` with decay by name, clipping and rates that are functions of the step. Gradients
+    are clipped first by value, then by tensor, then by their common norm, on their device; they are not written to.
+
+    Args:
+        params: what torch's optimizers take; with patterns, best `model.named_parameters()`.
+        learning_rate: a float; a tensor of one element, read on its device at every step; or a function from the number
+            of `step()` calls so far (0 at the first; skipped ones count too) to the rate, such as `WarmUp`.
+        beta_1, beta_2: decay rates of the averages of g and g², each in [0, 1).
+        epsilon: added to the root of v; 0 means 1e-7, as in Keras.
+        amsgrad: divide by the largest v so far.
+        weight_decay_rate: decoupled weight decay, >= 0, in units of the rate.
+        include_in_weight_decay: regular expressions; a parameter whose name one of them finds decays.
+        exclude_from_weight_decay: the same for parameters that do not decay, asked second. Whoever is found by neither
+            decays: the first list alone restricts nothing.
+        name: for the config.
+        backend: "auto" (Triton for CUDA and ROCm tensors, eager for the others), "triton" or "eager".
+        **kwargs: Keras' `clipvalue`, `clipnorm`, `global_clipnorm` (the last two exclude each other), `decay` (the rate
+            is divided by 1 + decay * calls) and `lr` (instead of `learning_rate`, with a warning).
+
+    Raises:
+        ValueError: an option is out of range; patterns without names; at a step, a function that returns no rate.
+        TypeError: an option that does not exist here.
+
+    `group["lr"]` is the rate in use (before `decay`), so torch's schedulers work; a function of the step sets it, and a
+    second hand on it is refused. The number of calls is `group["iterations"]`, in checkpoints too.
+
+    Sources: transformers 4.34, `optimization_tf.py`; Keras 2.14, `optimizers/legacy/adam.py`.
+
+    Example:
+        >>> import torch
+        >>> from fusedopt.keras import AdamWeightDecay
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = AdamWeightDecay(
+        ...     model.named_parameters(), 0.1, weight_decay_rate=0.5, exclude_from_weight_decay=["bias"]
+        ... )
+        >>> before = model.weight.detach().clone(), model.bias.detach().clone()
+        >>> optimizer.apply_gradients((torch.zeros_like(p), p) for p in model.parameters())
+        >>> torch.allclose(model.weight, 0.95 * before[0]), torch.equal(model.bias, before[1])
+        (True, True)
+    """
+
+    _decaying: list[tuple[list[int], list[int]]] | None
+    """For each group, the places of the parameters that decay and of the others; None until a step asks."""
+
+    _rate_in_use: Any
+    """What a function of the step last put into the groups; None when not known, as after a checkpoint was loaded."""
+
+    constructor_options: ClassVar[tuple[str, ...]] = (
+        *AdamW.constructor_options,
+        *("schedule", "decay", "clipping", "include_in_weight_decay", "exclude_from_weight_decay", "name"),
+    )
+
+    def __init__(
+        self,
+        params: Any,
+        learning_rate: float | Tensor | RateFunction = 0.001,
+        beta_1: float = 0.9,
+        beta_2: float = 0.999,
+        epsilon: float = 1e-7,
+        amsgrad: bool = False,
+        weight_decay_rate: float = 0.0,
+        include_in_weight_decay: Sequence[str] | None = None,
+        exclude_from_weight_decay: Sequence[str] | None = None,
+        name: str = "AdamWeightDecay",
+        *,
+        backend: str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        self.name = name
+        self.include_in_weight_decay = _patterns("include_in_weight_decay", include_in_weight_decay)
+        self.exclude_from_weight_decay = _patterns("exclude_from_weight_decay", exclude_from_weight_decay)
+        self.clipping = Clipping(*(kwargs.pop(field, None) for field in Clipping._fields))
+        self.clipping.check()
+        self.decay = kwargs.pop("decay", 0.0)
+        checks.finite_non_negative("decay", self.decay)
+        if "lr" in kwargs:
+            checks.learning_rate("lr", kwargs["lr"])
+            warnings.warn("lr is Keras' old name of learning_rate, which it overrides here", stacklevel=2)
+            learning_rate = kwargs.pop("lr")
+        refuse_unknown(type(self).__name__, kwargs)
+        self.schedule: RateFunction | None = None
+        if callable(learning_rate) and not isinstance(learning_rate, Tensor):
+            self.schedule, learning_rate = learning_rate, _rate(learning_rate, 0)
+        super().__init__(
+            params,
+            lr=learning_rate,
+            betas=(beta_1, beta_2),
+            eps=_keras_epsilon(epsilon),
+            weight_decay=weight_decay_rate,
+            amsgrad=amsgrad,
+            convention="keras",
+            backend=backend,
+        )
+        self._rate_in_use = self.defaults["lr"]
+
+    @property
+    def iterations(self) -> int:
+        """Number of `step()` calls so far."""
+        return int(self.param_groups[0]["iterations"]) if self.param_groups else 0
+
+    # Param groups.
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, whose options may have torch's names or Keras'.
+
+        Raises:
+            ValueError: an option is out of range; patterns without names; an own rate beside a function of the step.
+        """
+        group = {_GROUP_OPTIONS.get(key, key): value for key, value in param_group.items()}
+        if "epsilon" in param_group:
+            group["eps"] = _keras_epsilon(group["eps"])
+        if "beta_1" in group or "beta_2" in group:
+            beta_1, beta_2 = group.get("betas", self.defaults["betas"])
+            group["betas"] = (group.pop("beta_1", beta_1), group.pop("beta_2", beta_2))
+        group.setdefault("iterations", self.iterations)
+        if self.schedule is not None:
+            if "lr" in group:
+                raise ValueError(
+                    f"a param group got the rate {group['lr']!r}, but learning_rate is a function of the step, which "
+                    "sets the rate of all groups: pass a number as learning_rate, or use one optimizer per rate"
+                )
+            group["lr"] = _rate(self.schedule, group["iterations"])
+        super().add_param_group(group)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        super().check_group(group)
+        if "params" in group and "param_names" not in group:
+            for option in ("include_in_weight_decay", "exclude_from_weight_decay"):
+                if getattr(self, option):
+                    raise ValueError(
+                        f"{option}={getattr(self, option)!r} is matched with the names of parameters, and there are "
+                        "none: pass model.named_parameters() instead of model.parameters()"
+                    )
+
+    # The step.
+
+    def prepare(self, grads: Gradients, control: Control) -> tuple[Gradients, Control]:
+        if (self.schedule is not None or self.decay) and _capturing():
+            raise RuntimeError(
+                "a rate that is a function of the step is computed on the host, which a CUDA graph does not repeat: "
+                "pass a tensor as learning_rate and change it between replays"
+            )
+        if self.schedule is not None:
+            self._follow(self.schedule)
+        grads, scale = self.clipping(grads, control.scale)
+        return grads, control._replace(scale=scale)
+
+    def _follow(self, schedule: RateFunction) -> None:
+        if self._rate_in_use is not None:
+            for group in self.param_groups:
+                if group["lr"] != self._rate_in_use:
+                    raise ValueError(
+                        f"the rate of a param group was set to {group['lr']!r}, by a torch scheduler or by hand, but "
+                        "learning_rate is a function of the step, which sets it: pass a number as learning_rate"
+                    )
+        self._rate_in_use = _rate(schedule, self.iterations)
+        for group in self.param_groups:
+            group["lr"] = self._rate_in_use
+
+    def hyper(self, group: dict[str, Any]) -> AdamWHyper:
+        hyper = super().hyper(group)
+        return hyper._replace(lr=hyper.lr / (1.0 + self.decay * group["iterations"])) if self.decay else hyper
+
+    def batches(self, grads: Gradients) -> list[Batch]:
+        if self._decaying is None:
+            self._decaying = [self._who_decays(group) for group in self.param_groups]
+        batches: list[Batch] = []
+        for batch, (decaying, others) in zip(super().batches(grads), self._decaying):
+            if not others or batch.hyper.weight_decay == 0.0:
+                batches.append(batch)
+                continue
+            if decaying:
+                batches.append(_part(batch, decaying, batch.hyper))
+            batches.append(_part(batch, others, batch.hyper._replace(weight_decay=0.0)))
+        return batches
+
+    def _who_decays(self, group: dict[str, Any]) -> tuple[list[int], list[int]]:
+        """Places of the group's parameters whose names decay, and of the others."""
+        found: tuple[list[int], list[int]] = [], []
+        for i in range(len(group["params"])):
+            name = group["param_names"][i] if "param_names" in group else ""
+            included = any(re.search(pattern, name) for pattern in self.include_in_weight_decay or ())
+            excluded = any(re.search(pattern, name) for pattern in self.exclude_from_weight_decay or ())
+            found[excluded and not included].append(i)
+        return found
+
+    def _update(self, grads: Gradients, control: Control) -> None:
+        super()._update(grads, control)
+        for group in self.param_groups:
+            group["iterations"] += 1
+
+    def apply_gradients(
+        self, grads_and_params: Iterable[tuple[Tensor | None, Tensor]], scale: float | Tensor = 1.0
+    ) -> None:
+        """Updates parameters from gradients given here; see `FusedOptimizer.apply_gradients`.
+
+        Raises:
+            ValueError: also, as in Keras, where there is no gradient at all.
+        """
+        pairs = list(grads_and_params)
+        if all(grad is None for grad, _ in pairs):
+            raise ValueError(
+                f"there is no gradient among the {len(pairs)} pairs: call backward() first, or skip the step"
+            )
+        super().apply_gradients(pairs, scale)
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._decaying = None
+        self._rate_in_use = None
+
+    # Configs.
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments except parameters and backend, under Keras' keys.
+
+        Our schedules become `{"class_name", "config"}`, at any depth; other functions stay what they are. What
+        `state_dict()` holds (moments, counts, rates that were changed later) is not part of it.
+        """
+        rate = self.defaults["lr"] if self.schedule is None else self.schedule
+        beta_1, beta_2 = self.defaults["betas"]
+        return {
+            "name": self.name,
+            **{field: bound for field, bound in self.clipping._asdict().items() if bound is not None},
+            "learning_rate": rate.item() if isinstance(rate, Tensor) else describe(rate),
+            "decay": self.decay,
+            "beta_1": beta_1,
+            "beta_2": beta_2,
+            "epsilon": self.defaults["eps"],
+            "amsgrad": self.defaults["amsgrad"],
+            "weight_decay_rate": self.defaults["weight_decay"],
+            "include_in_weight_decay": self.include_in_weight_decay,
+            "exclude_from_weight_decay": self.exclude_from_weight_decay,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], params: Any, *, backend: str = "auto") -> "AdamWeightDecay":
+        """The optimizer that `get_config` described, for these parameters; configs of Keras are read as well.
+
+        Args:
+            config: with `lr` in place of `learning_rate` too; schedules in it are configs, or any callable.
+            params: as the constructor takes them.
+            backend: as the constructor takes it.
+
+        Raises:
+            ValueError: the config holds a schedule that is not known here.
+
+        Example:
+            >>> import torch
+            >>> from fusedopt.keras import AdamWeightDecay, PolynomialDecay, WarmUp
+            >>> schedule = WarmUp(0.1, PolynomialDecay(0.1, decay_steps=8), warmup_steps=2)
+            >>> config = AdamWeightDecay([torch.nn.Parameter(torch.ones(1))], schedule).get_config()
+            >>> AdamWeightDecay.from_config(config, [torch.nn.Parameter(torch.ones(1))]).schedule == schedule
+            True
+        """
+        arguments = dict(config)
+        if "lr" in arguments:
+            arguments["learning_rate"] = arguments.pop("lr")
+        if "learning_rate" in arguments:
+            arguments["learning_rate"] = revive(arguments["learning_rate"])
+        optimizer = cls(params, **arguments, backend=backend)
+        if arguments.get("epsilon") == 0:
+            optimizer._keep_epsilon(0.0)
+        return optimizer
+
+    def _keep_epsilon(self, epsilon: float) -> None:
+        """Sets epsilon for all groups; unlike in the constructor, 0 stays 0, as in the Adam of newer Keras."""
+        self.defaults["eps"] = epsilon
+        for group in self.param_groups:
+            group["eps"] = epsilon
+
+
+def create_optimizer(
+    params: Any,
+    init_lr: float,
+    num_train_steps: int,
+    num_warmup_steps: int,
+    min_lr_ratio: float = 0.0,
+    adam_beta1: float = 0.9,
+    adam_beta2: float = 0.999,
+    adam_epsilon: float = 1e-8,
+    adam_clipnorm: float | None = None,
+    adam_global_clipnorm: float | None = None,
+    weight_decay_rate: float = 0.0,
+    power: float = 1.0,
+    include_in_weight_decay: Sequence[str] | None = None,
+    *,
+    backend: str = "auto",
+) -> tuple[AdamWeightDecay, WarmUp | PolynomialDecay]:
+    """An `AdamWeightDecay` whose rate rises in a straight line and then decays to `init_lr * min_lr_ratio`.
+
+    Args:
+        params: a module, or named parameters; without weight decay anything that torch's optimizers take. The original
+            has no such argument.
+        init_lr: the rate at the end of the warm-up.
+        num_train_steps: number of steps in all, warm-up included.
+        num_warmup_steps: length of the warm-up; 0 for none.
+        min_lr_ratio: the last rate, as a part of `init_lr`.
+        adam_beta1, adam_beta2, adam_epsilon: as in `AdamWeightDecay`; without weight decay an epsilon of 0 stays 0, as
+            in the other class that the original then returns.
+        adam_clipnorm, adam_global_clipnorm: bound of each gradient's norm, or of their common norm.
+        weight_decay_rate: of all parameters but those with "LayerNorm", "layer_norm" or "bias" in their name. Few torch
+            models name their norms so: `fusedopt.decay_groups` sorts them by the type of their module.
+        power: of the decay's polynomial; the warm-up is a straight line whatever it is.
+        include_in_weight_decay: regular expressions for names that decay all the same.
+        backend: "auto", "triton" or "eager".
+
+    Returns:
+        The optimizer and its schedule, which it calls by itself.
+
+    Raises:
+        ValueError: an option is out of range, the warm-up is longer than the training, or there are no names to match.
+
+    Source: transformers 4.34, `optimization_tf.py`.
+
+    Example:
+        >>> import torch
+        >>> from fusedopt.keras import create_optimizer
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer, schedule = create_optimizer(model, 0.4, 6, num_warmup_steps=2, weight_decay_rate=0.1)
+        >>> [round(schedule(step), 2) for step in range(7)]
+        [0.0, 0.2, 0.4, 0.3, 0.2, 0.1, 0.0]
+    """
+    if num_train_steps < num_warmup_steps:
+        raise ValueError(
+            f"num_train_steps includes num_warmup_steps={num_warmup_steps} and must not be less, got {num_train_steps}"
+        )
+    decay = PolynomialDecay(init_lr, num_train_steps - num_warmup_steps, init_lr * min_lr_ratio, power)
+    schedule = WarmUp(init_lr, decay, num_warmup_steps) if num_warmup_steps else decay
+    decays = weight_decay_rate != 0.0
+    optimizer = AdamWeightDecay(
+        params.named_parameters() if isinstance(params, torch.nn.Module) else params,
+        schedule,
+        adam_beta1,
+        adam_beta2,
+        adam_epsilon,
+        weight_decay_rate=weight_decay_rate,
+        include_in_weight_decay=include_in_weight_decay if decays else None,
+        exclude_from_weight_decay=["LayerNorm", "layer_norm", "bias"] if decays else None,
+        clipnorm=adam_clipnorm,
+        global_clipnorm=adam_global_clipnorm,
+        backend=backend,
+    )
+    if not decays:
+        optimizer._keep_epsilon(adam_epsilon)
+    return optimizer, schedule
+
+
+def _patterns(name: str, patterns: Sequence[str] | None) -> list[str] | None:
+    if patterns is None:
+        return None
+    if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ValueError(f"{name} must be a list of regular expressions, got {patterns!r}")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{name} has {pattern!r} in it, which is no regular expression: {error}") from error
+    return list(patterns)
+
+
+def _rate(schedule: RateFunction, calls: int) -> float:
+    rate = float(schedule(calls))
+    try:
+        checks.learning_rate("learning_rate", rate)
+    except ValueError:
+        raise ValueError(
+            f"the learning-rate schedule gives {rate} at step {calls}: a rate must be finite and >= 0"
+        ) from None
+    return rate
+
+
+def _keras_epsilon(epsilon: float) -> float:
+    return epsilon if epsilon != 0 else _KERAS_EPSILON
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def _part(batch: Batch, which: list[int], hyper: AdamWHyper) -> Batch:
+    return Batch(
+        hyper,
+        [batch.params[i] for i in which],
+        [batch.grads[i] for i in which],
+        [batch.states[i] for i in which],
+    )
