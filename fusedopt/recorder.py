@@ -1,0 +1,141 @@
+"""The learning rates that a training run really used: noted at every optimizer step, without slowing it down."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.optim import Optimizer
+
+# Rates that are tensors are stacked in blocks of this many: on a GPU each tensor takes 512 bytes, however small it is.
+_BLOCK = 1024
+
+
+class _Column:
+    """The rates of one param group. Tensors are copied on their device and read by `read()` alone."""
+
+    def __init__(self, group: dict[str, Any], first_row: int) -> None:
+        self.initial = _copied(group.get("initial_lr", group["lr"]))
+        self.first_row = first_row
+        self._blocks: list[torch.Tensor] = []
+        self._recent: list[Any] = []
+
+    def append(self, lr: Any) -> None:
+        self._recent.append(lr)
+        if len(self._recent) == _BLOCK:
+            self._blocks.append(_stacked(self._recent))
+            self._recent = []
+
+    def read(self) -> np.ndarray:
+        blocks = [*self._blocks, _stacked(self._recent)]
+        return np.concatenate([np.full(self.first_row, np.nan), *(block.double().cpu().numpy() for block in blocks)])
+
+    def precision(self) -> float:
+        kept_in = self.initial.dtype if isinstance(self.initial, torch.Tensor) else torch.float64
+        return torch.finfo(kept_in).eps
+
+
+def _copied(lr: Any) -> Any:
+    if isinstance(lr, torch.Tensor):
+        return lr.detach().clone()
+    return float("nan") if lr is None else float(lr)
+
+
+def _stacked(lrs: list[Any]) -> torch.Tensor:
+    if lrs and all(isinstance(lr, torch.Tensor) for lr in lrs):
+        return torch.stack([lr.reshape(()) for lr in lrs])
+    return torch.tensor([float(lr) for lr in lrs], dtype=torch.float64)
+
+
+class LRRecorder:
+    """Notes the learning rate that every `optimizer.step()` really used, for each param group.
+
+    It listens through the optimizer's step hooks; a step that raised is not noted. Rates that are tensors are copied on
+    their device, and read when `rates` is asked for. Replays of a CUDA graph do not pass through Python: call `note()`
+    before each. `verify_schedule` and `plot_verification` compare the record with a schedule.
+
+    Args:
+        optimizer: Any torch optimizer.
+        first_step: The number of optimizer steps that went before: 0, or that of the checkpoint a run goes on from.
+
+    Raises:
+        ValueError: If `first_step` is negative.
+
+    Example:
+        >>> from fusedopt.schedules import get_linear_schedule_with_warmup
+        >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        >>> scheduler = get_linear_schedule_with_warmup(optimizer, 2, 4)
+        >>> recorder = LRRecorder(optimizer)
+        >>> for _ in range(4):
+        ...     optimizer.step()
+        ...     scheduler.step()
+        >>> recorder.rates.tolist()
+        [[0.0], [0.5], [1.0], [0.5]]
+    """
+
+    def __init__(self, optimizer: Optimizer, first_step: int = 0) -> None:
+        if first_step < 0:
+            raise ValueError(f"first_step must be >= 0, got {first_step}; it counts the optimizer steps before these")
+        self.optimizer = optimizer
+        self.first_step = first_step
+        self._length = 0
+        self._columns: list[_Column] = []
+        self._used: list[Any] | None = None
+        self._see_new_groups()
+        self._hooks = [
+            optimizer.register_step_pre_hook(lambda *_: self._before_step()),
+            optimizer.register_step_post_hook(lambda *_: self._after_step()),
+        ]
+
+    def _see_new_groups(self) -> None:
+        for group in self.optimizer.param_groups[len(self._columns) :]:
+            self._columns.append(_Column(group, self._length))
+
+    def _before_step(self) -> None:
+        # A capture is no step, and copies made in it would belong to the graph and change with every replay.
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        self._used = None if capturing else [_copied(group["lr"]) for group in self.optimizer.param_groups]
+
+    def _after_step(self) -> None:
+        if self._used is not None:
+            self._append(self._used)
+            self._used = None
+
+    def _append(self, lrs: list[Any]) -> None:
+        self._see_new_groups()
+        for column, lr in zip(self._columns, lrs):
+            column.append(lr)
+        self._length += 1
+
+    def note(self) -> None:
+        """Note the present rates as those of one more step: for steps that Python does not see."""
+        self._append([_copied(group["lr"]) for group in self.optimizer.param_groups])
+
+    def close(self) -> None:
+        """Stop listening; the record stays."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def steps(self) -> np.ndarray:
+        """The numbers of the noted steps, int64: `first_step`, `first_step + 1`, ..."""
+        return np.arange(self.first_step, self.first_step + self._length)
+
+    @property
+    def rates(self) -> np.ndarray:
+        """The noted rates, float64 of shape [steps, param groups]; NaN before a group was there, or without a rate."""
+        return np.stack([column.read() for column in self._columns], axis=1)
+
+    @property
+    def initial_rates(self) -> np.ndarray:
+        """For each param group the rate that the factors of a schedule multiply, float64."""
+        return np.array([float(column.initial) for column in self._columns])
+
+    @property
+    def precision(self) -> float:
+        """Relative spacing of the numbers that rates are kept in: float64's, or that of their tensors' dtype."""
+        return max(column.precision() for column in self._columns)

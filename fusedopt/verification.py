@@ -1,0 +1,133 @@
+"""A record of learning rates against the schedule that was meant, and which mistake explains where they differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch.optim.lr_scheduler import LambdaLR
+
+from fusedopt.mistakes import Run, explain
+from fusedopt.recorder import LRRecorder
+from fusedopt.schedule_base import Schedule
+
+
+@dataclass(frozen=True, eq=False)
+class Verification:
+    """What a run used beside what it was meant to use.
+
+    Attributes:
+        steps: Numbers of the optimizer steps, int64 of shape [n].
+        recorded: Rates that were used, float64 of shape [n, param groups].
+        expected: Rates that were meant, same shape.
+        differs: Where they differ by more than the tolerance, bool, same shape.
+        finding: One sentence: that all is well, or the mistake and the way out.
+    """
+
+    steps: np.ndarray
+    recorded: np.ndarray
+    expected: np.ndarray
+    differs: np.ndarray
+    finding: str
+
+    @property
+    def ok(self) -> bool:
+        return not self.differs.any()
+
+    @property
+    def wrong_steps(self) -> np.ndarray:
+        """Numbers of the steps where a param group differs."""
+        return self.steps[self.differs.any(axis=1)]
+
+    def raise_on_difference(self) -> Verification:
+        """Returns itself.
+
+        Raises:
+            RuntimeError: With the finding, if a step used another rate than it was meant to.
+        """
+        if not self.ok:
+            raise RuntimeError(self.finding)
+        return self
+
+
+def verify_schedule(
+    recorder: LRRecorder,
+    schedule: Schedule | LambdaLR | Callable[[int], float] | Sequence[Callable[[int], float]],
+    tolerance: float | None = None,
+    raise_on_difference: bool = False,
+) -> Verification:
+    """Compare the rates that a run used with those of a schedule.
+
+    Args:
+        recorder: The record of the run.
+        schedule: The schedule that was meant: an object of `fusedopt.closed_forms`, a live `LambdaLR`, any function
+            from step to factor, or one function per param group.
+        tolerance: Largest relative difference that counts as equal. Default: 1e-9, or 4 units in the last place of a
+            rate that is a tensor.
+        raise_on_difference: Raise instead of returning a `Verification` with differences.
+
+    Returns:
+        The data, and a sentence that names the mistake where one explains all differences: a scheduler that is stepped
+        before the optimizer, several times per step, once per epoch, not at all, or that starts anew on resume.
+
+    Raises:
+        ValueError: If nothing was recorded, if the schedule is no function of the step, or has not one per param group.
+        RuntimeError: If asked to, on differences.
+
+    Example:
+        >>> import torch
+        >>> from fusedopt.schedules import get_linear_schedule_with_warmup
+        >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        >>> recorder = LRRecorder(optimizer)
+        >>> scheduler = get_linear_schedule_with_warmup(optimizer, 2, 10)
+        >>> for _ in range(5):
+        ...     optimizer.step()
+        ...     scheduler.step()
+        ...     scheduler.step()
+        >>> verification = verify_schedule(recorder, scheduler)
+        >>> verification.wrong_steps.tolist()
+        [1, 2, 3, 4]
+        >>> print(verification.finding)
+        4 of 5 steps used another rate: the scheduler is stepped 2 times per optimizer step; step it once
+    """
+    if len(recorder) == 0:
+        raise ValueError("no step was recorded; make the LRRecorder before training, and call optimizer.step()")
+    relative = max(1e-9, 4 * recorder.precision) if tolerance is None else tolerance
+    run = Run(recorder.steps, recorder.rates, _rates_of(schedule, recorder), relative, recorder.initial_rates)
+    expected = run.meant(run.steps)
+    differs = run.differs(run.recorded, expected)
+    wrong = np.asarray(differs.any(axis=1))
+    finding = f"all {len(run.steps)} steps used the rate of the schedule"
+    if wrong.any():
+        first = int(wrong.argmax())
+        used, meant = ([float(f"{lr:.6g}") for lr in rates[first]] for rates in (run.recorded, expected))
+        cause = explain(run, first) or f"first at step {run.steps[first]}, {used} instead of {meant}"
+        finding = f"{wrong.sum()} of {len(wrong)} steps used another rate: {cause}"
+    verification = Verification(run.steps, run.recorded, expected, differs, finding)
+    return verification.raise_on_difference() if raise_on_difference else verification
+
+
+def _rates_of(schedule: Any, recorder: LRRecorder) -> Callable[[np.ndarray], np.ndarray]:
+    initial = recorder.initial_rates
+    functions = schedule if isinstance(schedule, (list, tuple)) else [schedule] * len(initial)
+    if isinstance(schedule, LambdaLR):
+        functions, initial = schedule.lr_lambdas, np.array([float(lr) for lr in schedule.base_lrs])
+    if not all(callable(function) for function in functions):
+        raise ValueError(
+            f"{type(schedule).__name__} gives no rate for a step; verify against a schedule, a LambdaLR, or a function "
+            "of the step (metric-driven schedulers have none)"
+        )
+    if len(functions) != recorder.rates.shape[1]:
+        raise ValueError(f"{recorder.rates.shape[1]} param groups were recorded, but {len(functions)} schedules given")
+
+    def rates(steps: np.ndarray) -> np.ndarray:
+        factors: dict[int, np.ndarray] = {}
+        for function in functions:
+            if id(function) not in factors:
+                array = function(steps) if isinstance(function, Schedule) else [function(int(step)) for step in steps]
+                factors[id(function)] = np.asarray(array, dtype=np.float64)
+        return np.stack([factors[id(function)] * lr for function, lr in zip(functions, initial)], axis=1)
+
+    return rates
