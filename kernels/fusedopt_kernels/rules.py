@@ -3,10 +3,11 @@
 Every function here is plain arithmetic: `+ - * /` and the functions that are passed in. The same code runs on torch
 tensors (the eager backend), on numpy arrays (the tests), on Python floats (the scalars of a step) and, through
 `triton.jit`, in the kernels. Letters are those of the papers: p parameter, g gradient, m and v its first and second
-moment.
+moment. (Triton looks up the names in a signature and knows modules there, hence `typing.Any`.)
 """
 
 import math
+import typing
 from typing import Any, NamedTuple
 
 
@@ -41,16 +42,16 @@ def log_beta(beta: float) -> float:
 
 
 def adamw_scalars(
-    step: Any,
-    lr: Any,
-    weight_decay: Any,
-    eps: Any,
-    log_beta1: Any,
-    log_beta2: Any,
-    decays_update: Any,
-    corrects_eps: Any,
-    exp: Any,
-    sqrt: Any,
+    step: typing.Any,
+    lr: typing.Any,
+    weight_decay: typing.Any,
+    eps: typing.Any,
+    log_beta1: typing.Any,
+    log_beta2: typing.Any,
+    decays_update: typing.Any,
+    corrects_eps: typing.Any,
+    exp: typing.Any,
+    sqrt: typing.Any,
 ) -> Any:
     """The three numbers of one AdamW step, in float64: (shrink, step_size, eps_hat)."""
     correction1 = 1.0 - exp(step * log_beta1)
@@ -61,11 +62,11 @@ def adamw_scalars(
     return shrink, step_size, eps_hat
 
 
-def adam_moments(g: Any, m: Any, v: Any, beta1: Any, weight1: Any, beta2: Any, weight2: Any) -> Any:
+def adam_moments(g: typing.Any, m: typing.Any, v: typing.Any, beta1: typing.Any, weight1: typing.Any, beta2: typing.Any, weight2: typing.Any) -> Any:
     """The new running averages of g and g², with weight = 1 - beta. The order of factors keeps g² from overflowing."""
     return beta1 * m + weight1 * g, beta2 * v + weight2 * g * g
 
 
-def adamw_update(p: Any, m: Any, v: Any, shrink: Any, step_size: Any, eps_hat: Any, sqrt: Any, div: Any) -> Any:
+def adamw_update(p: typing.Any, m: typing.Any, v: typing.Any, shrink: typing.Any, step_size: typing.Any, eps_hat: typing.Any, sqrt: typing.Any, div: typing.Any) -> Any:
     """The new parameter, rounded once: p is added to last, so that a small decay is not lost in 1 - shrink."""
     return p - (shrink * p + div(step_size * m, sqrt(v) + eps_hat))

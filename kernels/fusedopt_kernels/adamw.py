@@ -1,0 +1,168 @@
+"""AdamW for all tensors of a table: a prologue over its rows, then one launch per launch class."""
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fusedopt_kernels import rules
+from fusedopt_kernels.device import (
+    div_rn,
+    exp,
+    jit_rule,
+    load_behind,
+    load_float64,
+    load_number,
+    load_pointer,
+    load_size,
+    my_piece,
+    narrow,
+    sqrt_rn,
+)
+from fusedopt_kernels.table import ROWS_PER_PROGRAM, LaunchTable, launch_class
+
+POINTERS = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+"""The tensors of a row that are read and written element by element."""
+
+COLUMNS = (*POINTERS, "step", "numel", "batch")
+"""int64 of a row: addresses (0: there is no such tensor), number of elements, row of its hyper-parameters."""
+
+NUMBERS = (
+    *("lr", "weight_decay", "eps", "log_beta1", "log_beta2", "beta1", "beta2"),
+    *("decays_update", "corrects_eps", "scale", "sign"),
+)
+"""float64 of a row of hyper-parameters."""
+
+REFERENCES = ("shared_steps", "lr32", "lr64", "scale32", "scale64", "grad_scale", "found_inf")
+"""int64 behind them: a flag, then addresses of numbers on the device (0: there is none)."""
+
+# A program's work. 8 elements per thread are two 128-bit accesses to each float32 tensor, one to each bfloat16 tensor.
+BLOCK = 2048
+NUM_WARPS = 8
+
+_PARAM, _GRAD, _EXP_AVG, _EXP_AVG_SQ, _MAX_EXP_AVG_SQ, _STEP, _NUMEL, _BATCH = map(tl.constexpr, range(8))
+_COLUMNS = tl.constexpr(len(COLUMNS))
+_LR, _WEIGHT_DECAY, _EPS, _LOG_BETA1, _LOG_BETA2, _BETA1, _BETA2 = map(tl.constexpr, range(7))
+_DECAYS_UPDATE, _CORRECTS_EPS, _SCALE, _SIGN = map(tl.constexpr, range(7, 11))
+_SHARED_STEPS, _LR32, _LR64, _SCALE32, _SCALE64, _GRAD_SCALE, _FOUND_INF = map(tl.constexpr, range(11, 18))
+_HYPER = tl.constexpr(len(NUMBERS) + len(REFERENCES))
+_ACTIVE, _FACTOR, _B1, _B2, _SHRINK, _STEP_SIZE, _EPS_HAT = map(tl.constexpr, range(7))
+_SCALARS = tl.constexpr(8)
+_ROWS = tl.constexpr(ROWS_PER_PROGRAM)
+
+_adamw_scalars = jit_rule(rules.adamw_scalars)
+_adam_moments = jit_rule(rules.adam_moments)
+_adamw_update = jit_rule(rules.adamw_update)
+
+
+@triton.jit
+def prologue(rows, hyper, scalars):  # type: ignore[no-untyped-def]
+    """Advances the step count of each row and works out its scalars, in float64."""
+    index = tl.program_id(0) * _ROWS + tl.arange(0, _ROWS)
+    row = rows + index * _COLUMNS
+    h = hyper + tl.load(row + _BATCH) * _HYPER
+    out = scalars + index * _SCALARS
+
+    finite = load_behind(tl.load(h + _FOUND_INF), tl.float32, 0.0) == 0.0
+    active = finite & (tl.load(row + _GRAD) != 0)
+    step = tl.load(row + _STEP)
+    count = load_behind(step, tl.float32, 0.0) + 1.0
+    advanced = finite & (step != 0) & ((tl.load(row + _GRAD) != 0) | (tl.load(h + _SHARED_STEPS) != 0))
+    tl.store(step.to(tl.pointer_type(tl.float32)), count, mask=advanced)
+
+    shrink, step_size, eps_hat = _adamw_scalars(
+        count.to(tl.float64),
+        load_number(h + _LR, h + _LR32, h + _LR64),
+        load_float64(h + _WEIGHT_DECAY),
+        load_float64(h + _EPS),
+        load_float64(h + _LOG_BETA1),
+        load_float64(h + _LOG_BETA2),
+        load_float64(h + _DECAYS_UPDATE),
+        load_float64(h + _CORRECTS_EPS),
+        exp,
+        sqrt_rn,
+    )
+    scale = load_float64(h + _SIGN) * load_number(h + _SCALE, h + _SCALE32, h + _SCALE64)
+    tl.store(out + _ACTIVE, active.to(tl.float64))
+    tl.store(out + _FACTOR, scale / load_behind(tl.load(h + _GRAD_SCALE), tl.float32, 1.0).to(tl.float64))
+    tl.store(out + _B1, load_float64(h + _BETA1))
+    tl.store(out + _B2, load_float64(h + _BETA2))
+    tl.store(out + _SHRINK, shrink)
+    tl.store(out + _STEP_SIZE, step_size)
+    tl.store(out + _EPS_HAT, eps_hat)
+
+
+@triton.jit
+def update(
+    chunks, rows, scalars, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, V: tl.constexpr, H: tl.constexpr,
+    COMPUTE: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr
+):  # type: ignore[no-untyped-def]
+    """One piece of one tensor. P, G, M, V, H: dtypes of parameter, gradient and state; H is None without amsgrad."""
+    index, piece = my_piece(chunks)
+    row = rows + index * _COLUMNS
+    scalar = scalars + index * _SCALARS
+    if tl.load(scalar + _ACTIVE) == 0.0:
+        return
+    offsets = piece * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < load_size(row + _NUMEL, EVEN)
+    p_at = load_pointer(row + _PARAM, P, EVEN) + offsets
+    g_at = load_pointer(row + _GRAD, G, EVEN) + offsets
+    m_at = load_pointer(row + _EXP_AVG, M, EVEN) + offsets
+    v_at = load_pointer(row + _EXP_AVG_SQ, V, EVEN) + offsets
+    beta1 = tl.load(scalar + _B1)
+    beta2 = tl.load(scalar + _B2)
+
+    g = tl.load(g_at, mask=mask).to(COMPUTE) * tl.load(scalar + _FACTOR).to(COMPUTE)
+    m, v = _adam_moments(
+        g,
+        tl.load(m_at, mask=mask).to(COMPUTE),
+        tl.load(v_at, mask=mask).to(COMPUTE),
+        beta1.to(COMPUTE),
+        (1.0 - beta1).to(COMPUTE),
+        beta2.to(COMPUTE),
+        (1.0 - beta2).to(COMPUTE),
+    )
+    tl.store(m_at, narrow(m, M), mask=mask)
+    tl.store(v_at, narrow(v, V), mask=mask)
+    if H is not None:
+        h_at = load_pointer(row + _MAX_EXP_AVG_SQ, H, EVEN) + offsets
+        v = tl.maximum(tl.load(h_at, mask=mask).to(COMPUTE), v, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(h_at, narrow(v, H), mask=mask)
+    p = _adamw_update(
+        tl.load(p_at, mask=mask).to(COMPUTE),
+        m,
+        v,
+        tl.load(scalar + _SHRINK).to(COMPUTE),
+        tl.load(scalar + _STEP_SIZE).to(COMPUTE),
+        tl.load(scalar + _EPS_HAT).to(COMPUTE),
+        sqrt_rn,
+        div_rn,
+    )
+    tl.store(p_at, narrow(p, P), mask=mask)
+
+
+def adamw(table: LaunchTable, scalars: Tensor, keys: np.ndarray, pieces: np.ndarray) -> None:
+    """One step of all tensors of a table."""
+    prologue[(len(table.rows) // ROWS_PER_PROGRAM,)](table.rows, table.hyper, scalars)
+    for key, chunks in table.chunks("update", keys, pieces).items():
+        dtypes, even = launch_class(key, len(POINTERS))
+        update[(len(chunks),)](
+            chunks,
+            table.rows,
+            scalars,
+            *(None if dtype is None else _TRITON[dtype] for dtype in dtypes),
+            COMPUTE=tl.float64 if dtypes[0] is torch.float64 else tl.float32,
+            EVEN=even,
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=False,
+        )
+
+
+_TRITON = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}

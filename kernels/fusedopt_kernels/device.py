@@ -1,0 +1,99 @@
+"""What every kernel shares on the device: find my piece, read, write, round; the rules' functions.
+
+Memory is reached through int64 addresses out of a launch table. `EVEN` promises that the address is a multiple of 16
+bytes and the size one of 16 elements: with both, reads and writes are 128 bits wide, masks included.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import triton
+import triton.language as tl
+
+_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+def jit_rule(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """A rule that kernels can call. The interpreter runs it as it is."""
+    return rule if _INTERPRETED else triton.jit(rule)
+
+
+# Builtins of the language cannot be passed to a rule; functions can.
+
+
+@triton.jit
+def exp(x):  # type: ignore[no-untyped-def]
+    return tl.exp(x)
+
+
+@triton.jit
+def sqrt_rn(x):  # type: ignore[no-untyped-def]
+    """The root, rounded to nearest; for float64 the plain one is."""
+    return tl.sqrt_rn(x) if x.dtype == tl.float32 else tl.sqrt(x)
+
+
+@triton.jit
+def div_rn(x, y):  # type: ignore[no-untyped-def]
+    """The quotient, rounded to nearest; for float64 the plain one is."""
+    return tl.div_rn(x, y) if x.dtype == tl.float32 else x / y
+
+
+@triton.jit
+def my_piece(chunks):  # type: ignore[no-untyped-def]
+    """The (row, piece) that this program works on, as int64: tensors may have more than 2^31 elements."""
+    chunk = chunks + 2 * tl.program_id(0).to(tl.int64)
+    return tl.load(chunk).to(tl.int64), tl.load(chunk + 1).to(tl.int64)
+
+
+# What EVEN promises has to be said of the load itself: about the argument of a function nothing can be said.
+
+
+@triton.jit
+def load_pointer(cell, DTYPE: tl.constexpr, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The address in a cell of the table, as a pointer to elements of DTYPE."""
+    address = tl.load(cell)
+    if EVEN:
+        address = tl.multiple_of(address, 16)
+    return address.to(tl.pointer_type(DTYPE))
+
+
+@triton.jit
+def load_size(cell, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The number of elements in a cell of the table."""
+    number = tl.load(cell)
+    if EVEN:
+        number = tl.multiple_of(number, 16)
+    return number
+
+
+@triton.jit
+def load_behind(address, DTYPE: tl.constexpr, absent):  # type: ignore[no-untyped-def]
+    """The elements at a block of addresses; `absent` where the address is 0."""
+    return tl.load(address.to(tl.pointer_type(DTYPE)), mask=address != 0, other=absent)
+
+
+@triton.jit
+def load_number(value, at32, at64):  # type: ignore[no-untyped-def]
+    """The float64 numbers that three cells give: by value, or as the address of a float32, or of a float64."""
+    of32 = tl.load(at32)
+    of64 = tl.load(at64)
+    number = tl.where(of32 == 0, load_float64(value), load_behind(of32, tl.float32, 0.0).to(tl.float64))
+    return tl.where(of64 == 0, number, load_behind(of64, tl.float64, 0.0))
+
+
+@triton.jit
+def load_float64(cell):  # type: ignore[no-untyped-def]
+    """A float64 that lies in the table as its bits."""
+    return tl.load(cell).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x rounded to DTYPE, to nearest even: the interpreter would cut off what bfloat16 cannot hold."""
+    if _INTERPRETED and DTYPE == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        narrowed = tl.where(x != x, 0x7FC0, rounded).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        narrowed = x.to(DTYPE)
+    return narrowed
