@@ -45,16 +45,17 @@ def my_piece(chunks):  # type: ignore[no-untyped-def]
     return tl.load(chunk).to(tl.int64), tl.load(chunk + 1).to(tl.int64)
 
 
-# What EVEN promises has to be said of the load itself: about the argument of a function nothing can be said.
+# What EVEN promises has to be said where the value is made: about the argument of a function nothing can be said, and about
+# an address only once it is a pointer.
 
 
 @triton.jit
 def load_pointer(cell, DTYPE: tl.constexpr, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
     """The address in a cell of the table, as a pointer to elements of DTYPE."""
-    address = tl.load(cell)
+    address = tl.load(cell).to(tl.pointer_type(DTYPE))
     if EVEN:
         address = tl.multiple_of(address, 16)
-    return address.to(tl.pointer_type(DTYPE))
+    return address
 
 
 @triton.jit
