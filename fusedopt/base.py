@@ -164,6 +164,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         for group, row in zip(self.param_groups, grads):
             _check_gradients(group["params"], row)
         grads, control = self.prepare(grads, control)
+        if all(g is None for row in grads for g in row):
+            return
         devices = list(dict.fromkeys(p.device for group in self.param_groups for p in group["params"]))
         steppers = [self._stepper(device) for device in devices]
         self._init_states(grads)

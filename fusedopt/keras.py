@@ -115,6 +115,12 @@ class AdamWeightDecay(AdamW):
         self.schedule: RateFunction | None = None
         if callable(learning_rate) and not isinstance(learning_rate, Tensor):
             self.schedule, learning_rate = learning_rate, _rate(learning_rate, 0)
+        # Under the names that they have here; AdamW would complain of `lr` or `betas[0]`.
+        checks.learning_rate("learning_rate", learning_rate)
+        checks.beta("beta_1", beta_1)
+        checks.beta("beta_2", beta_2)
+        checks.finite_non_negative("epsilon", epsilon)
+        checks.finite_non_negative("weight_decay_rate", weight_decay_rate)
         super().__init__(
             params,
             lr=learning_rate,

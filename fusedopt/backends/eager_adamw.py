@@ -35,10 +35,11 @@ class EagerAdamW:
 
     def __call__(self, batches: Sequence[Batch], control: Control) -> None:
         active = [[i for i, g in enumerate(batch.grads) if g is not None] for batch in batches]
-        if not any(active):
-            return
-        shared = batches[0].hyper.convention.shared_steps
+        shared = any(batch.hyper.convention.shared_steps for batch in batches)
+        # Shared counts go on, although all gradients of this step may belong to parameters of another device.
         advancing = [[i for i, s in enumerate(batch.states) if s] for batch in batches] if shared else active
+        if not any(advancing):
+            return
         counts = self._counts.advance([batch.states[i] for batch, which in zip(batches, advancing) for i in which])
         for batch, which in zip(batches, advancing):
             steps = [step for step, i in zip(counts, which) if batch.grads[i] is not None]
