@@ -1,0 +1,342 @@
+"""The demo: one small GPT, trained twice on the same batches, with the original's optimizer loop and with ours."""
+
+import copy
+import hashlib
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+import fusedopt
+from fusedopt import backends, demo_checkpoint
+from fusedopt.demo_model import GPT
+from fusedopt.demo_text import Text, read_text
+from fusedopt.reference import ReferenceAdamW
+from fusedopt.schedules import SchedulerType, example_arguments, get_scheduler, needs_metric
+
+CONTEXT = 64
+"""Bytes the model sees at once; short, so that two trainings fit into a minute on two CPU cores."""
+
+MEASURE_EVERY = 25
+"""Steps between two measurements of the validation loss, however long the run: a longer one repeats a shorter."""
+
+HELD_OUT_WINDOWS = 64
+"""Windows of CONTEXT bytes in such a measurement, always the same ones; it costs about as much as one training step."""
+
+WARMUP_SHARE = 0.1
+"""Part of the steps in which the learning rate rises, in the schedules that have a warm-up."""
+
+
+METRICS, PICTURE, CHECKPOINT = "metrics.jsonl", "demo.png", "checkpoint.pt"
+
+
+class Choice(NamedTuple):
+    """An optimizer of the demo: ours, the reference for it, and what both are given."""
+
+    ours: Callable[..., Optimizer]
+    reference: Callable[..., Optimizer]
+    lr: float
+    options: dict[str, Any]
+    decay: str
+    """Option that is 0 for vectors: norms and biases do not decay."""
+
+
+OPTIMIZERS = {
+    "adamw": Choice(
+        fusedopt.AdamW, ReferenceAdamW, 2e-3, {"betas": (0.9, 0.99), "weight_decay": 0.1}, "weight_decay"
+    ),
+}  # fmt: skip
+
+LIMITS = {
+    "steps": (1, 100_000_000),
+    "batch_size": (1, 1_000_000),
+    "accumulate": (1, 1_000_000),
+    "layers": (1, 1_000),
+    "width": (1, 100_000),
+    "seed": (0, 2**63 - 1),
+    "checkpoint_every": (0, 100_000_000),
+}
+SCHEDULES = tuple(member.value for member in SchedulerType)
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run of the demo is made of.
+
+    Attributes:
+        steps: Optimizer steps.
+        batch_size: Windows per batch.
+        accumulate: Batches per optimizer step; their gradients are averaged.
+        layers: Blocks of the model.
+        width: Features per position of the model.
+        optimizer: A key of `OPTIMIZERS`.
+        schedule: A name that `fusedopt.get_scheduler` knows.
+        lr: Learning rate that the schedule scales; None for the optimizer's own default here.
+        dtype: Of parameters, activations and gradients.
+        device: "auto" is the GPU if there is one, else the CPU.
+        seed: Of starting weights and batches.
+        text: File to learn from; None for the sources of Python's standard library.
+        out: Folder for metrics, picture and checkpoint.
+        checkpoint_every: Steps between two checkpoints; 0 for one at the end only.
+
+    Raises:
+        ValueError: A value is out of its range.
+
+    Example:
+        >>> Settings(steps=0)
+        Traceback (most recent call last):
+        ...
+        ValueError: steps must be between 1 and 100,000,000, got 0
+    """
+
+    steps: int = 600
+    batch_size: int = 16
+    accumulate: int = 1
+    layers: int = 4
+    width: int = 128
+    optimizer: str = "adamw"
+    schedule: str = "cosine"
+    lr: float | None = None
+    dtype: str = "float32"
+    device: str = "auto"
+    seed: int = 0
+    text: str | None = None
+    out: str = "runs/demo"
+    checkpoint_every: int = 100
+
+    def __post_init__(self) -> None:
+        for name, (least, most) in LIMITS.items():
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"{name} must be between {least:,} and {most:,}, got {getattr(self, name):,}")
+        words = {"optimizer": tuple(OPTIMIZERS), "schedule": SCHEDULES, "dtype": DTYPES, "device": DEVICES}
+        for name, known in words.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.lr is not None and not (math.isfinite(self.lr) and self.lr >= 0):
+            raise ValueError(f"lr must be a finite number >= 0, got {self.lr}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device 'cuda' was asked for, but torch finds no CUDA or ROCm GPU here; use device 'cpu'")
+
+    @property
+    def torch_device(self) -> torch.device:
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(self.device)
+
+    @property
+    def learning_rate(self) -> float:
+        return OPTIMIZERS[self.optimizer].lr if self.lr is None else self.lr
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change when a run is continued: all that decides a step, but for the text."""
+        free = ("steps", "text", "out", "checkpoint_every")
+        decisive = {name: value for name, value in asdict(self).items() if name not in free}
+        return {**decisive, "lr": self.learning_rate, "device": self.torch_device.type}
+
+
+class Outcome(NamedTuple):
+    """What a run of the demo leaves."""
+
+    settings: Settings
+    parameters: int
+    tensors: int
+    context: int
+    """Bytes per window."""
+    backend: str
+    """That served our optimizer on the device."""
+    records: list[dict[str, Any]]
+    """One per step and run, as in metrics.jsonl."""
+
+
+class Run:
+    """One of the two trainings: a model, its optimizer and its schedule."""
+
+    def __init__(self, name: str, model: GPT, make: Callable[..., Optimizer], settings: Settings) -> None:
+        self.name = name
+        self.model = model
+        choice = OPTIMIZERS[settings.optimizer]
+        matrices = [p for p in model.parameters() if p.dim() >= 2]
+        vectors = [p for p in model.parameters() if p.dim() < 2]
+        groups = [{"params": matrices}, {"params": vectors, choice.decay: 0.0}]
+        self.optimizer = make(groups, lr=settings.learning_rate, **choice.options)
+        self.schedule = settings.schedule
+        self.scheduler: Any = get_scheduler(
+            settings.schedule,
+            self.optimizer,
+            num_warmup_steps=round(WARMUP_SHARE * settings.steps),
+            num_training_steps=settings.steps,
+            scheduler_specific_kwargs=example_arguments(settings.schedule, settings.steps, settings.learning_rate),
+        )
+
+    def advance_schedule(self, train_loss: float) -> None:
+        if needs_metric(self.schedule):
+            self.scheduler.step(train_loss)
+        else:
+            self.scheduler.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        parts = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
+        return {name: part.state_dict() for name, part in parts.items()}
+
+    def load_state_dict(self, state: dict[str, Any], replay_schedule: int | None = None) -> None:
+        """Continues `state`; with `replay_schedule`, learning rates follow this run's schedule from that step on."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if replay_schedule is None or needs_metric(self.schedule):
+            self.scheduler.load_state_dict(state["scheduler"])
+            return
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            for _ in range(replay_schedule):
+                self.scheduler.step()
+
+
+def train(settings: Settings, *, resume: bool = False) -> Outcome:
+    """Trains both runs side by side, step by step, and leaves metrics.jsonl and checkpoint.pt in `settings.out`.
+
+    Args:
+        settings: What to train, on what, where to.
+        resume: Go on from the checkpoint in `settings.out`, bit for bit as if the run had never stopped. With more
+            `steps` than before, the schedule is that of the longer run from here on.
+
+    Raises:
+        ValueError: The text cannot be used, or the checkpoint is missing, unreadable or of another run.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     tiny = Settings(steps=2, batch_size=2, layers=1, width=8, device="cpu", out=folder)
+        ...     [(record["run"], record["step"]) for record in train(tiny).records]
+        [('eager', 1), ('fused', 1), ('eager', 2), ('fused', 2)]
+    """
+    from tqdm import tqdm
+
+    device, out = settings.torch_device, Path(settings.out)
+    content = read_text(settings.text)
+    identity = {**settings.identity(), "text": hashlib.sha256(content).hexdigest()}
+
+    # What both runs share: the text, the batches, the weights they start from (drawn on the CPU, so that a seed means
+    # the same on every device).
+    text = Text(content, CONTEXT)
+    held_out = [part.to(device) for part in text.held_out(HELD_OUT_WINDOWS)]
+    batches = torch.Generator().manual_seed(settings.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model = GPT(settings.layers, settings.width, CONTEXT)
+    model.to(device, getattr(torch, settings.dtype))
+
+    # What differs: the optimizer, and nothing else.
+    choice = OPTIMIZERS[settings.optimizer]
+    runs = [Run("eager", copy.deepcopy(model), choice.reference, settings), Run("fused", model, choice.ours, settings)]
+
+    # Where to begin: at the first step, or after the last one of the checkpoint. Records of later steps are dropped.
+    done, records = 0, []
+    if resume:
+        checkpoint = demo_checkpoint.load(out / CHECKPOINT)
+        demo_checkpoint.check_same_run(checkpoint, identity, settings.steps)
+        done, records = checkpoint["step"], checkpoint["records"]
+        batches.set_state(checkpoint["batches"])
+        for run in runs:
+            another_total = checkpoint["settings"]["steps"] != settings.steps
+            run.load_state_dict(checkpoint["runs"][run.name], replay_schedule=done if another_total else None)
+    out.mkdir(parents=True, exist_ok=True)
+    demo_checkpoint.write_atomically(out / METRICS, lambda file: file.writelines(map(_line, records)))
+
+    with (
+        deterministic(device),
+        open(out / METRICS, "ab") as log,
+        tqdm(total=settings.steps, initial=done, unit="step", mininterval=0.5, dynamic_ncols=True) as bar,
+    ):
+        for step in range(done + 1, settings.steps + 1):
+            drawn = [text.batch(settings.batch_size, batches) for _ in range(settings.accumulate)]
+            micro_batches = [(tokens.to(device), targets.to(device)) for tokens, targets in drawn]
+            for run in runs:
+                # Forward and backward. The loss stays on the device until the step is done.
+                loss_sum = torch.zeros((), device=device)
+                for tokens, targets in micro_batches:
+                    loss = run.model.loss(tokens, targets) / settings.accumulate
+                    loss.backward()
+                    loss_sum = loss_sum + loss.detach()
+
+                # The step, and how long it takes. On a GPU the two clocks and the .item() below them are the only
+                # places where the host waits for the device.
+                lr = float(run.optimizer.param_groups[0]["lr"])
+                began = clock(device)
+                run.optimizer.step()
+                optimizer_ms = 1e3 * (clock(device) - began)
+                run.optimizer.zero_grad(set_to_none=True)
+                train_loss = loss_sum.item()
+
+                # What is worth knowing about it.
+                record = {"run": run.name, "step": step, "train_loss": train_loss}
+                if step == 1 or step % MEASURE_EVERY == 0 or step == settings.steps:
+                    record["val_loss"] = validation_loss(run.model, *held_out)
+                records.append({**record, "lr": lr, "optimizer_ms": optimizer_ms})
+                log.write(_line(records[-1]))
+                run.advance_schedule(train_loss)
+
+            log.flush()
+            bar.set_postfix_str("loss " + ", ".join(f"{r['run']} {r['train_loss']:.4f}" for r in records[-2:]), False)
+            bar.update()
+            if step == settings.steps or (settings.checkpoint_every and step % settings.checkpoint_every == 0):
+                checkpoint = {
+                    "settings": asdict(settings),
+                    "identity": identity,
+                    "step": step,
+                    "records": records,
+                    "batches": batches.get_state(),
+                    "runs": {run.name: run.state_dict() for run in runs},
+                }
+                demo_checkpoint.save(out / CHECKPOINT, checkpoint)
+
+    parameters = list(model.parameters())
+    backend = backends.choose(device)
+    return Outcome(settings, sum(p.numel() for p in parameters), len(parameters), CONTEXT, backend, records)
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return json.dumps(record).encode() + b"\n"
+
+
+@torch.no_grad()
+def validation_loss(model: GPT, tokens: Tensor, targets: Tensor) -> float:
+    return model.loss(tokens, targets).item()
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, once everything that was sent to `device` is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Deterministic algorithms on a GPU: the two runs then differ in their optimizer alone, and resume bit for bit."""
+    if device.type != "cuda":
+        yield
+        return
+    # cuBLAS reads this when it is first used.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    options: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), options.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    # Filling every new tensor with NaN would be charged to the optimizer that makes temporaries.
+    options.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        options.fill_uninitialized_memory = before[1]

@@ -1,0 +1,76 @@
+"""A small byte-level GPT, after nanoGPT: pre-norm blocks, learned positions, the embedding reused as output layer."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - torch's own name for it
+
+BYTES = 256
+"""The vocabulary: a token is a byte."""
+
+
+class GPT(nn.Module):
+    """Predicts the next byte from at most `context` bytes before it.
+
+    Args:
+        layers: number of blocks.
+        width: features per position; attention heads are 32 wide where that divides it.
+        context: longest sequence, in bytes.
+
+    Example:
+        >>> import torch
+        >>> model = GPT(layers=1, width=8, context=16)
+        >>> text = torch.tensor([list(b"to be or not")])
+        >>> model.loss(text[:, :-1], text[:, 1:]).shape
+        torch.Size([])
+    """
+
+    def __init__(self, layers: int, width: int, context: int) -> None:
+        super().__init__()
+        self.token = nn.Embedding(BYTES, width)
+        self.position = nn.Parameter(torch.empty(context, width))
+        self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        # Residual branches start small, so that the stream keeps its size whatever the depth (GPT-2).
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                branch_end = name.endswith(("attend.weight", "shrink.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * layers) if branch_end else 0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits [batch, time, 256] for the byte after each of `tokens` [batch, time]."""
+        x = self.token(tokens) + self.position[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return F.linear(self.norm(x), self.token.weight)
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats per byte; the log-softmax is taken in at least float32."""
+        logits = self(tokens).flatten(0, 1)
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()
+        return F.cross_entropy(logits, targets.flatten())
+
+
+class Block(nn.Module):
+    """Attention to earlier positions, then a network of its own for each position."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = next(n for n in range(max(1, width // 32), 0, -1) if width % n == 0)
+        self.norm1 = nn.LayerNorm(width)
+        self.query_key_value = nn.Linear(width, 3 * width, bias=False)
+        self.attend = nn.Linear(width, width, bias=False)
+        self.norm2 = nn.LayerNorm(width)
+        self.grow = nn.Linear(width, 4 * width)
+        self.shrink = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.query_key_value(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        # Not F.scaled_dot_product_attention: this is deterministic on every device, and as fast at this size.
+        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
+        mixed = scores.masked_fill(future, -math.inf).softmax(dim=-1) @ v
+        x = x + self.attend(mixed.transpose(1, 2).flatten(-2))
+        return x + self.shrink(F.gelu(self.grow(self.norm2(x)), approximate="tanh"))

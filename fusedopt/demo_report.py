@@ -1,0 +1,170 @@
+"""What the demo shows in the end: a table and a picture, both drawn from the records of its steps."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from fusedopt.demo_checkpoint import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from fusedopt.demo import Outcome
+
+LABELS = {"eager": "reference loop", "fused": "fusedopt"}
+COLORS = {"eager": "#e8a33d", "fused": "#1f4e79"}
+INK = "#333b45"
+
+
+class Curves:
+    """The records of one run as columns."""
+
+    def __init__(self, records: list[dict[str, Any]], run: str) -> None:
+        of_run = [record for record in records if record["run"] == run]
+        measured = [record for record in of_run if "val_loss" in record]
+        self.steps = [record["step"] for record in of_run]
+        self.train_loss = [record["train_loss"] for record in of_run]
+        self.val_steps = [record["step"] for record in measured]
+        self.val_loss = [record["val_loss"] for record in measured]
+        self.lr = [record["lr"] for record in of_run]
+        self.optimizer_ms = [record["optimizer_ms"] for record in of_run]
+        # The median: the first steps allocate the state, or compile.
+        self.median_ms = median(self.optimizer_ms)
+
+
+def largest_difference(eager: Curves, fused: Curves) -> tuple[float, int]:
+    """Between the two training losses, and the step it is found at; NaN if no step has two finite losses."""
+    gaps = [(abs(a - b), step) for a, b, step in zip(eager.train_loss, fused.train_loss, eager.steps)]
+    return max((gap for gap in gaps if math.isfinite(gap[0])), default=(math.nan, 0))
+
+
+def table(outcome: Outcome) -> str:
+    """The result as lines of text; losses are in nats per byte.
+
+    Example:
+        >>> import tempfile
+        >>> from fusedopt.demo import Settings, train
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     outcome = train(Settings(steps=1, batch_size=2, layers=1, width=8, device="cpu", out=folder))
+        >>> print(table(outcome).splitlines()[0])
+        adamw on 3,576 float32 parameters in 14 tensors, 1 step of 2 x 64 bytes
+    """
+    eager, fused = (Curves(outcome.records, run) for run in LABELS)
+    difference, at = largest_difference(eager, fused)
+    device = outcome.settings.torch_device.type
+    rows = [
+        ("", *LABELS.values()),
+        ("train loss, last step", f"{eager.train_loss[-1]:.4f}", f"{fused.train_loss[-1]:.4f}"),
+        (f"validation loss, step {eager.val_steps[0]}", f"{eager.val_loss[0]:.4f}", f"{fused.val_loss[0]:.4f}"),
+        ("validation loss, last step", f"{eager.val_loss[-1]:.4f}", f"{fused.val_loss[-1]:.4f}"),
+        ("optimizer, ms per step (median)", f"{eager.median_ms:.3f}", f"{fused.median_ms:.3f}"),
+        ("optimizer, speed ratio", "1.00", f"{eager.median_ms / fused.median_ms:.2f}"),
+        ("backend", "plain torch", outcome.backend),
+        ("device", device, device),
+    ]
+    first, second, third = (max(len(row[column]) for row in rows) for column in range(3))
+    lines = [_what(outcome), ""]
+    lines += [f"{name:<{first}}   {left:>{second}}   {right:>{third}}" for name, left, right in rows]
+    lines += [
+        "",
+        f"largest difference between the two loss curves: {difference:.2g}" + (f", at step {at}" if at else ""),
+    ]
+    for label, curves in zip(LABELS.values(), (eager, fused)):
+        broken = [step for step, loss in zip(curves.steps, curves.train_loss) if not math.isfinite(loss)]
+        if broken:
+            lines.append(
+                f"{label}: the loss is not finite from step {broken[0]} on; try a smaller lr, or another dtype"
+            )
+    return "\n".join(lines)
+
+
+def _what(outcome: Outcome) -> str:
+    settings = outcome.settings
+    batch = f"{settings.accumulate} x {settings.batch_size}" if settings.accumulate > 1 else f"{settings.batch_size}"
+    return (
+        f"{settings.optimizer} on {outcome.parameters:,} {settings.dtype} parameters in {outcome.tensors} tensors, "
+        f"{settings.steps:,} step{'s' if settings.steps > 1 else ''} of {batch} x {outcome.context} bytes"
+    )
+
+
+def save_picture(outcome: Outcome, path: Path) -> None:
+    """Draws `figure(outcome)` into a PNG."""
+    write_atomically(path, lambda file: figure(outcome).savefig(file, format="png", dpi=150))
+
+
+def figure(outcome: Outcome) -> Figure:
+    """Loss curves on top of each other, learning rate, optimizer time per step."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    eager, fused = (Curves(outcome.records, run) for run in LABELS)
+    layout = ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.12, hspace=0.06, wspace=0.06)
+    fig = Figure(figsize=(10, 7), layout=layout, facecolor="white")
+    grid = fig.add_gridspec(2, 2, height_ratios=(1.7, 1))
+    fig.suptitle(
+        f"{_what(outcome)} on {outcome.settings.torch_device.type}", x=0.012, ha="left", fontsize=11, color=INK
+    )
+    _draw_loss(fig.add_subplot(grid[0, :]), eager, fused)
+    _draw_rate(fig.add_subplot(grid[1, 0]), fused)
+    _draw_time(fig.add_subplot(grid[1, 1]), eager, fused)
+    return fig
+
+
+def _draw_loss(axes: Axes, eager: Curves, fused: Curves) -> None:
+    _style(axes, "Loss, nats per byte: one curve on top of the other")
+    axes.plot(eager.steps, eager.train_loss, color=COLORS["eager"], lw=4.5, alpha=0.6, solid_capstyle="round")
+    axes.plot(fused.steps, fused.train_loss, color=COLORS["fused"], lw=0.9)
+    axes.plot(eager.val_steps, eager.val_loss, "o", color=COLORS["eager"], ms=9)
+    axes.plot(fused.val_steps, fused.val_loss, "o", color=COLORS["fused"], ms=4)
+    keys = [
+        axes.plot([], [], "o-", color=COLORS["eager"], lw=4.5, ms=9, label=LABELS["eager"])[0],
+        axes.plot([], [], "o-", color=COLORS["fused"], lw=0.9, ms=4, label=LABELS["fused"])[0],
+    ]
+    difference, _ = largest_difference(eager, fused)
+    title = f"lines: training, dots: validation\nlargest difference: {difference:.2g}"
+    legend = axes.legend(handles=keys, title=title, loc="upper right", frameon=False, labelcolor=INK, alignment="left")
+    legend.get_title().set_color(INK)
+
+
+def _draw_rate(axes: Axes, fused: Curves) -> None:
+    _style(axes, "Learning rate")
+    axes.plot(fused.steps, fused.lr, color=COLORS["fused"], lw=1.8)
+    axes.set_ylim(bottom=0)
+
+
+def _draw_time(axes: Axes, eager: Curves, fused: Curves) -> None:
+    ratio = eager.median_ms / fused.median_ms
+    _style(axes, f"Optimizer, ms per step: {ratio:.1f} times as fast")
+    for run, curves, other in (("eager", eager, fused), ("fused", fused, eager)):
+        above = curves.median_ms >= other.median_ms
+        axes.plot(curves.steps, curves.optimizer_ms, ".", color=COLORS[run], ms=4, alpha=0.5, mew=0)
+        axes.axhline(curves.median_ms, color=COLORS[run], lw=1.8)
+        axes.annotate(
+            f"{LABELS[run]} {curves.median_ms:.2f}",
+            (1, curves.median_ms),
+            xycoords=("axes fraction", "data"),
+            xytext=(-2, 4 if above else -4),
+            textcoords="offset points",
+            ha="right",
+            va="bottom" if above else "top",
+            color=COLORS[run],
+            weight="bold",
+        )
+    # A step that had to wait for the machine would squeeze all the others onto the axis.
+    axes.set_ylim(0, 2 * max(eager.median_ms, fused.median_ms))
+
+
+def _style(axes: Axes, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11, color=INK, weight="bold")
+    axes.set_xlabel("step", color=INK)
+    axes.tick_params(colors=INK, length=0)
+    axes.grid(axis="y", color="#e3e6ea", lw=0.8)
+    axes.set_axisbelow(True)
+    axes.margins(x=0.01)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color("#aab2bd")

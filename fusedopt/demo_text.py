@@ -1,0 +1,87 @@
+"""The text that the demo learns: bytes, split into a part to train on and a part to measure on."""
+
+import sysconfig
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DEFAULT_BYTES = 3_000_000
+"""Read from Python's standard library: more than the default demo sees, and no time to wait for."""
+
+LARGEST_TEXT = 256_000_000
+"""Bytes read from a text of one's own; the text is held in memory."""
+
+
+def read_text(path: str | None = None) -> bytes:
+    """The bytes of the file `path`, or of the sources of Python's standard library: modules in order of their names.
+
+    Raises:
+        ValueError: there is no such text, or it cannot be read.
+
+    Example:
+        >>> len(read_text()) <= DEFAULT_BYTES
+        True
+    """
+    if path is None:
+        return _standard_library()
+    try:
+        with open(path, "rb") as file:
+            return file.read(LARGEST_TEXT)
+    except OSError as error:
+        raise ValueError(f"cannot read the text {path}: {error.strerror}; give a readable file") from error
+
+
+def _standard_library() -> bytes:
+    folder = Path(sysconfig.get_path("stdlib"))
+    text = bytearray()
+    for source in sorted(folder.glob("*.py")):
+        if len(text) >= DEFAULT_BYTES:
+            break
+        try:
+            text += source.read_bytes()
+        except OSError:
+            continue
+    if not text:
+        raise ValueError(f"this Python has no sources of its library in {folder}; give a text of your own")
+    return bytes(text[:DEFAULT_BYTES])
+
+
+class Text:
+    """Windows of `context` bytes, and of the bytes that follow them.
+
+    Args:
+        text: the last tenth is held out for validation.
+        context: length of a window.
+
+    Raises:
+        ValueError: one of the two parts does not hold a window.
+
+    Example:
+        >>> text = Text(bytes(range(200)), context=4)
+        >>> tokens, targets = text.held_out(windows=2)
+        >>> tokens.tolist(), targets.tolist()
+        ([[180, 181, 182, 183], [195, 196, 197, 198]], [[181, 182, 183, 184], [196, 197, 198, 199]])
+    """
+
+    def __init__(self, text: bytes, context: int) -> None:
+        held_out = len(text) // 10
+        if held_out < context + 1:
+            raise ValueError(
+                f"the text has {len(text)} bytes, too few to train and to validate on: {10 * (context + 1)} are needed"
+            )
+        data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        self._train, self._held_out = (part.unfold(0, context + 1, 1) for part in (data[:-held_out], data[-held_out:]))
+
+    def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """`size` windows from random places: tokens and targets, int64 [size, context]."""
+        return _shifted(self._train[torch.randint(len(self._train), (size,), generator=generator)])
+
+    def held_out(self, windows: int) -> tuple[Tensor, Tensor]:
+        """Tokens and targets of `windows` windows spread evenly over the part held out, always the same."""
+        return _shifted(self._held_out[torch.linspace(0, len(self._held_out) - 1, windows).long()])
+
+
+def _shifted(windows: Tensor) -> tuple[Tensor, Tensor]:
+    windows = windows.long()
+    return windows[:, :-1], windows[:, 1:]
