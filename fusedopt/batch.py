@@ -1,10 +1,12 @@
 """What a step hands from an optimizer to a backend."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fusedopt_kernels import rules
 from fusedopt_kernels.rules import Convention
 
 
@@ -20,6 +22,36 @@ class AdamWHyper(NamedTuple):
     amsgrad: bool
     maximize: bool
     convention: Convention
+
+
+class AdafactorHyper(NamedTuple):
+    """Hyper-parameters of one batch of parameters, as the backends get them.
+
+    Attributes:
+        lr: None for relative steps.
+        square_floor: added to squared gradients, `eps[0]`.
+        rms_floor: smallest root mean square of a parameter in a rate, `eps[1]`.
+        beta1: None for no average of updates.
+    """
+
+    lr: float | Tensor | None
+    square_floor: float
+    rms_floor: float
+    clip_threshold: float
+    decay_rate: float
+    beta1: float | None
+    weight_decay: float
+    scale_parameter: bool
+    warmup_init: bool
+    maximize: bool
+
+    def rate(self, step: Any, rms: Any, sqrt: Any = math.sqrt, minimum: Any = min, number_maximum: Any = max) -> Any:
+        """The rate of update number `step` of a parameter whose root mean square is `rms`."""
+        rate = self.lr
+        if rate is None:
+            constant, slope = rules.RELATIVE_STEP_CEILINGS[self.warmup_init]
+            rate = rules.relative_step(step, constant, slope, sqrt, minimum)
+        return rules.scaled_rate(rate, rms, self.rms_floor, number_maximum) if self.scale_parameter else rate
 
 
 class Batch(NamedTuple):
@@ -49,6 +81,10 @@ class Control(NamedTuple):
     Attributes:
         scale: gradients are multiplied by it on the way into the update; never written back. A tensor of one element
             is read on its device.
+        grad_scale: a tensor of one element by which gradients are divided on the way into the update, None for 1.
+        found_inf: a tensor of one element; if it is not 0, the step changes nothing and is not counted. None for 0.
     """
 
     scale: float | Tensor = 1.0
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None

@@ -1,13 +1,15 @@
 """AdamW for all tensors of a table: a prologue over its rows, then one launch per launch class."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from fusedopt_kernels import rules
 from fusedopt_kernels.device import (
+    TRITON_DTYPES,
     div_rn,
     exp,
     jit_rule,
@@ -19,34 +21,45 @@ from fusedopt_kernels.device import (
     my_piece,
     narrow,
     sqrt_rn,
+    warp_size,
 )
 from fusedopt_kernels.table import ROWS_PER_PROGRAM, LaunchTable, launch_class
 
-POINTERS = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-"""The tensors of a row that are read and written element by element."""
+COLUMNS = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step", "numel", "batch")
+"""A row of the table: addresses (0: no such tensor; the first five walked over together), sizes, row of `hyper`."""
 
-COLUMNS = (*POINTERS, "step", "numel", "batch")
-"""int64 of a row: addresses (0: there is no such tensor), number of elements, row of its hyper-parameters."""
+TENSORS = 5
 
-NUMBERS = (
-    *("lr", "weight_decay", "eps", "log_beta1", "log_beta2", "beta1", "beta2"),
-    *("decays_update", "corrects_eps", "scale", "sign"),
-)
-"""float64 of a row of hyper-parameters."""
+
+class Numbers(NamedTuple):
+    """The float64 of a row of `hyper`. `scale` and `sign` are factors of the gradient."""
+
+    lr: float
+    weight_decay: float
+    eps: float
+    log_beta1: float
+    log_beta2: float
+    beta1: float
+    beta2: float
+    decays_update: float
+    corrects_eps: float
+    scale: float
+    sign: float
+
 
 REFERENCES = ("shared_steps", "lr32", "lr64", "scale32", "scale64", "grad_scale", "found_inf")
-"""int64 behind them: a flag, then addresses of numbers on the device (0: there is none)."""
+"""The int64 behind them: a flag, and addresses of numbers on the device (0: there is none)."""
 
-# A program's work. 8 elements per thread are two 128-bit accesses to each float32 tensor, one to each bfloat16 tensor.
 BLOCK = 2048
-NUM_WARPS = 8
+THREADS = 256
+"""A program's work: 8 elements per thread, which is two 128-bit accesses to a float32 tensor, one to a bfloat16 one."""
 
 _PARAM, _GRAD, _EXP_AVG, _EXP_AVG_SQ, _MAX_EXP_AVG_SQ, _STEP, _NUMEL, _BATCH = map(tl.constexpr, range(8))
 _COLUMNS = tl.constexpr(len(COLUMNS))
 _LR, _WEIGHT_DECAY, _EPS, _LOG_BETA1, _LOG_BETA2, _BETA1, _BETA2 = map(tl.constexpr, range(7))
 _DECAYS_UPDATE, _CORRECTS_EPS, _SCALE, _SIGN = map(tl.constexpr, range(7, 11))
 _SHARED_STEPS, _LR32, _LR64, _SCALE32, _SCALE64, _GRAD_SCALE, _FOUND_INF = map(tl.constexpr, range(11, 18))
-_HYPER = tl.constexpr(len(NUMBERS) + len(REFERENCES))
+_HYPER = tl.constexpr(len(Numbers._fields) + len(REFERENCES))
 _ACTIVE, _FACTOR, _B1, _B2, _SHRINK, _STEP_SIZE, _EPS_HAT = map(tl.constexpr, range(7))
 _SCALARS = tl.constexpr(8)
 _ROWS = tl.constexpr(ROWS_PER_PROGRAM)
@@ -95,8 +108,17 @@ def prologue(rows, hyper, scalars):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def update(
-    chunks, rows, scalars, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, V: tl.constexpr, H: tl.constexpr,
-    COMPUTE: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr
+    chunks,
+    rows,
+    scalars,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    V: tl.constexpr,
+    H: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # type: ignore[no-untyped-def]
     """One piece of one tensor. P, G, M, V, H: dtypes of parameter, gradient and state; H is None without amsgrad."""
     index, piece = my_piece(chunks)
@@ -110,59 +132,52 @@ def update(
     g_at = load_pointer(row + _GRAD, G, EVEN) + offsets
     m_at = load_pointer(row + _EXP_AVG, M, EVEN) + offsets
     v_at = load_pointer(row + _EXP_AVG_SQ, V, EVEN) + offsets
+    g = tl.load(g_at, mask=mask).to(COMPUTE) * tl.load(scalar + _FACTOR).to(COMPUTE)
+    m = tl.load(m_at, mask=mask).to(COMPUTE)
+    v = tl.load(v_at, mask=mask).to(COMPUTE)
+    p = tl.load(p_at, mask=mask).to(COMPUTE)
+    if H is not None:
+        h_at = load_pointer(row + _MAX_EXP_AVG_SQ, H, EVEN) + offsets
+        h = tl.load(h_at, mask=mask).to(COMPUTE)
+
     beta1 = tl.load(scalar + _B1)
     beta2 = tl.load(scalar + _B2)
-
-    g = tl.load(g_at, mask=mask).to(COMPUTE) * tl.load(scalar + _FACTOR).to(COMPUTE)
     m, v = _adam_moments(
-        g,
-        tl.load(m_at, mask=mask).to(COMPUTE),
-        tl.load(v_at, mask=mask).to(COMPUTE),
-        beta1.to(COMPUTE),
-        (1.0 - beta1).to(COMPUTE),
-        beta2.to(COMPUTE),
-        (1.0 - beta2).to(COMPUTE),
+        g, m, v, beta1.to(COMPUTE), (1.0 - beta1).to(COMPUTE), beta2.to(COMPUTE), (1.0 - beta2).to(COMPUTE)
     )
     tl.store(m_at, narrow(m, M), mask=mask)
     tl.store(v_at, narrow(v, V), mask=mask)
     if H is not None:
-        h_at = load_pointer(row + _MAX_EXP_AVG_SQ, H, EVEN) + offsets
-        v = tl.maximum(tl.load(h_at, mask=mask).to(COMPUTE), v, propagate_nan=tl.PropagateNan.ALL)
+        v = tl.maximum(h, v, propagate_nan=tl.PropagateNan.ALL)
         tl.store(h_at, narrow(v, H), mask=mask)
-    p = _adamw_update(
-        tl.load(p_at, mask=mask).to(COMPUTE),
-        m,
-        v,
-        tl.load(scalar + _SHRINK).to(COMPUTE),
-        tl.load(scalar + _STEP_SIZE).to(COMPUTE),
-        tl.load(scalar + _EPS_HAT).to(COMPUTE),
-        sqrt_rn,
-        div_rn,
-    )
+    shrink = tl.load(scalar + _SHRINK).to(COMPUTE)
+    step_size = tl.load(scalar + _STEP_SIZE).to(COMPUTE)
+    eps_hat = tl.load(scalar + _EPS_HAT).to(COMPUTE)
+    p = _adamw_update(p, m, v, shrink, step_size, eps_hat, sqrt_rn, div_rn)
     tl.store(p_at, narrow(p, P), mask=mask)
 
 
-def adamw(table: LaunchTable, scalars: Tensor, keys: np.ndarray, pieces: np.ndarray) -> None:
-    """One step of all tensors of a table."""
-    prologue[(len(table.rows) // ROWS_PER_PROGRAM,)](table.rows, table.hyper, scalars)
-    for key, chunks in table.chunks("update", keys, pieces).items():
-        dtypes, even = launch_class(key, len(POINTERS))
+def adamw(table: LaunchTable, keys: np.ndarray, numel: np.ndarray) -> None:
+    """One step of all tensors of a table.
+
+    Args:
+        table: rows of `COLUMNS`; hyper rows of `Numbers`, as bits, and `REFERENCES`.
+        keys: int64 [tensors], the launch class of each row.
+        numel: int64 [tensors].
+    """
+    launches = table.chunks("update", keys, -(-numel // BLOCK))
+    scalars = table.scratch("scalars", len(table.rows), _SCALARS.value, dtype=torch.float64)
+    prologue[(len(table.rows) // ROWS_PER_PROGRAM,)](table.rows, table.hyper, scalars, enable_fp_fusion=False)
+    for key, chunks in launches.items():
+        dtypes, even = launch_class(key, TENSORS)
         update[(len(chunks),)](
             chunks,
             table.rows,
             scalars,
-            *(None if dtype is None else _TRITON[dtype] for dtype in dtypes),
+            *map(TRITON_DTYPES.get, dtypes),
             COMPUTE=tl.float64 if dtypes[0] is torch.float64 else tl.float32,
             EVEN=even,
             BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
+            num_warps=THREADS // warp_size(),
             enable_fp_fusion=False,
         )
-
-
-_TRITON = {
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-}

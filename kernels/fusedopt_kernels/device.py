@@ -7,10 +7,24 @@ bytes and the size one of 16 elements: with both, reads and writes are 128 bits 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 
 _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+TRITON_DTYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+
+def warp_size() -> int:
+    """Threads per warp: kernels want a number of threads, launches ask for one of warps."""
+    return 64 if torch.version.hip else 32
 
 
 def jit_rule(rule: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,34 +1,42 @@
-"""LaunchTable: which memory one launch works on, as tables on the device.
+"""Launch tables: which memory the programs of a launch work on, and how it gets to the device.
 
-`rows` has one row of int64 per tensor that is updated: addresses and sizes, in columns that the kernel names.
-`hyper` has one row per set of hyper-parameters; its float64 travel as int64 bits, in the same upload. `chunks` has one row
-(row, piece) of int32 per program of a launch.
+`rows` has a row of int64 per tensor that is updated: addresses and sizes, in columns that the kernel names. `hyper` has a
+row per set of hyper-parameters; its float64 are there as their bits, so that both travel in one copy. `chunks` has a row of
+int32 per program of a launch: (row, piece), the tensor that it works on and which piece of it.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 ROWS_PER_PROGRAM = 128
-"""Tables are padded with rows of zeros to a multiple of it, so that kernels that walk over rows need no count."""
+"""Rows of zeros fill a table up to a multiple of it: kernels that walk over rows need no count, and nothing to mask."""
 
-_NOWHERE = 16  # The address of tensors without elements, which have none: 0 would say that there is no tensor.
+_NOWHERE = 16  # Stands for the address of a tensor without elements, which has none: 0 says that there is no tensor.
 
 _DTYPES: tuple[torch.dtype | None, ...] = (None, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
+_BITS = 3
 
 Upload = Callable[[np.ndarray, torch.device], Tensor]
-"""Brings int64 from the host to a new tensor on the device, without waiting for the device."""
+"""Copies int64 from the host into a new tensor on the device, without waiting for the device."""
+
+
+def upload(host: np.ndarray, device: torch.device) -> Tensor:
+    """Copies through a pinned block that is used once: the host runs ahead of the copy, torch frees the block after it."""
+    staging = torch.empty(host.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
+    staging.numpy()[...] = host
+    return torch.empty(host.shape, dtype=torch.int64, device=device).copy_(staging, non_blocking=True)
 
 
 class LaunchClass(NamedTuple):
     """What the tensors of one launch have in common.
 
     Attributes:
-        dtypes: of the tensors in each column, None where there is none.
+        dtypes: of the tensors in each column; None where there is none.
         even: whether all addresses are multiples of 16 bytes and all sizes of 16 elements.
     """
 
@@ -36,74 +44,99 @@ class LaunchClass(NamedTuple):
     even: bool
 
 
-def upload(host: np.ndarray, device: torch.device) -> Tensor:
-    """Copies through a pinned block of its own, which torch's allocator keeps until the copy is done."""
-    staging = torch.empty(host.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
-    staging.numpy()[...] = host
-    return torch.empty(host.shape, dtype=torch.int64, device=device).copy_(staging, non_blocking=True)
-
-
 class LaunchTable:
-    """The tables of one optimizer's launches on one device.
+    """The tables of one optimizer's launches on one device, on whatever stream is current there.
+
+    What is on the device is never written again: a change makes new tensors, so that what is queued, or captured, keeps
+    reading what it was given.
 
     Attributes:
-        rows: int64 [rows, columns] on the device.
-        hyper: int64 [batches, hyper-parameters] on the device, float64 as their bits.
+        rows: int64 [rows, columns], on the device.
+        hyper: int64 [sets of hyper-parameters, numbers], on the device.
     """
+
+    rows: Tensor
+    hyper: Tensor
 
     def __init__(self, device: torch.device, upload: Upload = upload) -> None:
         self.device = device
         self._upload = upload
-        self._stream: int | None = None
-        self._host = np.empty(0, np.int64)
-        self._chunked: dict[str, tuple[np.ndarray, np.ndarray, dict[int, Tensor]]] = {}
+        self._warm: set[tuple[str, int]] = set()
+        self._may_warm = True
+        self._forget()
+
+    def for_capture(self, upload: Upload) -> "LaunchTable":
+        """A table for a step that is captured: it shares the chunks made so far, and refuses launches that never ran."""
+        table = LaunchTable(self.device, upload)
+        table._chunks = dict(self._chunks)
+        table._warm, table._may_warm = self._warm, False
+        return table
 
     def update(self, rows: np.ndarray, hyper: np.ndarray) -> None:
         """Brings the tables to the device if anything in them changed.
 
         Args:
             rows: int64 [tensors, columns].
-            hyper: int64 [batches, hyper-parameters]; an even number of them, so that `rows` stays aligned behind it.
+            hyper: int64 [sets, numbers]; an even number of numbers, so that `rows` behind it keeps its alignment.
         """
-        stream = _stream(self.device)
-        if stream != self._stream:  # Memory of another stream may be given away while this one still reads it.
-            self._host, self._chunked, self._stream = np.empty(0, np.int64), {}, stream
-        padded = -(-len(rows) // ROWS_PER_PROGRAM) * ROWS_PER_PROGRAM
-        host = np.zeros(hyper.size + padded * rows.shape[1], np.int64)
+        if _stream(self.device) != self._stream:
+            # Memory belongs to the stream it was made on, and may be given away while another one still reads it.
+            self._forget()
+        height = -(-len(rows) // ROWS_PER_PROGRAM) * ROWS_PER_PROGRAM
+        host = np.zeros(hyper.size + height * rows.shape[1], np.int64)
         host[: hyper.size] = hyper.ravel()
         host[hyper.size : hyper.size + rows.size] = rows.ravel()
-        if np.array_equal(host, self._host):
-            return
-        self._host = host
-        table = self._upload(host, self.device)
-        self.hyper = table[: hyper.size].view(hyper.shape)
-        self.rows = table[hyper.size :].view(padded, rows.shape[1])
+        if not np.array_equal(host, self._host):
+            self._host = host
+            table = self._upload(host, self.device)
+            self.hyper = table[: hyper.size].view(hyper.shape)
+            self.rows = table[hyper.size :].view(height, rows.shape[1])
 
     def chunks(self, phase: str, keys: np.ndarray, pieces: np.ndarray) -> dict[int, Tensor]:
-        """The programs of a phase: key of a launch to int32 [programs, 2], each program a (row, piece).
-
-        Tensors of this dict are never written again.
+        """The launches of a phase: key to int32 [programs, 2]. Made again only when `keys` or `pieces` changed.
 
         Args:
-            phase: a name; a phase's chunks are made again only when `keys` or `pieces` changed.
+            phase: a name; every phase has chunks of its own.
             keys: int64 [tensors]; those with the same key share a launch.
             pieces: int64 [tensors]; how many pieces each is cut into.
+
+        Raises:
+            RuntimeError: during a capture, a launch that no step before it had: its kernel may not be compiled yet.
         """
-        known = self._chunked.get(phase)
+        known = self._chunks.get(phase)
         if known is None or not (np.array_equal(known[0], keys) and np.array_equal(known[1], pieces)):
-            known = self._chunked[phase] = keys, pieces, self._cut(keys, pieces)
+            wanted = set(keys[pieces > 0].tolist())
+            new = {(phase, key) for key in wanted} - self._warm
+            if new and not self._may_warm:
+                raise RuntimeError(
+                    "a CUDA graph is being captured, and no step before it had parameters, gradients and states of these "
+                    "dtypes at such addresses: take one step like the captured one before the capture"
+                )
+            self._warm |= new
+            launches = {key: self._cut(np.flatnonzero((keys == key) & (pieces > 0)), pieces) for key in sorted(wanted)}
+            known = self._chunks[phase] = keys, pieces, launches
         return known[2]
 
-    def _cut(self, keys: np.ndarray, pieces: np.ndarray) -> dict[int, Tensor]:
-        launches = np.unique(keys[pieces > 0])
-        return {int(key): self._programs(np.flatnonzero((keys == key) & (pieces > 0)), pieces) for key in launches}
-
-    def _programs(self, rows: np.ndarray, pieces: np.ndarray) -> Tensor:
+    def _cut(self, rows: np.ndarray, pieces: np.ndarray) -> Tensor:
+        """Spelled out on the device: a large model has a hundred thousand chunks, but few rows to copy."""
         counts = pieces[rows]
         total = int(counts.sum())
         short = self._upload(np.stack([rows, np.cumsum(counts) - counts, counts]), self.device)
         row, first = short[:2].repeat_interleave(short[2], dim=1, output_size=total)
         return torch.stack([row, torch.arange(total, device=self.device) - first], dim=1).to(torch.int32)
+
+    def scratch(self, name: str, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Memory for what the launches of one step hand to each other; the same at every step, not initialised."""
+        known = self._scratch.get(name)
+        if known is None or known.shape != shape or known.dtype != dtype:
+            known = self._scratch[name] = torch.empty(shape, dtype=dtype, device=self.device)
+        return known
+
+    def _forget(self) -> None:
+        self._stream = _stream(self.device)
+        self._host = np.empty(0, np.int64)
+        self._chunks: dict[str, tuple[np.ndarray, np.ndarray, dict[int, Tensor]]] = {}
+        self._scratch: dict[str, Tensor] = {}
 
 
 def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
@@ -111,35 +144,43 @@ def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     return [0 if t is None else t.data_ptr() or _NOWHERE for t in tensors]
 
 
-def launch_keys(dtypes: Sequence[Sequence[torch.dtype | None]], even: np.ndarray) -> np.ndarray:
-    """The launch class of each row as a number that `launch_class` turns back.
-
-    Args:
-        dtypes: [columns][rows].
-        even: bool [rows].
+def dtype_codes(dtypes: Sequence[torch.dtype | None]) -> np.ndarray:
+    """A small number per dtype, int64.
 
     Raises:
-        KeyError: a dtype that kernels do not know.
+        RuntimeError: a dtype that the kernels cannot read.
     """
+    unknown = set(dtypes) - _CODES.keys()
+    if unknown:
+        raise RuntimeError(
+            f"{unknown.pop()} is no dtype that the kernels read: parameters, gradients and states must be float16, "
+            "bfloat16, float32 or float64"
+        )
+    return np.array([_CODES[dtype] for dtype in dtypes], np.int64)
+
+
+def launch_keys(codes: Sequence[np.ndarray], even: np.ndarray) -> np.ndarray:
+    """The launch class of each row as a number, from the `dtype_codes` of each column and whether the row is even."""
     keys = even.astype(np.int64)
-    for place, column in enumerate(dtypes):
-        keys |= np.fromiter(map(_CODES.__getitem__, column), np.int64, len(even)) << (3 * place + 1)
+    for place, column in enumerate(codes):
+        keys |= column << (_BITS * place + 1)
     return keys
 
 
 def launch_class(key: int, columns: int) -> LaunchClass:
-    """The launch class that a number of `launch_keys` stands for."""
-    return LaunchClass(tuple(_DTYPES[key >> (3 * place + 1) & 7] for place in range(columns)), bool(key & 1))
+    """The launch class that a number from `launch_keys` stands for."""
+    codes = [key >> (_BITS * place + 1) & (1 << _BITS) - 1 for place in range(columns)]
+    return LaunchClass(tuple(_DTYPES[code] for code in codes), bool(key & 1))
 
 
-def even(rows: np.ndarray) -> np.ndarray:
-    """Which rows allow 128-bit accesses, given int64 [rows, addresses and sizes that count]: all multiples of 16."""
-    return (np.bitwise_or.reduce(rows, axis=1) & 15) == 0
+def are_even(numbers: np.ndarray) -> np.ndarray:
+    """Which rows allow 128-bit accesses, given the addresses and sizes that matter, int64 [rows, numbers]."""
+    return (np.bitwise_or.reduce(numbers, axis=1) & 15) == 0
 
 
-def float_bits(values: Sequence[Sequence[float]]) -> np.ndarray:
-    """float64 as the int64 with the same bits."""
-    return np.array(values, np.float64).view(np.int64)
+def float_bits(numbers: Any) -> np.ndarray:
+    """float64 as the int64 with the same bits, for a table."""
+    return np.asarray(numbers, np.float64).view(np.int64)
 
 
 def _stream(device: torch.device) -> int:

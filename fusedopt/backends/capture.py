@@ -1,0 +1,73 @@
+"""Steps inside a CUDA graph.
+
+A graph copies its tables from the host again whenever it is replayed, so each captured step gets tables of its own, out
+of pinned memory that is used for nothing else, and both are kept. That memory has to exist before the capture, during
+which none can be had: eager steps see to it.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fusedopt_kernels.table import LaunchTable
+
+_CAPTURES = 16
+"""How many captured steps in a row there is room for, at least: a table is some 100 kB per thousand parameters."""
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Makes `device` the current one: addresses in a table hide from Triton where a kernel has to run."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether what is queued on the current stream of `device` goes into a CUDA graph."""
+    with on_device(device):
+        return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class Tables:
+    """The launch tables of one optimizer on one device: one for all eager steps, one for each captured step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._eager = LaunchTable(device)
+        self._pinned = torch.empty(0, dtype=torch.int64)
+        self._kept: list[object] = []
+
+    @property
+    def captured(self) -> bool:
+        """Whether there may be a graph that reads these tables."""
+        return bool(self._kept)
+
+    def filled(self, rows: np.ndarray, hyper: np.ndarray, keep: Sequence[Tensor]) -> LaunchTable:
+        """The table for this step, with these contents; a captured step keeps the tensors in `keep` alive.
+
+        Raises:
+            RuntimeError: during a capture, if the eager steps before it have not made room.
+        """
+        if capturing(self._device):
+            table = self._eager.for_capture(self._copy_at_every_replay)
+            self._kept.append((table, keep))
+            table.update(rows, hyper)
+            return table
+        self._eager.update(rows, hyper)
+        # Twice the table, since a captured step may have to bring chunks of its own.
+        size = 2 * _CAPTURES * (hyper.size + self._eager.rows.numel())
+        if 2 * len(self._pinned) < size:
+            self._pinned = torch.empty(size, dtype=torch.int64, pin_memory=self._device.type == "cuda")
+        return self._eager
+
+    def _copy_at_every_replay(self, host: np.ndarray, device: torch.device) -> Tensor:
+        if host.size > len(self._pinned):
+            raise RuntimeError(
+                "there is no pinned memory for another captured step, and none can be had during a capture: take one step "
+                "outside of a graph before this one is captured"
+            )
+        staging, self._pinned = self._pinned[: host.size].view(host.shape), self._pinned[host.size :]
+        self._kept.append(staging)
+        staging.numpy()[...] = host
+        return torch.empty(host.shape, dtype=torch.int64, device=device).copy_(staging, non_blocking=True)

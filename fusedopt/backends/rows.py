@@ -1,0 +1,128 @@
+"""Rows: tensors that a kernel walks over element by element, looked at anew at every step.
+
+Anything may have moved since the last step: gradients that were dropped and made again, parameters after `model.to()` or
+`p.data = ...`, states that were away on the host. Hence every address is read at every step, and what is derived from a
+tensor is derived again where it is another one. Lists and arrays, no object per row: the host's time per step is what
+thousands of small parameters cost.
+"""
+
+from collections.abc import Sequence
+from operator import is_
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fusedopt_kernels.layout import is_dense, same_layout
+from fusedopt_kernels.table import addresses, are_even, dtype_codes, launch_keys
+
+Column = Sequence[Tensor | None]
+"""One tensor per row, or None."""
+
+_ITEMSIZES = np.array([0, 2, 2, 4, 8])  # by dtype code
+
+
+class Rows:
+    """One row per parameter: itself, its gradient, and its states of the same shape.
+
+    Attributes:
+        addresses: int64 [rows, columns], in the order parameter, gradient, states; 0 for no tensor.
+        numel: int64 [rows].
+        keys: int64 [rows], the launch class. A missing gradient counts as aligned and of the dtype seen last, so that
+            the class stays what it was.
+    """
+
+    addresses: np.ndarray
+    numel: np.ndarray
+    keys: np.ndarray
+
+    def __init__(self) -> None:
+        self._columns: list[Column] = []
+        self._lay_at = np.empty((0, 0), np.int64)
+        self._dtypes: list[list[torch.dtype | None]] = []
+        self._codes: list[np.ndarray] = []
+        self._contiguous_states: list[bool] = []
+        self._updated = np.empty((0, 0), np.int64)
+        self._copies: list[tuple[Tensor, Tensor]] = []
+
+    def look(self, params: Sequence[Tensor], grads: Column, *states: Column) -> None:
+        """Takes up the tensors of this step.
+
+        Where a tensor does not lie in memory as its parameter does, or the parameter has gaps, the kernel gets a copy.
+        In the place of states that do not exist yet there may be any tensor of their dtype, such as the parameter.
+
+        Raises:
+            RuntimeError: a dtype is not supported, or two parameters that would be updated share memory.
+        """
+        columns: list[Column] = [params, grads, *states]
+        lay_at = np.array([addresses(column) for column in columns], np.int64)
+        self._look_at_dtypes(columns, lay_at)
+        self._columns, self._lay_at = columns, lay_at
+        self._copies = []
+        strided = [
+            i
+            for i, (p, g, contiguous) in enumerate(zip(params, grads, self._contiguous_states))
+            if g is not None and not (contiguous and p.is_contiguous() and g.is_contiguous())
+        ]
+        at = lay_at.copy() if strided else lay_at
+        for i in strided:
+            at[:, i] = addresses(self._laid_out([column[i] for column in columns]))
+        self.addresses = at.T
+        self.numel = np.array([p.numel() for p in params], np.int64)
+        self.keys = launch_keys(self._codes, are_even(np.vstack([at, self.numel]).T))
+        self._refuse_shared_memory()
+
+    def copy_back(self) -> None:
+        """Brings what the kernel wrote into copies to where it belongs."""
+        for original, copy in self._copies:
+            original.copy_(copy)
+        self._copies = []
+
+    def _look_at_dtypes(self, columns: list[Column], lay_at: np.ndarray) -> None:
+        params, grads, *states = columns
+        param_dtypes: list[torch.dtype | None] = [p.dtype for p in params]
+        known = bool(self._columns) and _same(params, self._columns[0])
+        last_seen = self._dtypes[1] if known else param_dtypes
+        dtypes = [param_dtypes, [last if g is None else g.dtype for g, last in zip(grads, last_seen)]]
+        if known and all(map(_same, states, self._columns[2:])) and np.array_equal(lay_at[2:], self._lay_at[2:]):
+            dtypes += self._dtypes[2:]
+        else:
+            dtypes += [[None if t is None else t.dtype for t in column] for column in states]
+            self._contiguous_states = [all(t is None or t.is_contiguous() for t in row) for row in zip(*states)]
+        if dtypes != self._dtypes:
+            self._codes = [dtype_codes(column) for column in dtypes]
+            self._dtypes = dtypes
+
+    def _laid_out(self, row: list[Tensor | None]) -> list[Tensor | None]:
+        """The row, with copies of what does not lie as the parameter does."""
+        p = row[0]
+        like = p if is_dense(p) else torch.empty_like(p)
+        laid_out = [t if t is None or same_layout(t, like) else _copy(t, like) for t in row]
+        self._copies += [
+            (t, copy) for t, copy in zip(row, laid_out) if t is not None and copy is not None and t is not copy
+        ]
+        return laid_out
+
+    def _refuse_shared_memory(self) -> None:
+        rows = np.flatnonzero((self.addresses[:, 1] != 0) & (self.numel > 0))
+        starts = self.addresses[rows, 0]
+        updated = np.stack([rows, starts, starts + self.numel[rows] * _ITEMSIZES[self._codes[0][rows]]])
+        if np.array_equal(updated, self._updated):
+            return
+        row, start, end = updated[:, np.argsort(starts)]
+        shared = np.flatnonzero(end[:-1] > start[1:])
+        if len(shared):
+            one, other = (tuple(self._columns[0][i].shape) for i in row[shared[0] : shared[0] + 2])
+            raise RuntimeError(
+                f"two parameters, of shapes {one} and {other}, share memory and both have a gradient: they would be "
+                "updated twice, in any order; give the optimizer one of them, and add the gradients"
+            )
+        self._updated = updated
+
+
+def _copy(t: Tensor, like: Tensor) -> Tensor:
+    return torch.empty_like(like, dtype=t.dtype).copy_(t)
+
+
+def _same(a: Column, b: Column) -> bool:
+    return len(a) == len(b) and all(map(is_, a, b))
