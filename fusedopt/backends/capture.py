@@ -5,7 +5,7 @@ of pinned memory that is used for nothing else, and both are kept. That memory h
 which none can be had: eager steps see to it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -43,15 +43,15 @@ class Tables:
         """Whether there may be a graph that reads these tables."""
         return bool(self._kept)
 
-    def filled(self, rows: np.ndarray, hyper: np.ndarray, keep: Sequence[Tensor]) -> LaunchTable:
-        """The table for this step, with these contents; a captured step keeps the tensors in `keep` alive.
+    def filled(self, rows: np.ndarray, hyper: np.ndarray, keep: Callable[[], object]) -> LaunchTable:
+        """The table for this step, with these contents; `keep` says what must live as long as a captured step.
 
         Raises:
             RuntimeError: during a capture, if the eager steps before it have not made room.
         """
         if capturing(self._device):
             table = self._eager.for_capture(self._copy_at_every_replay)
-            self._kept.append((table, keep))
+            self._kept.append((table, keep()))
             table.update(rows, hyper)
             return table
         self._eager.update(rows, hyper)
@@ -64,8 +64,8 @@ class Tables:
     def _copy_at_every_replay(self, host: np.ndarray, device: torch.device) -> Tensor:
         if host.size > len(self._pinned):
             raise RuntimeError(
-                "there is no pinned memory for another captured step, and none can be had during a capture: take one step "
-                "outside of a graph before this one is captured"
+                "there is no pinned memory for another captured step, and none can be had during a capture: take one "
+                "step outside of a graph before this one is captured"
             )
         staging, self._pinned = self._pinned[: host.size].view(host.shape), self._pinned[host.size :]
         self._kept.append(staging)

@@ -1,9 +1,9 @@
 """Rows: tensors that a kernel walks over element by element, looked at anew at every step.
 
-Anything may have moved since the last step: gradients that were dropped and made again, parameters after `model.to()` or
-`p.data = ...`, states that were away on the host. Hence every address is read at every step, and what is derived from a
-tensor is derived again where it is another one. Lists and arrays, no object per row: the host's time per step is what
-thousands of small parameters cost.
+Anything may have moved since the last step: gradients that were dropped and made again, parameters after `model.to()`
+or `p.data = ...`, states that were away on the host. Hence every address is read at every step, and what is derived
+from a tensor is derived again where it is another one. Lists and arrays, no object per row: the host's time per step is
+what thousands of small parameters cost.
 """
 
 from collections.abc import Sequence
@@ -66,7 +66,7 @@ class Rows:
         ]
         at = lay_at.copy() if strided else lay_at
         for i in strided:
-            at[:, i] = addresses(self._laid_out([column[i] for column in columns]))
+            at[:, i] = addresses(self._laid_out(params[i], [column[i] for column in columns]))
         self.addresses = at.T
         self.numel = np.array([p.numel() for p in params], np.int64)
         self.keys = launch_keys(self._codes, are_even(np.vstack([at, self.numel]).T))
@@ -79,9 +79,9 @@ class Rows:
         self._copies = []
 
     def _look_at_dtypes(self, columns: list[Column], lay_at: np.ndarray) -> None:
-        params, grads, *states = columns
-        param_dtypes: list[torch.dtype | None] = [p.dtype for p in params]
-        known = bool(self._columns) and _same(params, self._columns[0])
+        param_dtypes: list[torch.dtype | None] = [t.dtype for t in columns[0] if t is not None]
+        grads, states = columns[1], columns[2:]
+        known = bool(self._columns) and _same(columns[0], self._columns[0])
         last_seen = self._dtypes[1] if known else param_dtypes
         dtypes = [param_dtypes, [last if g is None else g.dtype for g, last in zip(grads, last_seen)]]
         if known and all(map(_same, states, self._columns[2:])) and np.array_equal(lay_at[2:], self._lay_at[2:]):
@@ -93,15 +93,15 @@ class Rows:
             self._codes = [dtype_codes(column) for column in dtypes]
             self._dtypes = dtypes
 
-    def _laid_out(self, row: list[Tensor | None]) -> list[Tensor | None]:
-        """The row, with copies of what does not lie as the parameter does."""
-        p = row[0]
+    def _laid_out(self, p: Tensor, row: list[Tensor | None]) -> list[Tensor | None]:
+        """The row of parameter p, with copies of what does not lie as p does, or would do without gaps."""
         like = p if is_dense(p) else torch.empty_like(p)
-        laid_out = [t if t is None or same_layout(t, like) else _copy(t, like) for t in row]
-        self._copies += [
-            (t, copy) for t, copy in zip(row, laid_out) if t is not None and copy is not None and t is not copy
-        ]
-        return laid_out
+        for column, t in enumerate(row):
+            if t is not None and not same_layout(t, like):
+                row[column] = copy = torch.empty_like(like, dtype=t.dtype).copy_(t)
+                if column != 1:  # Gradients are not written.
+                    self._copies.append((t, copy))
+        return row
 
     def _refuse_shared_memory(self) -> None:
         rows = np.flatnonzero((self.addresses[:, 1] != 0) & (self.numel > 0))
@@ -118,10 +118,6 @@ class Rows:
                 "updated twice, in any order; give the optimizer one of them, and add the gradients"
             )
         self._updated = updated
-
-
-def _copy(t: Tensor, like: Tensor) -> Tensor:
-    return torch.empty_like(like, dtype=t.dtype).copy_(t)
 
 
 def _same(a: Column, b: Column) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fusedopt.backends.capture import Tables, on_device
 from fusedopt.backends.numbers import DeviceNumbers
@@ -23,18 +24,21 @@ class TritonAdamW:
         self.tables = Tables(device)
 
     def __call__(self, batches: Sequence[Batch], control: Control) -> None:
+        shared = any(batch.hyper.convention.shared_steps for batch in batches)
+        if not shared and all(g is None for batch in batches for g in batch.grads):
+            return
+        params = [p for batch in batches for p in batch.params]
+        states = [s for batch in batches for s in batch.states]
         with on_device(self._device):
-            rows = self._look(batches)
+            rows = self._look(batches, params, states)
             numbers = DeviceNumbers(self._device)
-            hyper = np.array([_hyper(batch.hyper, control, numbers) for batch in batches])
-            table = self.tables.filled(rows, hyper, keep=numbers.kept)
+            hyper = _hyper(batches, control, numbers)
+            table = self.tables.filled(rows, hyper, keep=lambda: [params, [dict(s) for s in states], numbers.kept])
             kernels.adamw(table, self._rows.keys, self._rows.numel)
             self._rows.copy_back()
 
-    def _look(self, batches: Sequence[Batch]) -> np.ndarray:
+    def _look(self, batches: Sequence[Batch], params: list[Tensor], states: list[dict[str, Tensor]]) -> np.ndarray:
         """The rows of the table."""
-        params = [p for batch in batches for p in batch.params]
-        states = [s for batch in batches for s in batch.states]
         amsgrad = [batch.hyper.amsgrad for batch in batches for _ in batch.params]
         # Parameters that never had a gradient stand in for the states that they do not have: no kernel touches them.
         self._rows.look(
@@ -49,24 +53,27 @@ class TritonAdamW:
         return np.column_stack([self._rows.addresses, steps, self._rows.numel, batch_of])
 
 
-def _hyper(hyper: AdamWHyper, control: Control, numbers: DeviceNumbers) -> np.ndarray:
-    """One row of the table of hyper-parameters."""
-    lr, *lr_at = numbers.number("lr", hyper.lr)
+def _hyper(batches: Sequence[Batch], control: Control, numbers: DeviceNumbers) -> np.ndarray:
+    """The table of hyper-parameters, one row per batch."""
     scale, *scale_at = numbers.number("scale", control.scale)
-    beta1, beta2 = (hyper.beta1, hyper.beta2) if hyper.correct_bias else (0.0, 0.0)
-    values = kernels.Numbers(
-        lr=lr,
-        weight_decay=hyper.weight_decay,
-        eps=hyper.eps,
-        log_beta1=rules.log_beta(beta1),
-        log_beta2=rules.log_beta(beta2),
-        beta1=hyper.beta1,
-        beta2=hyper.beta2,
-        decays_update=hyper.convention.decays_update,
-        corrects_eps=hyper.convention.corrects_eps,
-        scale=scale,
-        sign=-1.0 if hyper.maximize else 1.0,
-    )
-    shared = int(hyper.convention.shared_steps)
-    found = [numbers.address(control.grad_scale), numbers.address(control.found_inf)]
-    return np.concatenate([float_bits(values), [shared, *lr_at, *scale_at, *found]])
+    skip_at = [numbers.address(control.grad_scale), numbers.address(control.found_inf)]
+    rows = []
+    for batch in batches:
+        hyper: AdamWHyper = batch.hyper
+        lr, *lr_at = numbers.number("lr", hyper.lr)
+        corrected1, corrected2 = (hyper.beta1, hyper.beta2) if hyper.correct_bias else (0.0, 0.0)
+        values = kernels.Numbers(
+            lr=lr,
+            weight_decay=hyper.weight_decay,
+            eps=hyper.eps,
+            log_beta1=rules.log_beta(corrected1),
+            log_beta2=rules.log_beta(corrected2),
+            beta1=hyper.beta1,
+            beta2=hyper.beta2,
+            decays_update=hyper.convention.decays_update,
+            corrects_eps=hyper.convention.corrects_eps,
+            scale=scale,
+            sign=-1.0 if hyper.maximize else 1.0,
+        )
+        rows.append([*float_bits(values), int(hyper.convention.shared_steps), *lr_at, *scale_at, *skip_at])
+    return np.array(rows, np.int64)

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """AdamW for all tensors of a table: a prologue over its rows, then one launch per launch class."""
 
 from typing import NamedTuple
@@ -70,7 +71,7 @@ _adamw_update = jit_rule(rules.adamw_update)
 
 
 @triton.jit
-def prologue(rows, hyper, scalars):  # type: ignore[no-untyped-def]
+def prologue(rows, hyper, scalars):
     """Advances the step count of each row and works out its scalars, in float64."""
     index = tl.program_id(0) * _ROWS + tl.arange(0, _ROWS)
     row = rows + index * _COLUMNS
@@ -119,7 +120,7 @@ def update(
     COMPUTE: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     """One piece of one tensor. P, G, M, V, H: dtypes of parameter, gradient and state; H is None without amsgrad."""
     index, piece = my_piece(chunks)
     row = rows + index * _COLUMNS
@@ -174,7 +175,7 @@ def adamw(table: LaunchTable, keys: np.ndarray, numel: np.ndarray) -> None:
             chunks,
             table.rows,
             scalars,
-            *map(TRITON_DTYPES.get, dtypes),
+            *(TRITON_DTYPES[dtype] for dtype in dtypes),
             COMPUTE=tl.float64 if dtypes[0] is torch.float64 else tl.float32,
             EVEN=even,
             BLOCK=BLOCK,

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """What every kernel shares on the device: find my piece, read, write, round; the rules' functions.
 
 Memory is reached through int64 addresses out of a launch table. `EVEN` promises that the address is a multiple of 16
@@ -15,6 +16,7 @@ _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 TRITON_DTYPES = {
+    None: None,
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
     torch.float32: tl.float32,
@@ -36,35 +38,35 @@ def jit_rule(rule: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @triton.jit
-def exp(x):  # type: ignore[no-untyped-def]
+def exp(x):
     return tl.exp(x)
 
 
 @triton.jit
-def sqrt_rn(x):  # type: ignore[no-untyped-def]
+def sqrt_rn(x):
     """The root, rounded to nearest; for float64 the plain one is."""
     return tl.sqrt_rn(x) if x.dtype == tl.float32 else tl.sqrt(x)
 
 
 @triton.jit
-def div_rn(x, y):  # type: ignore[no-untyped-def]
+def div_rn(x, y):
     """The quotient, rounded to nearest; for float64 the plain one is."""
     return tl.div_rn(x, y) if x.dtype == tl.float32 else x / y
 
 
 @triton.jit
-def my_piece(chunks):  # type: ignore[no-untyped-def]
+def my_piece(chunks):
     """The (row, piece) that this program works on, as int64: tensors may have more than 2^31 elements."""
     chunk = chunks + 2 * tl.program_id(0).to(tl.int64)
     return tl.load(chunk).to(tl.int64), tl.load(chunk + 1).to(tl.int64)
 
 
-# What EVEN promises has to be said where the value is made: about the argument of a function nothing can be said, and about
-# an address only once it is a pointer.
+# What EVEN promises has to be said where a value is made, not of an argument, and of an address once it is a pointer:
+# otherwise Triton does not hear it.
 
 
 @triton.jit
-def load_pointer(cell, DTYPE: tl.constexpr, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
+def load_pointer(cell, DTYPE: tl.constexpr, EVEN: tl.constexpr):
     """The address in a cell of the table, as a pointer to elements of DTYPE."""
     address = tl.load(cell).to(tl.pointer_type(DTYPE))
     if EVEN:
@@ -73,7 +75,7 @@ def load_pointer(cell, DTYPE: tl.constexpr, EVEN: tl.constexpr):  # type: ignore
 
 
 @triton.jit
-def load_size(cell, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
+def load_size(cell, EVEN: tl.constexpr):
     """The number of elements in a cell of the table."""
     number = tl.load(cell)
     if EVEN:
@@ -82,13 +84,13 @@ def load_size(cell, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def load_behind(address, DTYPE: tl.constexpr, absent):  # type: ignore[no-untyped-def]
+def load_behind(address, DTYPE: tl.constexpr, absent):
     """The elements at a block of addresses; `absent` where the address is 0."""
     return tl.load(address.to(tl.pointer_type(DTYPE)), mask=address != 0, other=absent)
 
 
 @triton.jit
-def load_number(value, at32, at64):  # type: ignore[no-untyped-def]
+def load_number(value, at32, at64):
     """The float64 numbers that three cells give: by value, or as the address of a float32, or of a float64."""
     of32 = tl.load(at32)
     of64 = tl.load(at64)
@@ -97,15 +99,15 @@ def load_number(value, at32, at64):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def load_float64(cell):  # type: ignore[no-untyped-def]
+def load_float64(cell):
     """A float64 that lies in the table as its bits."""
     return tl.load(cell).to(tl.float64, bitcast=True)
 
 
 @triton.jit
-def narrow(x, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+def narrow(x, DTYPE: tl.constexpr):
     """x rounded to DTYPE, to nearest even: the interpreter would cut off what bfloat16 cannot hold."""
-    if _INTERPRETED and DTYPE == tl.bfloat16:
+    if _INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         narrowed = tl.where(x != x, 0x7FC0, rounded).to(tl.uint16).to(tl.bfloat16, bitcast=True)

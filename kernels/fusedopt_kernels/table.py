@@ -1,8 +1,8 @@
 """Launch tables: which memory the programs of a launch work on, and how it gets to the device.
 
-`rows` has a row of int64 per tensor that is updated: addresses and sizes, in columns that the kernel names. `hyper` has a
-row per set of hyper-parameters; its float64 are there as their bits, so that both travel in one copy. `chunks` has a row of
-int32 per program of a launch: (row, piece), the tensor that it works on and which piece of it.
+`rows` has a row of int64 per tensor that is updated: addresses and sizes, in columns that the kernel names. `hyper` has
+a row per set of hyper-parameters; its float64 are there as their bits, so that both travel in one copy. `chunks` has a
+row of int32 per program of a launch: (row, piece), the tensor that it works on and which piece of it.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ Upload = Callable[[np.ndarray, torch.device], Tensor]
 
 
 def upload(host: np.ndarray, device: torch.device) -> Tensor:
-    """Copies through a pinned block that is used once: the host runs ahead of the copy, torch frees the block after it."""
+    """Copies through a pinned block used for this alone: the host runs ahead of the copy, after which torch frees it."""
     staging = torch.empty(host.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
     staging.numpy()[...] = host
     return torch.empty(host.shape, dtype=torch.int64, device=device).copy_(staging, non_blocking=True)
@@ -57,6 +57,7 @@ class LaunchTable:
 
     rows: Tensor
     hyper: Tensor
+    _host: np.ndarray
 
     def __init__(self, device: torch.device, upload: Upload = upload) -> None:
         self.device = device
@@ -66,7 +67,7 @@ class LaunchTable:
         self._forget()
 
     def for_capture(self, upload: Upload) -> "LaunchTable":
-        """A table for a step that is captured: it shares the chunks made so far, and refuses launches that never ran."""
+        """A table for a captured step: it shares the chunks that there are, and refuses launches that never ran."""
         table = LaunchTable(self.device, upload)
         table._chunks = dict(self._chunks)
         table._warm, table._may_warm = self._warm, False
@@ -109,8 +110,8 @@ class LaunchTable:
             new = {(phase, key) for key in wanted} - self._warm
             if new and not self._may_warm:
                 raise RuntimeError(
-                    "a CUDA graph is being captured, and no step before it had parameters, gradients and states of these "
-                    "dtypes at such addresses: take one step like the captured one before the capture"
+                    "a CUDA graph is being captured, and no step before it had tensors of these dtypes and alignments: "
+                    "take one step like the captured one before the capture, so that its kernels are compiled"
                 )
             self._warm |= new
             launches = {key: self._cut(np.flatnonzero((keys == key) & (pieces > 0)), pieces) for key in sorted(wanted)}
