@@ -12,7 +12,8 @@ from fusedopt_kernels.layout import overlaps_itself
 Check = Callable[[str, Any], None]
 
 
-def _number(name: str, value: Any) -> float:
+def number(name: str, value: Any) -> float:
+    """The value as a float; refuses what is not a number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{name} must be a number, got {value!r}")
     return float(value)
@@ -20,8 +21,8 @@ def _number(name: str, value: Any) -> float:
 
 def finite_non_negative(name: str, value: Any) -> None:
     """Refuses negative, infinite and NaN values."""
-    number = _number(name, value)
-    if not (math.isfinite(number) and number >= 0.0):
+    amount = number(name, value)
+    if not (math.isfinite(amount) and amount >= 0.0):
         raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
 
 
@@ -38,8 +39,8 @@ def learning_rate(name: str, value: Any) -> None:
 
 def beta(name: str, value: Any) -> None:
     """A decay rate of a running average, in [0, 1)."""
-    number = _number(name, value)
-    if not 0.0 <= number < 1.0:
+    amount = number(name, value)
+    if not 0.0 <= amount < 1.0:
         raise ValueError(f"{name} must be in [0, 1), got {value!r}")
 
 
