@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fusedopt import backends, checkpoint, checks
+from fusedopt import backends, checkpoint, checks, outside_graphs
 from fusedopt.batch import Batch, Control
 
 # Options of torch's optimizers that say how a step runs, not what it computes: here `backend=` says it.
@@ -29,8 +29,15 @@ class FusedOptimizer(torch.optim.Optimizer):
     _given: tuple[dict[Tensor, Tensor | None], Control] | None
     """Gradients that `apply_gradients` hands to `step`."""
 
+    _homes: list[torch.device] | None
+    """Where the parameters were at the last step, and with them their states."""
+
     constructor_options: ClassVar[tuple[str, ...]] = ("backend",)
     """Attributes that belong to the optimizer, not to a group or a checkpoint; copies and pickles carry them."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "FusedOptimizer":
+        outside_graphs.keep(FusedOptimizer)
+        return super().__new__(cls)
 
     def __init__(self, params: Any, defaults: dict[str, Any], backend: str, unknown: dict[str, Any]) -> None:
         refuse_unknown(type(self).__name__, unknown)
@@ -113,6 +120,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         given, control = self._given or (None, Control())
+        if not self.state and checkpoint.torch_looks_at_state():
+            self.init_state()
+            return loss
         if given is None:
             grads = [[p.grad for p in group["params"]] for group in self.param_groups]
         else:
@@ -166,7 +176,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         grads, control = self.prepare(grads, control)
         if all(g is None for row in grads for g in row):
             return
-        devices = list(dict.fromkeys(p.device for group in self.param_groups for p in group["params"]))
+        homes = [p.device for group in self.param_groups for p in group["params"]]
+        if homes != self._homes:
+            checkpoint.follow_parameters(self)
+            self._homes = homes
+        devices = list(dict.fromkeys(homes))
         steppers = [self._stepper(device) for device in devices]
         self._init_states(grads)
         batches = self.batches(grads)
@@ -189,8 +203,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def init_state(self) -> None:
         """Makes the state of every parameter that requires a gradient and has none yet; `step` does it by itself.
 
-        For tools that look at the state before the first step (`torch.distributed.checkpoint` among them, which
-        otherwise takes a step of its own to see it), and before a CUDA graph is captured.
+        For tools that look at the state before the first step, and before a CUDA graph is captured.
+        `torch.distributed.checkpoint` gets its state without this call.
         """
         self._init_states([[p if p.requires_grad else None for p in group["params"]] for group in self.param_groups])
 
@@ -199,7 +213,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         missing: dict[torch.device, list[tuple[Tensor, dict[str, Any]]]] = {}
         for group, row in zip(self.param_groups, wanted):
             for p, want in zip(group["params"], row):
-                if want is not None and p not in self.state:
+                if want is not None and not self.state.get(p):
                     missing.setdefault(p.device, []).append((p, group))
         if not missing:
             return
@@ -212,8 +226,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self.state[p] = {"step": step, **self.new_state(p, group)}
 
     def _forget(self) -> None:
-        """Drops what was derived from groups and states: backends and gradients in flight."""
+        """Drops what was derived from groups and states: backends, where states are, and gradients in flight."""
         self._steppers: dict[torch.device, backends.Stepper] = {}
+        self._homes = None
         self._given = None
 
     # Checkpoints and copies.

@@ -1,5 +1,9 @@
-"""Loading: a checkpoint is checked before anything changes, and laid out like the parameters it belongs to."""
+"""Loading: a checkpoint is checked before anything changes, and laid out like the parameters it belongs to.
 
+Also where state has to be made, or moved, because others look at it or move what it belongs to.
+"""
+
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,3 +81,26 @@ def lay_out(optimizer: "FusedOptimizer") -> None:
             for name, value in values.items():
                 like = p if value.shape == p.shape else value
                 state[name] = torch.empty_like(like, dtype=value.dtype, device=p.device).copy_(value)
+
+
+def follow_parameters(optimizer: "FusedOptimizer") -> None:
+    """Moves states to the device of their parameter, which `model.to(device)` may have taken elsewhere."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            for name, value in optimizer.state.get(p, {}).items():
+                if value.device != p.device:
+                    optimizer.state[p][name] = value.to(p.device)
+
+
+def torch_looks_at_state() -> bool:
+    """Whether the step that is going on is one of torch.distributed.checkpoint, which only wants to see the state.
+
+    Where an optimizer has no state, it calls `step()` with zero gradients and rates of 0, which would still count, and
+    move the weights of optimizers that make their own rate. A first step of a warm-up on gradients that happen to be
+    zero looks the same, so the caller tells them apart.
+    """
+    module = "torch.distributed.checkpoint.state_dict"
+    frame = sys._getframe(1) if module in sys.modules else None
+    while frame is not None and frame.f_globals.get("__name__") != module:
+        frame = frame.f_back
+    return frame is not None
