@@ -71,7 +71,8 @@ def _never_stepped(run: Run, first: int) -> str | None:
 
 def _scaled(run: Run, first: int) -> str | None:
     expected = run.meant(run.steps)
-    largest = np.unravel_index(np.nanargmax(np.abs(expected)), expected.shape)
+    known = np.where(np.isnan(run.recorded), 0.0, np.abs(expected))
+    largest = np.unravel_index(known.argmax(), known.shape)
     if expected[largest] == 0:
         return None
     scale = run.recorded[largest] / expected[largest]

@@ -1,0 +1,221 @@
+"""The command `fusedopt plot`: pictures of schedules, and of what a training loop makes of them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from fusedopt.plotting import plot_gallery, plot_schedule, plot_verification
+from fusedopt.recorder import LRRecorder
+from fusedopt.schedules import SchedulerType, example_arguments, get_scheduler, needs_metric
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def add_plot_command(subparsers: Any) -> None:
+    """Add `plot` to an argparse parser's subparsers; its handler is `run_plot`.
+
+    Example:
+        >>> parser = argparse.ArgumentParser()
+        >>> add_plot_command(parser.add_subparsers())
+        >>> parser.parse_args(["plot", "linear", "--lr", "0.001"]).names
+        ['linear']
+    """
+    parser = subparsers.add_parser(
+        "plot",
+        help="draw learning-rate schedules",
+        description="Draw one learning-rate schedule, several to compare, or all of them. "
+        f"Names: {', '.join(kind.value for kind in SchedulerType)}.",
+    )
+    parser.add_argument("names", metavar="NAME", nargs="*", help="a schedule's name; several are drawn together")
+    parser.add_argument("--all", action="store_true", help="draw every schedule, side by side")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="train with the schedule, rightly and with each classic mistake, and draw the rates that were used",
+    )
+    parser.add_argument("--warmup-steps", type=_number, metavar="STEPS", help="default: a tenth of the training")
+    parser.add_argument("--training-steps", type=_number, metavar="STEPS", help="default: 1000, with --verify 60")
+    parser.add_argument("--lr", type=float, default=1e-3, help="initial learning rate (default: %(default)s)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an argument of that schedule alone, say num_cycles=3; may be repeated",
+    )
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE.png", help="default: named after what is drawn")
+    parser.set_defaults(run=run_plot)
+
+
+def _number(text: str) -> float:
+    return float(text) if not text.lstrip("+-").isdecimal() else int(text)
+
+
+def run_plot(args: argparse.Namespace) -> int:
+    """Draw what was asked for into a file, and say which.
+
+    Raises:
+        ValueError: On names, counts and files that make no picture, in one sentence with the way out.
+    """
+    figure, stem = _figure_for(args)
+    output = args.output or Path(f"{stem}.png")
+    _save(figure, output)
+    print(f"wrote {output}")
+    return 0
+
+
+def _figure_for(args: argparse.Namespace) -> tuple[Figure, str]:
+    """The figure, and the name of its file without suffix."""
+    total = args.training_steps if args.training_steps is not None else (60 if args.verify else 1000)
+    warm_up = args.warmup_steps if args.warmup_steps is not None else total // 10
+    if args.all:
+        if args.names or args.verify or args.set:
+            raise ValueError("--all draws every schedule by itself; leave out names, --verify and --set")
+        return plot_gallery(warm_up, total), "schedules"
+    if not args.names:
+        raise ValueError(f"no schedule named; give one of {', '.join(kind.value for kind in SchedulerType)}, or --all")
+    own = dict(_key_and_value(text) for text in args.set)
+    counts = {"num_warmup_steps": warm_up, "num_training_steps": total}
+    specific = {name: example_arguments(name, round(total), args.lr) | own for name in args.names}
+    try:
+        if args.verify:
+            if len(args.names) > 1:
+                raise ValueError(f"--verify trains with one schedule, got {len(args.names)}; name one")
+            (name,) = args.names
+            return _verification(name, args.lr, counts, specific[name]), "verification"
+        several = [(name, counts | arguments) for name, arguments in specific.items()]
+        return plot_schedule(several, lr=args.lr), "-".join(args.names)
+    except TypeError as error:
+        raise ValueError(f"{error}; see the schedule's function for the arguments that --set may give") from error
+
+
+def _key_and_value(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise ValueError(f"--set takes KEY=VALUE, got {text!r}; say num_cycles=3")
+    try:
+        return key, _number(value)
+    except ValueError:
+        return key, value
+
+
+def _save(figure: Figure, output: Path) -> None:
+    known = sorted(figure.canvas.get_supported_filetypes())
+    if output.suffix.lstrip(".").lower() not in known:
+        raise ValueError(f"cannot write {output}: its name must end in one of .{', .'.join(known)}")
+    if not output.parent.is_dir():
+        raise ValueError(f"cannot write {output}: there is no folder {output.parent}; make it first")
+    try:
+        figure.savefig(output)
+        if output.suffix.lower() == ".png":
+            _thin_out(output)
+    except OSError as error:
+        raise ValueError(f"cannot write {output}: {error.strerror}; choose another file with -o") from error
+
+
+def _thin_out(picture: Path) -> None:
+    """A third of the bytes: lines and letters need no more colours than a palette has."""
+    from PIL import Image
+
+    with Image.open(picture) as image:
+        image.convert("RGB").quantize(colors=128, dither=Image.Dither.NONE).save(picture, optimize=True)
+
+
+# One training loop as it should be, and the classic mistakes.
+
+Step = Callable[[], object]
+MakeScheduler = Callable[[], LambdaLR]
+
+
+def _right(total: int, optimizer_step: Step, make_scheduler: MakeScheduler) -> None:
+    scheduler = make_scheduler()
+    for _ in range(total):
+        optimizer_step()
+        scheduler.step()
+
+
+def _scheduler_first(total: int, optimizer_step: Step, make_scheduler: MakeScheduler) -> None:
+    scheduler = make_scheduler()
+    for _ in range(total):
+        scheduler.step()
+        optimizer_step()
+
+
+def _twice_per_step(total: int, optimizer_step: Step, make_scheduler: MakeScheduler) -> None:
+    scheduler = make_scheduler()
+    for _ in range(total):
+        optimizer_step()
+        scheduler.step()
+        scheduler.step()
+
+
+def _once_per_epoch(total: int, optimizer_step: Step, make_scheduler: MakeScheduler) -> None:
+    scheduler = make_scheduler()
+    for step in range(1, total + 1):
+        optimizer_step()
+        if step % max(2, total // 10) == 0:
+            scheduler.step()
+
+
+def _not_at_all(total: int, optimizer_step: Step, make_scheduler: MakeScheduler) -> None:
+    make_scheduler()
+    for _ in range(total):
+        optimizer_step()
+
+
+def _anew_on_resume(total: int, optimizer_step: Step, make_scheduler: MakeScheduler) -> None:
+    _right(total // 2, optimizer_step, make_scheduler)
+    _right(total - total // 2, optimizer_step, make_scheduler)  # its state_dict was not loaded
+
+
+_LOOPS = {
+    "as it should be": _right,
+    "stepped before the optimizer": _scheduler_first,
+    "stepped twice per step": _twice_per_step,
+    "stepped once per epoch": _once_per_epoch,
+    "never stepped": _not_at_all,
+    "started anew on resume": _anew_on_resume,
+}
+
+
+def _verification(name: str, lr: float, counts: dict[str, float], specific: dict[str, Any]) -> Figure:
+    """Fit a line with each loop, and draw the rates that its optimizer used over those that were meant."""
+    import warnings
+
+    from matplotlib.figure import Figure
+
+    if needs_metric(name):
+        raise ValueError(f"schedule {name!r} follows a metric, so there is no curve to verify against; name another")
+    figure = Figure(figsize=(12.6, 6.8), dpi=100, layout="constrained")
+    labelled: dict[str, Any] = {}
+    x = torch.linspace(-1.0, 1.0, 32)
+    for ax, (title, loop) in zip(figure.subplots(2, 3, sharex=True, sharey=True).flat, _LOOPS.items()):
+        line = torch.zeros(2, requires_grad=True)
+        optimizer = torch.optim.AdamW([line], lr=lr)
+        recorder = LRRecorder(optimizer)
+
+        def optimizer_step(line: torch.Tensor = line, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            optimizer.zero_grad()
+            (line[0] * x + line[1] - (3.0 * x - 1.0)).square().mean().backward()
+            optimizer.step()
+
+        def make_scheduler(optimizer: torch.optim.Optimizer = optimizer) -> LambdaLR:
+            scheduler = get_scheduler(name, optimizer, **counts, scheduler_specific_kwargs=specific)
+            assert isinstance(scheduler, LambdaLR)
+            return scheduler
+
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected call of")  # the mistake is made on purpose
+            loop(round(counts["num_training_steps"]), optimizer_step, make_scheduler)
+        plot_verification(recorder, make_scheduler().lr_lambdas[0], ax, title=title, legend=False)
+        ax.label_outer()
+        labelled |= dict(zip(*reversed(ax.get_legend_handles_labels())))
+    figure.legend(labelled.values(), labelled, loc="outside lower center", ncols=len(labelled), frameon=False)
+    return figure

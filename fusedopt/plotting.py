@@ -1,0 +1,270 @@
+"""Pictures of learning-rate schedules: alone, compared, all at once, and against what a run really used.
+
+Figures are made without pyplot: no window, no backend and no global state are touched. Save one with
+`figure.savefig("schedule.png")`.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fusedopt.curves import Curve, curves_of
+from fusedopt.recorder import LRRecorder
+from fusedopt.schedules import SchedulerType, example_arguments
+from fusedopt.verification import verify_schedule
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# The Okabe-Ito palette, which colour-blind readers tell apart; blue for what was meant, vermilion for what went wrong.
+_COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#8C6D31", "#404040"]
+_WRONG = "#D55E00"
+_WARM_UP = "#F0E442"
+_METRIC = "#8A8A8A"
+
+
+def plot_schedule(
+    what: Any,
+    num_steps: int | None = None,
+    ax: Axes | None = None,
+    *,
+    lr: float | None = None,
+    title: str | None = None,
+    metrics: Sequence[float] | None = None,
+    **arguments: Any,
+) -> Figure:
+    """Draw the learning rate of one schedule or several over the optimizer steps.
+
+    Args:
+        what: A schedule object, a function from step to factor, a name with its `arguments`, a pair of a name and its
+            own arguments, or a live scheduler (then its present step is marked). Several of them in a list, or in a
+            dict with labels of your own, are drawn together.
+        num_steps: Length of the step axis. Default: a little more than the longest schedule.
+        ax: Axes to draw in. Default: those of a new figure.
+        lr: The initial learning rate. Default: that of a live scheduler; otherwise rates are drawn as multiples of it.
+        title: Default: the name and parameters of a single schedule.
+        metrics: What metric-driven schedulers are fed with, one per step. Default: a loss that falls and stalls twice.
+        **arguments: `num_warmup_steps`, `num_training_steps` and specific arguments of schedules given by name.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: On an unknown name, on arguments that the schedule refuses, on something that is no schedule.
+
+    Example:
+        >>> figure = plot_schedule("cosine", num_warmup_steps=10, num_training_steps=100)
+        >>> figure.axes[0].get_title(loc="left")
+        'cosine'
+        >>> two = ["linear", ("cosine", {"num_cycles": 1.0})]
+        >>> figure = plot_schedule(two, lr=1e-3, num_warmup_steps=5, num_training_steps=50)
+    """
+    curves, relative = curves_of(what, num_steps, lr, metrics, arguments)
+    created = ax is None
+    figure, ax = _canvas(ax)
+    handles = _draw(ax, curves, metric="metric" if metrics is not None else "metric: an example loss")
+    alone = curves[0] if len(curves) == 1 else None
+    _finish(
+        ax, relative, title or (alone.label if alone else "learning-rate schedules"), alone.details if alone else ""
+    )
+    if created and len(handles) > 3:
+        longest = max(len(handle.get_label()) for handle in handles)
+        columns = max(1, min(3, 110 // (longest + 8)))
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
+    else:
+        ax.legend(handles=handles, frameon=False, fontsize="small")
+    return figure
+
+
+def plot_gallery(num_warmup_steps: int = 100, num_training_steps: int = 1000) -> Figure:
+    """Draw every schedule by name, with the arguments of `example_arguments`, as small multiples.
+
+    Args:
+        num_warmup_steps: Length of the warm-up, where there is one.
+        num_training_steps: Length of the training.
+
+    Returns:
+        The figure, with one Axes per name (and one more on top of each metric-driven one, for the metric).
+
+    Raises:
+        ValueError: On counts that a schedule refuses.
+
+    Example:
+        >>> [ax.get_title(loc="left") for ax in plot_gallery().axes][:3]
+        ['linear', 'cosine', 'cosine_with_restarts']
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    columns = 4
+    figure = Figure(figsize=(13.2, 8.0), dpi=100, layout=ConstrainedLayoutEngine(h_pad=0.09))
+    grid = figure.subplots(len(SchedulerType) // columns, columns, sharex=True)
+    handles: dict[str, Any] = {}
+    for index, (ax, kind) in enumerate(zip(grid.flat, SchedulerType)):
+        specific = example_arguments(kind, num_training_steps, lr=1.0)
+        counts = {"num_warmup_steps": num_warmup_steps, "num_training_steps": num_training_steps}
+        end = round(1.2 * num_training_steps)
+        curves, relative = curves_of((kind.value, {**counts, **specific}), end, None, None, {})
+        drawn = _draw(ax, curves, rate="learning rate", metric="example loss")
+        drawn.append(ax.axvline(num_training_steps, color="#404040", linewidth=0.8, linestyle=":", label="last step"))
+        shown = ", ".join(f"{name}={value:g}" for name, value in specific.items())
+        _finish(ax, relative, kind.value, shown, lines=1)
+        ax.set_ylim(-0.05, max(1.1, 1.05 * max(curve.rates.max() for curve in curves)))
+        if index < len(SchedulerType) - columns:
+            ax.set_xlabel("")
+        if index % columns:
+            ax.set_ylabel("")
+        handles |= {handle.get_label(): handle for handle in drawn}
+    figure.legend(handles=list(handles.values()), loc="outside lower center", ncols=len(handles), frameon=False)
+    return figure
+
+
+def plot_verification(
+    recorder: LRRecorder, schedule: Any, ax: Axes | None = None, *, title: str | None = None, legend: bool = True
+) -> Figure:
+    """Lay the learning rates that a run used over those it was meant to use, and mark the steps where they differ.
+
+    Args:
+        recorder: The record of the run.
+        schedule: The schedule that was meant, as for `verify_schedule`.
+        ax: Axes to draw in. Default: those of a new figure.
+        title: Default: whether the run followed the schedule.
+        legend: Draw a legend.
+
+    Returns:
+        The figure; below its title stands the finding of `verify_schedule`.
+
+    Raises:
+        ValueError: As `verify_schedule`.
+
+    Example:
+        >>> import torch
+        >>> from fusedopt.schedules import get_linear_schedule_with_warmup
+        >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        >>> recorder = LRRecorder(optimizer)
+        >>> scheduler = get_linear_schedule_with_warmup(optimizer, 2, 10)
+        >>> for _ in range(8):
+        ...     optimizer.step()
+        ...     scheduler.step()
+        >>> figure = plot_verification(recorder, scheduler)
+        >>> figure.axes[0].get_title(loc="left").splitlines()[0]
+        'the run followed the schedule'
+    """
+    run = verify_schedule(recorder, schedule)
+    alone = ax is None
+    figure, ax = _canvas(ax)
+    size = 4 if len(run.steps) <= 150 else 2
+    drawn: list[tuple[np.ndarray, np.ndarray]] = []
+    for group, colour in zip(range(run.recorded.shape[1]), _cycled(_COLOURS)):
+        used, meant, wrong = run.recorded[:, group], run.expected[:, group], run.differs[:, group]
+        if any(np.array_equal(used, other) and np.array_equal(meant, also) for other, also in drawn):
+            continue
+        drawn.append((used, meant))
+        where = f", group {group}" if group else ""
+        ax.plot(run.steps, meant, color=colour, linewidth=1.6, label=f"schedule{where}", zorder=1)
+        right, off = np.where(wrong, np.nan, used), np.where(wrong, used, np.nan)
+        ax.plot(run.steps, right, "o", color=colour, markersize=size, label=f"used, as meant{where}", zorder=2)
+        if wrong.any():
+            ax.plot(run.steps, off, "x", color=_WRONG, markersize=size + 1, label=f"used, differs{where}", zorder=3)
+            ax.fill_between(run.steps, off, meant, color=_WRONG, alpha=0.15, linewidth=0, zorder=0)
+    functions = getattr(schedule, "lr_lambdas", schedule if isinstance(schedule, (list, tuple)) else [schedule])
+    warm_up = max(getattr(function, "num_warmup_steps", 0) for function in functions)
+    if warm_up > run.steps[0]:
+        _shade_warm_up(ax, warm_up, start=run.steps[0])
+    title = title or ("the run followed the schedule" if run.ok else "the run left the schedule")
+    # Panels beside each other keep their titles on one line.
+    _finish(ax, False, title, run.finding, lines=0 if alone else 3)
+    if legend:
+        ax.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def _canvas(ax: Axes | None) -> tuple[Any, Axes]:
+    """The figure of `ax`, or a new one with Axes."""
+    if ax is not None:
+        return ax.figure, ax
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.2), dpi=110, layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _cycled(colours: list[str]) -> Any:
+    while True:
+        yield from colours
+
+
+def _draw(ax: Axes, curves: list[Curve], rate: str | None = None, metric: str = "metric") -> list[Any]:
+    """Draw curves, a metric on an axis of its own; returns what a legend should show. `rate` replaces all labels."""
+    handles = []
+    for curve, colour in zip(curves, _cycled(_COLOURS)):
+        marker = "." if len(curve.steps) <= 60 else ""
+        label = rate or curve.label
+        handles += ax.plot(curve.steps, curve.rates, marker=marker, color=colour, linewidth=1.8, label=label, zorder=2)
+        if curve.position is not None:
+            here = np.searchsorted(curve.steps, curve.position).clip(max=len(curve.steps) - 1)
+            now = f"{curve.label} now: step {curve.position}"
+            handles += ax.plot(
+                curve.steps[here], curve.rates[here], "o", color=colour, markersize=8, label=now, zorder=3
+            )
+        if curve.metric is not None:
+            handles += _draw_metric(ax, curve, metric, with_ticks=rate is None)
+    warm_ups = {curve.warm_up for curve in curves if curve.warm_up > 0}
+    if len(warm_ups) == 1:
+        return [*handles, _shade_warm_up(ax, warm_ups.pop())]
+    ends = [
+        ax.axvline(curve.warm_up, color=colour, linewidth=0.9, linestyle=":", label="end of its warm-up")
+        for curve, colour in zip(curves, _cycled(_COLOURS))
+        if curve.warm_up > 0
+    ]
+    return handles + ends[:1]
+
+
+def _draw_metric(ax: Axes, curve: Curve, label: str, with_ticks: bool) -> list[Any]:
+    beside = ax.twinx()
+    beside.spines[["top", "left", "right"]].set_visible(False)
+    beside.tick_params(colors=_METRIC, right=with_ticks, labelright=with_ticks)
+    beside.set_ylabel("metric" if with_ticks else "", color=_METRIC)
+    assert curve.metric is not None
+    return beside.plot(curve.steps, curve.metric, "--", color=_METRIC, linewidth=1.2, label=label)
+
+
+def _shade_warm_up(ax: Axes, warm_up: float, start: float = 0) -> Any:
+    return ax.axvspan(start, warm_up, color=_WARM_UP, alpha=0.35, linewidth=0, label="warm-up", zorder=0)
+
+
+def _finish(ax: Axes, relative: bool, title: str, below: str = "", lines: int = 0) -> None:
+    """Labels with units, the title with a smaller text below it, room for so many lines of it at least."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    largest = np.abs(ax.dataLim.intervaly).max()
+    exponent = int(np.floor(np.log10(largest))) if 0 < largest < np.inf else 0
+    exponent = exponent if not -2 <= exponent <= 3 else 0
+    unit = "× initial rate" if relative else ("per step" if exponent == 0 else f"$10^{{{exponent}}}$ per step")
+    ax.set(xlabel="optimizer step", ylabel=f"learning rate ({unit})")
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate / 10.0**exponent:.4g}"))
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="y", color="#E6E6E6", linewidth=0.7)
+    ax.set_axisbelow(True)
+    ax.margins(x=0.02, y=0.06)
+    below = textwrap.fill(below, _letters_that_fit(ax))
+    lines = max(lines, below.count("\n") + 1 if below else 0)
+    text_height = 11 * lines
+    ax.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=9 + text_height)
+    if below:
+        style: dict[str, Any] = {"fontsize": 8, "color": "#505050", "va": "top", "ha": "left"}
+        ax.annotate(below, (0, 1), (0, 4 + text_height), "axes fraction", "offset points", **style)
+
+
+def _letters_that_fit(ax: Axes) -> int:
+    """How many letters of 8 points go beside each other over the Axes, before the layout has settled its width."""
+    place, (width, _) = ax.get_subplotspec(), ax.figure.get_figure(root=True).get_size_inches()
+    share = ax.get_position().width if place is None else 0.88 / place.get_gridspec().ncols
+    return max(30, int(16.5 * width * share))

@@ -1,0 +1,325 @@
+"""The pictures, checked through the data in their Axes, and the command that makes them."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from schedule_cases import CLOSED_FORMS, EVERY_NAME, METRIC_DRIVEN, advance, by_name, sgd
+
+from fusedopt import schedules
+from fusedopt.curves import example_metric
+from fusedopt.plot_command import add_plot_command
+from fusedopt.plotting import plot_gallery, plot_schedule, plot_verification
+from fusedopt.recorder import LRRecorder
+from fusedopt.schedules import SchedulerType, example_arguments
+
+mpl = pytest.importorskip("matplotlib")
+
+
+def lines(figure: Any, axes: int = 0) -> dict[str, Any]:
+    return {line.get_label(): line for line in figure.axes[axes].get_lines()}
+
+
+def texts(figure: Any, axes: int = 0) -> list[str]:
+    return [text.get_text() for text in figure.axes[axes].texts]
+
+
+def legend(figure: Any, axes: int = 0) -> list[str]:
+    owner = figure.axes[axes].get_legend() or figure.legends[0]
+    return [text.get_text() for text in owner.get_texts()]
+
+
+def shaded(figure: Any, axes: int = 0) -> list[tuple[float, float]]:
+    patches = [patch for patch in figure.axes[axes].patches if patch.get_label() == "warm-up"]
+    return [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in patches]
+
+
+@pytest.mark.parametrize("name", CLOSED_FORMS)
+def test_the_curve_is_the_schedule(name: str) -> None:
+    schedule = CLOSED_FORMS[name]
+    figure = plot_schedule(schedule, num_steps=50, lr=0.02)
+    line = lines(figure)[name]
+    np.testing.assert_array_equal(line.get_xdata(), np.arange(51))
+    np.testing.assert_allclose(line.get_ydata(), [0.02 * schedule(step) for step in range(51)], rtol=1e-12, atol=1e-17)
+    assert shaded(figure) == ([] if name == "constant" else [(0, 5)])
+
+
+@pytest.mark.parametrize("name", EVERY_NAME)
+def test_a_name_with_its_arguments(name: str) -> None:
+    specific = example_arguments(name, 40, lr=0.1)
+    figure = plot_schedule(name, lr=0.1, num_warmup_steps=5, num_training_steps=40, **specific)
+    line = lines(figure)[name]
+    optimizer = sgd(0.1)
+    scheduler = by_name(name, optimizer)
+    metric = example_metric(len(line.get_xdata()) - 1)
+    for step, rate in zip(line.get_xdata(), line.get_ydata()):
+        assert rate == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12, abs=1e-17), f"step {step}"
+        advance(scheduler, float(metric[step]))
+    if name in METRIC_DRIVEN:
+        (curve,) = figure.axes[1].get_lines()
+        np.testing.assert_array_equal(curve.get_ydata(), metric)
+        assert figure.axes[1].get_ylabel() == "metric" and curve.get_label() in legend(figure)
+
+
+def test_titles_labels_units_and_legend() -> None:
+    figure = plot_schedule("cosine", num_warmup_steps=10, num_training_steps=100)
+    (ax,) = figure.axes
+    assert ax.get_title(loc="left") == "cosine"
+    assert texts(figure) == ["num_warmup_steps=10, num_training_steps=100, num_cycles=0.5"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("optimizer step", "learning rate (× initial rate)")
+    assert legend(figure) == ["cosine", "warm-up"]
+    ax = plot_schedule("cosine", lr=0.05, num_warmup_steps=10, num_training_steps=100).axes[0]
+    assert ax.get_ylabel() == "learning rate (per step)"
+    ax = plot_schedule("cosine", lr=3e-4, num_warmup_steps=10, num_training_steps=2000, title="mine").axes[0]
+    assert ax.get_ylabel() == "learning rate ($10^{-4}$ per step)" and ax.get_title(loc="left") == "mine"
+    assert ax.yaxis.get_major_formatter()(3e-4, 0) == "3" and ax.xaxis.get_major_formatter()(1500, 0) == "1,500"
+
+
+def test_several_to_compare() -> None:
+    figure = plot_schedule(
+        ["linear", ("cosine", {"num_cycles": 1.0}), schedules.LinearSchedule(5, 80), schedules.ConstantSchedule()],
+        num_warmup_steps=5,
+        num_training_steps=40,
+    )
+    drawn = lines(figure)
+    assert list(drawn) == ["linear (num_training_steps=40)", "cosine", "linear (num_training_steps=80)", "constant"]
+    assert drawn["cosine"].get_ydata()[20] == pytest.approx(schedules.CosineSchedule(5, 40, 1.0)(20))
+    assert len({line.get_color() for line in drawn.values()}) == 4
+    assert legend(figure) == [*drawn, "warm-up"]
+    assert shaded(figure) == [(0, 5)]
+    assert drawn["cosine"].get_xdata()[-1] == 84  # the longest, and a little more
+
+
+def test_different_warm_ups_are_marked_in_their_colours() -> None:
+    figure = plot_schedule({"short": schedules.LinearSchedule(3, 40), "long": schedules.LinearSchedule(9, 40)})
+    ends = [line for line in figure.axes[0].get_lines() if line.get_label() == "end of its warm-up"]
+    assert [line.get_xdata()[0] for line in ends] == [3, 9] and shaded(figure) == []
+    drawn = lines(figure)
+    assert [line.get_color() for line in ends] == [drawn["short"].get_color(), drawn["long"].get_color()]
+    assert legend(figure) == ["short", "long", "end of its warm-up"]
+
+
+def test_a_live_scheduler_shows_its_groups_and_where_it_is() -> None:
+    optimizer = sgd(0.3, 0.1, 0.3)
+    scheduler = schedules.get_linear_schedule_with_warmup(optimizer, 5, 40)
+    for _ in range(12):
+        advance(scheduler)
+    drawn = lines(plot_schedule(scheduler))
+    assert set(drawn) == {"linear", "linear, group 1", "linear now: step 12", "linear, group 1 now: step 12"}
+    assert drawn["linear, group 1"].get_ydata()[5] == pytest.approx(0.1)
+    assert drawn["linear now: step 12"].get_xydata().tolist() == [pytest.approx([12, 0.3 * 28 / 35])]
+    assert scheduler.last_epoch == 12
+
+
+@pytest.mark.parametrize("name", METRIC_DRIVEN)
+def test_a_live_metric_driven_scheduler_is_not_disturbed(name: str) -> None:
+    optimizer = sgd(0.1)
+    scheduler = by_name(name, optimizer)
+    for _ in range(7):
+        advance(scheduler, 0.5)
+    before, rate = copy.deepcopy(scheduler.state_dict()), optimizer.param_groups[0]["lr"]
+    figure = plot_schedule(scheduler, metrics=[1.0] * 20)
+    rates = lines(figure)[name].get_ydata()
+    assert len(rates) == 20 and rates[0] == rate and rates[-1] < rate
+    assert scheduler.state_dict() == before and optimizer.param_groups[0]["lr"] == rate
+
+
+def test_any_function_of_the_step_and_long_runs() -> None:
+    def halving(step: int) -> float:
+        return 0.5 ** (step // 1000)
+
+    line = lines(plot_schedule(halving, num_steps=1_000_000))["halving"]
+    assert len(line.get_xdata()) == 2001 and line.get_xdata()[-1] == 1_000_000
+    line = lines(plot_schedule(schedules.LinearSchedule(0, 1)))["linear"]
+    assert line.get_ydata().tolist() == [1.0, 0.0, 0.0]
+
+
+def test_drawing_in_axes_of_ones_own() -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    left, right = figure.subplots(1, 2)
+    assert plot_schedule(CLOSED_FORMS["linear"], ax=right) is figure
+    assert not left.get_lines() and right.get_lines()
+
+
+def test_the_gallery_has_every_schedule() -> None:
+    figure = plot_gallery(num_warmup_steps=10, num_training_steps=100)
+    panels = {ax.get_title(loc="left"): ax for ax in figure.axes if ax.get_title(loc="left")}
+    assert list(panels) == [kind.value for kind in SchedulerType]
+    for name, ax in panels.items():
+        drawn = {line.get_label(): line for line in ax.get_lines()}
+        assert len(drawn["learning rate"].get_xdata()) == 121
+        assert drawn["last step"].get_xdata()[0] == 100
+        specific = example_arguments(name, 100, lr=1.0)
+        if name in CLOSED_FORMS:
+            schedule = schedules.get_scheduler(name, sgd(default=1.0), 10, 100, specific).lr_lambdas[0]  # type: ignore[union-attr]
+            np.testing.assert_array_equal(drawn["learning rate"].get_ydata(), schedule(np.arange(121)))
+    assert legend(figure) == ["learning rate", "warm-up", "last step", "example loss"]
+    assert len(figure.axes) == 12 + len(METRIC_DRIVEN)
+
+
+def recorded(mistake: bool, lrs: tuple[float, ...] = (0.1,), first_step: int = 0) -> tuple[LRRecorder, Any]:
+    optimizer = sgd(*lrs)
+    recorder = LRRecorder(optimizer, first_step)
+    scheduler = schedules.get_linear_schedule_with_warmup(optimizer, 5, 20)
+    for _ in range(first_step):
+        scheduler.step()
+    for step in range(20 - first_step):
+        optimizer.step()
+        scheduler.step()
+        if mistake and step == 9:
+            scheduler.step()
+    return recorder, scheduler
+
+
+def test_verification_of_a_run_as_meant() -> None:
+    recorder, scheduler = recorded(mistake=False)
+    figure = plot_verification(recorder, scheduler)
+    drawn = lines(figure)
+    assert list(drawn) == ["schedule", "used, as meant"]
+    np.testing.assert_array_equal(drawn["used, as meant"].get_ydata(), recorder.rates[:, 0])
+    assert figure.axes[0].get_title(loc="left") == "the run followed the schedule"
+    assert texts(figure) == ["all 20 steps used the rate of the schedule"] and shaded(figure) == [(0, 5)]
+
+
+def test_verification_marks_the_steps_that_differ() -> None:
+    recorder, scheduler = recorded(mistake=True, lrs=(0.1, 0.1, 0.02))
+    figure = plot_verification(recorder, scheduler)
+    drawn = lines(figure)
+    assert len(drawn) == 6  # the second group is the first again
+    off, right = drawn["used, differs"].get_ydata(), drawn["used, as meant"].get_ydata()
+    assert np.flatnonzero(~np.isnan(off)).tolist() == list(range(10, 20))
+    np.testing.assert_array_equal(off[10:], recorder.rates[10:, 0])
+    np.testing.assert_array_equal(np.isnan(off), ~np.isnan(right))
+    expected = [0.02 * schedules.LinearSchedule(5, 20)(step) for step in range(20)]
+    np.testing.assert_allclose(drawn["schedule, group 2"].get_ydata(), expected, rtol=1e-12)
+    assert "from step 10 on the scheduler is 1 step ahead" in texts(figure)[0].replace("\n", " ")
+    assert "used, differs" in legend(figure)
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of")  # the test itself winds the scheduler forward
+def test_verification_of_a_resumed_run_shows_its_own_steps() -> None:
+    recorder, scheduler = recorded(mistake=False, first_step=7)
+    figure = plot_verification(recorder, scheduler, legend=False)
+    assert lines(figure)["schedule"].get_xdata().tolist() == list(range(7, 20))
+    assert shaded(figure) == [] and figure.axes[0].get_legend() is None
+
+
+def test_pictures_do_not_touch_pyplot() -> None:
+    code = (
+        "import sys; from fusedopt.plotting import *; plot_gallery(1, 9); assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        pytest.param(lambda: plot_schedule("lineal"), "choose one of linear", id="unknown name"),
+        pytest.param(lambda: plot_schedule("linear"), "needs num_warmup_steps", id="no counts"),
+        pytest.param(lambda: plot_schedule([]), "nothing to plot; give a schedule", id="nothing"),
+        pytest.param(lambda: plot_schedule(3), "cannot plot 3; give a schedule, the name", id="a number"),
+        pytest.param(
+            lambda: plot_schedule(CLOSED_FORMS["linear"], num_training_steps=9), "num_training_steps go", id="extra"
+        ),
+        pytest.param(
+            lambda: plot_schedule(CLOSED_FORMS["linear"], num_steps=0), "num_steps must be >= 1", id="no steps"
+        ),
+        pytest.param(lambda: plot_verification(LRRecorder(sgd()), CLOSED_FORMS["linear"]), "no step", id="empty"),
+    ],
+)
+def test_what_makes_no_picture_is_refused(draw: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        draw()
+
+
+# The command
+
+
+def run_command(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    add_plot_command(parser.add_subparsers(required=True))
+    args = parser.parse_args(["plot", *arguments])
+    return args.run(args)
+
+
+def is_a_picture(path: Path) -> bool:
+    return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size < 150_000
+
+
+@pytest.mark.parametrize("name", ["linear", "constant", "cosine_with_min_lr", "warmup_stable_decay", "greedy"])
+def test_the_command_draws_a_name_with_what_it_needs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_command(name, "--warmup-steps", "5", "--training-steps", "40", "--lr", "0.01") == 0
+    assert is_a_picture(tmp_path / f"{name}.png")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--all"],
+        ["linear", "--verify"],
+        ["warmup_stable_decay", "--verify", "--training-steps", "30", "--set", "decay_type=1-sqrt"],
+        ["cosine", "cosine_with_restarts", "--set", "num_cycles=4"],
+    ],
+    ids=" ".join,
+)
+def test_the_command_says_what_it_wrote(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    path = tmp_path / "picture.png"
+    assert run_command(*arguments, "-o", str(path)) == 0
+    assert capsys.readouterr().out == f"wrote {path}\n" and is_a_picture(path)
+    assert not recwarn.list
+
+
+def test_other_formats(tmp_path: Path) -> None:
+    assert run_command("linear", "-o", str(tmp_path / "picture.svg")) == 0
+    assert "<svg" in (tmp_path / "picture.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no schedule named; give one of linear, .*, or --all"),
+        (["lineal"], "choose one of linear"),
+        (["--all", "linear"], "leave out names"),
+        (["linear", "cosine", "--verify"], "got 2; name one"),
+        (["greedy", "--verify"], "follows a metric.*name another"),
+        (["linear", "--set", "num_cycles=2"], "unexpected keyword argument 'num_cycles'; see the schedule's function"),
+        (["linear", "--set", "num_cycles"], "--set takes KEY=VALUE, got 'num_cycles'"),
+        (["linear", "--warmup-steps", "-3"], "num_warmup_steps must be >= 0, got -3"),
+        (["polynomial", "--set", "lr_end=1"], "lr_end must be below"),
+        (["linear", "-o", "picture.gifx"], "its name must end in one of .*png"),
+        (["linear", "-o", "no/such/folder/x.png"], "there is no folder no/such/folder; make it first"),
+    ],
+    ids=lambda value: " ".join(value) or "nothing" if isinstance(value, list) else "",
+)
+def test_the_command_refuses_in_one_sentence(arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        run_command(*arguments)
+    assert caught.match(message) and "\n" not in str(caught.value)
+
+
+def test_a_run_on_an_optimizer_with_tensor_rates_can_be_drawn() -> None:
+    optimizer = sgd(torch.tensor(0.1))
+    recorder = LRRecorder(optimizer)
+    scheduler = schedules.get_linear_schedule_with_warmup(optimizer, 2, 10)
+    for _ in range(5):
+        advance(scheduler)
+    assert "now: step 5" in " ".join(lines(plot_schedule(scheduler)))
+    assert plot_verification(recorder, scheduler).axes[0].get_title(loc="left") == "the run followed the schedule"
