@@ -101,7 +101,7 @@ class Settings:
         ValueError: steps must be between 1 and 100,000,000, got 0
     """
 
-    steps: int = 600
+    steps: int = 500
     batch_size: int = 16
     accumulate: int = 1
     layers: int = 4

@@ -1,0 +1,365 @@
+"""The demo: what it learns, what it writes, and that a run that was stopped goes on as if it had not been."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusedopt import demo, demo_checkpoint, demo_report
+from fusedopt.demo import Settings, train
+from fusedopt.demo_model import GPT
+from fusedopt.demo_text import DEFAULT_BYTES, Text, read_text
+
+TINY = Settings(steps=4, batch_size=2, layers=2, width=16, device="cpu", checkpoint_every=0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads only wait for each other in a model this small, the longer the more tests run beside it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """Settings of a run that takes a tenth of a second, on a text of its own."""
+    text = tmp_path / "text.txt"
+    text.write_bytes(b"".join(b"%d green bottles hanging on the wall; " % (n % 7) for n in range(100)))
+    return replace(TINY, text=str(text), out=str(tmp_path / "out"))
+
+
+def without_times(records):
+    return [{name: value for name, value in record.items() if name != "optimizer_ms"} for record in records]
+
+
+def metrics(settings):
+    return [json.loads(line) for line in (Path(settings.out) / demo.METRICS).read_text().splitlines()]
+
+
+def weights(settings):
+    return demo_checkpoint.load(Path(settings.out) / demo.CHECKPOINT)["runs"]
+
+
+def assert_same_states(one, other):
+    """Every tensor and number of two nested states is equal to the bit."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for name in one:
+            assert_same_states(one[name], other[name])
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other)
+        for left, right in zip(one, other):
+            assert_same_states(left, right)
+    elif isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    else:
+        assert one == other
+
+
+class Killed(BaseException):
+    """Ends a run where no handler catches it."""
+
+
+def kill_at(monkeypatch, step):
+    """The next run ends in the middle of `step`, when its second training has its gradients."""
+    ticks = iter(range(1, 10**6))
+
+    def clock(device):
+        if next(ticks) > 4 * (step - 1) + 2:  # two readings for each of the two runs
+            raise Killed
+        return time.perf_counter()
+
+    monkeypatch.setattr(demo, "clock", clock)
+
+
+def test_learns_and_both_runs_agree(tiny):
+    outcome = train(replace(tiny, steps=60, batch_size=8, lr=1e-2))
+    eager, fused = (demo_report.Curves(outcome.records, run) for run in ("eager", "fused"))
+    assert eager.val_loss[-1] < eager.val_loss[0] - 2
+    assert eager.steps == fused.steps == list(range(1, 61))
+    assert eager.val_steps == fused.val_steps == [1, 25, 50, 60]
+    # The same formula in another order of float32 operations, amplified by 60 steps of training.
+    assert demo_report.largest_difference(eager, fused)[0] < 1e-2
+    assert outcome.parameters == sum(p.numel() for p in GPT(2, 16, demo.CONTEXT).parameters())
+
+
+def test_a_wrong_optimizer_shows_in_the_difference(tiny, monkeypatch):
+    right = demo.OPTIMIZERS["adamw"]
+    wrong = right._replace(ours=lambda params, **options: right.ours(params, **{**options, "convention": "torch"}))
+    monkeypatch.setitem(demo.OPTIMIZERS, "adamw", wrong)
+    outcome = train(replace(tiny, steps=20, schedule="constant"))
+    assert (
+        demo_report.largest_difference(*(demo_report.Curves(outcome.records, r) for r in ("eager", "fused")))[0] > 1e-5
+    )
+
+
+def test_records(tiny):
+    outcome = train(tiny)
+    assert metrics(tiny) == outcome.records
+    assert [(record["run"], record["step"]) for record in outcome.records[:3]] == [
+        ("eager", 1),
+        ("fused", 1),
+        ("eager", 2),
+    ]
+    for record in outcome.records:
+        assert set(record) - {"val_loss"} == {"run", "step", "train_loss", "lr", "optimizer_ms"}
+        assert ("val_loss" in record) == (record["step"] in (1, 4))
+        assert record["optimizer_ms"] > 0
+
+
+@pytest.mark.parametrize("schedule", demo.SCHEDULES)
+def test_every_schedule_drives_both_runs(tiny, schedule):
+    records = train(replace(tiny, schedule=schedule)).records
+    rates = {run: [record["lr"] for record in records if record["run"] == run] for run in ("eager", "fused")}
+    assert rates["eager"] == rates["fused"]
+    assert max(rates["eager"]) > 0
+
+
+@pytest.mark.parametrize("dtype", demo.DTYPES)
+def test_every_dtype(tiny, dtype):
+    train(replace(tiny, dtype=dtype))
+    state = weights(tiny)["fused"]["model"]
+    assert {value.dtype for value in state.values()} == {getattr(torch, dtype)}
+
+
+def test_accumulation_averages_batches(tiny):
+    """Two batches of two windows give the loss of one batch of the same four windows."""
+    whole = train(replace(tiny, steps=2, batch_size=4, lr=0.0)).records
+    parts = train(replace(tiny, steps=2, batch_size=2, accumulate=2, lr=0.0)).records
+    # Mean of means, in float32.
+    assert [r["train_loss"] for r in parts] == pytest.approx([r["train_loss"] for r in whole], rel=1e-6)
+
+
+RESUMED = {
+    "cosine": {},
+    "plateau": {"schedule": "reduce_lr_on_plateau"},
+    "greedy": {"schedule": "greedy"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "accumulated": {"accumulate": 2},
+}
+
+
+@pytest.mark.parametrize("changes", RESUMED.values(), ids=RESUMED)
+def test_resumes_bit_for_bit(tiny, tmp_path, monkeypatch, changes):
+    straight = replace(tiny, steps=10, **changes)
+    stopped = replace(straight, out=str(tmp_path / "stopped"), checkpoint_every=4)
+    train(straight)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, step=7)
+        train(stopped)
+    assert max(record["step"] for record in metrics(stopped)) >= 6, "the run was to be killed after its checkpoint"
+    outcome = train(stopped, resume=True)
+
+    assert without_times(metrics(stopped)) == without_times(metrics(straight))
+    assert outcome.records == metrics(stopped)
+    assert_same_states(weights(stopped), weights(straight))
+
+
+def test_survives_sigkill(tiny, tmp_path):
+    straight = replace(tiny, steps=60)
+    stopped = replace(straight, out=str(tmp_path / "stopped"))
+    command = [sys.executable, "-m", "fusedopt.cli", "demo", "--steps=60", "--checkpoint-every=1", "--device=cpu"]
+    command += ["--layers=2", "--width=16", "--batch-size=2", f"--text={tiny.text}", f"--out={stopped.out}"]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoint = Path(stopped.out) / demo.CHECKPOINT
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL) if os.name == "posix" else process.kill()
+    assert process.wait() != 0, "the run was over before it could be killed"
+
+    train(stopped, resume=True)
+    train(straight)
+    assert without_times(metrics(stopped)) == without_times(metrics(straight))
+    assert_same_states(weights(stopped), weights(straight))
+
+
+def test_a_longer_run_continues_a_shorter(tiny, tmp_path):
+    long = replace(tiny, steps=8, schedule="constant", out=str(tmp_path / "long"))
+    train(long)
+    train(replace(long, steps=4, out=tiny.out))
+    train(replace(long, out=tiny.out), resume=True)
+    assert_same_states(weights(tiny), weights(long))
+
+
+def test_a_longer_run_follows_its_own_schedule(tiny, tmp_path):
+    long = replace(tiny, steps=40, schedule="linear", out=str(tmp_path / "long"))
+    train(long)
+    train(replace(long, steps=20, out=tiny.out))
+    train(replace(long, out=tiny.out), resume=True)
+    rates = [[record["lr"] for record in metrics(settings) if record["step"] > 20] for settings in (tiny, long)]
+    assert rates[0] == rates[1]
+
+
+def test_resuming_a_finished_run_changes_nothing(tiny):
+    before = train(tiny).records
+    assert train(tiny, resume=True).records == before == metrics(tiny)
+
+
+REFUSED_TO_RESUME = {
+    "another width": ({"width": 8}, r"width was 16 in the checkpoint, now 8"),
+    "another seed": ({"seed": 1}, r"seed was 0 in the checkpoint, now 1"),
+    "another lr": ({"lr": 0.5}, r"lr was 0\.002 in the checkpoint, now 0\.5"),
+    "another text": ({"text": None}, r"text was another one"),
+    "fewer steps": ({"steps": 3}, r"4 steps are done, steps=3 asks for fewer"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED_TO_RESUME.values(), ids=REFUSED_TO_RESUME)
+def test_refuses_to_resume_another_run(tiny, changes, message):
+    train(tiny)
+    before = metrics(tiny)
+    with pytest.raises(ValueError, match=message):
+        train(replace(tiny, **changes), resume=True)
+    assert metrics(tiny) == before
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no checkpoint", "another dict"], ids=str)
+def test_refuses_what_is_no_checkpoint(tiny, content):
+    path = Path(tiny.out) / demo.CHECKPOINT
+    path.parent.mkdir()
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content:
+        torch.save({"state": 1}, path)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt (does not exist|is damaged|is no checkpoint)"):
+        train(tiny, resume=True)
+
+
+@pytest.mark.parametrize("moment", ["while writing", "before renaming"])
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, moment):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def write(file):
+        file.write(b"half of the ne")
+        if moment == "while writing":
+            raise Killed
+
+    def fsync(descriptor):
+        raise Killed
+
+    if moment == "before renaming":
+        monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(Killed):
+        demo_checkpoint.write_atomically(path, write)
+    assert path.read_bytes() == b"old"
+
+
+OUT_OF_RANGE = [
+    {"steps": 0}, {"batch_size": 0}, {"accumulate": 0}, {"layers": 0}, {"width": -1}, {"width": 10**9}, {"seed": -1},
+    {"seed": 2**63}, {"checkpoint_every": -1}, {"optimizer": "sgd"}, {"schedule": "Linear"}, {"dtype": "int8"},
+    {"device": "tpu"}, {"lr": -1.0}, {"lr": math.nan}, {"lr": math.inf},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", OUT_OF_RANGE, ids=str)
+def test_settings_out_of_range(changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        replace(TINY, **changes)
+
+
+def test_device_cuda_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert replace(TINY, device="auto").torch_device.type == "cpu"
+    with pytest.raises(ValueError, match="finds no CUDA"):
+        replace(TINY, device="cuda")
+
+
+class TestText:
+    def test_default_is_python_source_and_always_the_same(self):
+        text = read_text()
+        assert text == read_text()
+        assert 10**6 < len(text) <= DEFAULT_BYTES
+        assert b"\nimport " in text
+
+    @pytest.mark.parametrize("path", ["nowhere", "."])
+    def test_unreadable(self, tmp_path, path):
+        with pytest.raises(ValueError, match="cannot read the text"):
+            read_text(str(tmp_path / path))
+
+    def test_parts_do_not_overlap(self):
+        train_part, held_out = b"t" * 900, b"h" * 100
+        text = Text(train_part + held_out, context=8)
+        generator = torch.Generator().manual_seed(0)
+        tokens, targets = text.batch(2000, generator)
+        assert set(tokens.unique().tolist()) | set(targets.unique().tolist()) == {ord("t")}
+        tokens, targets = text.held_out(50)
+        assert set(tokens.unique().tolist()) | set(targets.unique().tolist()) == {ord("h")}
+
+    def test_targets_follow_tokens(self):
+        text = Text(bytes(range(250)), context=16)
+        tokens, targets = text.batch(32, torch.Generator().manual_seed(0))
+        assert torch.equal(targets, tokens + 1)
+        assert len(tokens[:, 0].unique()) > 10
+
+    @pytest.mark.parametrize("size", [0, 1, 89])
+    def test_too_small(self, size):
+        with pytest.raises(ValueError, match=f"the text has {size} bytes, too few .* 90 are needed"):
+            Text(b"x" * size, context=8)
+        Text(b"x" * 90, context=8)
+
+
+def test_the_model_does_not_look_ahead():
+    torch.manual_seed(0)
+    model = GPT(layers=2, width=64, context=12)
+    tokens = torch.randint(256, (1, 12))
+    changed = tokens.clone()
+    changed[0, 7:] = torch.randint(256, (5,))
+    before, after = model(tokens), model(changed)
+    assert torch.equal(before[:, :7], after[:, :7])
+    assert not torch.equal(before[:, 7:], after[:, 7:])
+
+
+class TestReport:
+    def records(self, eager, fused):
+        return [
+            {"run": run, "step": step, "train_loss": loss, "val_loss": loss, "lr": 0.1, "optimizer_ms": ms}
+            for run, losses, ms in (("eager", eager, 3.0), ("fused", fused, 1.5))
+            for step, loss in enumerate(losses, start=1)
+        ]
+
+    def outcome(self, *losses):
+        return demo.Outcome(TINY, 1000, 10, 64, "eager", self.records(*losses))
+
+    def test_table(self):
+        outcome = self.outcome([5.0, 4.0, 3.0], [5.0, 4.25, 3.125])
+        lines = demo_report.table(outcome).splitlines()
+        rows = lines[2:10]
+        assert len({len(row) for row in rows}) == 1, "columns do not line up"
+        cells = {row[:32].strip(): row[32:].split() for row in rows}
+        assert cells["train loss, last step"] == ["3.0000", "3.1250"]
+        assert cells["validation loss, step 1"] == ["5.0000", "5.0000"]
+        assert cells["optimizer, ms per step (median)"] == ["3.000", "1.500"]
+        assert cells["optimizer, speed ratio"] == ["1.00", "2.00"]
+        assert cells["device"] == ["cpu", "cpu"]
+        assert lines[-1] == "largest difference between the two loss curves: 0.25, at step 2"
+
+    def test_losses_that_are_not_finite_are_named(self):
+        nan = math.nan
+        lines = demo_report.table(self.outcome([5.0, nan, nan], [5.0, 4.0, math.inf])).splitlines()
+        assert "reference loop: the loss is not finite from step 2 on" in lines[-2]
+        assert "fusedopt: the loss is not finite from step 3 on" in lines[-1]
+
+    @pytest.mark.parametrize("losses", [[5.0, 4.0, 3.0], [5.0], [math.nan]], ids=["three", "one", "nan"])
+    def test_picture(self, tmp_path, losses):
+        outcome = self.outcome(losses, losses)
+        assert len(demo_report.figure(outcome).axes) == 3
+        demo_report.save_picture(outcome, tmp_path / "demo.png")
+        assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
