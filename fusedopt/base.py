@@ -60,6 +60,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Whether all parameters count the applied steps of the whole optimizer."""
         return False
 
+    def needs_all_gradients(self) -> str | None:
+        """The option that makes no sense before all gradients are known, as `name=value`; None if there is none."""
+        return None
+
     def check_group(self, group: dict[str, Any]) -> None:
         """Raises ValueError where an option, or a combination of options, makes no sense."""
         for name, check in self.checks.items():

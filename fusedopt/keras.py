@@ -162,6 +162,10 @@ class AdamWeightDecay(AdamW):
             group["lr"] = _rate(self.schedule, group["iterations"])
         super().add_param_group(group)
 
+    def needs_all_gradients(self) -> str | None:
+        bound = self.clipping.global_clipnorm
+        return None if bound is None else f"global_clipnorm={bound!r}"
+
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
         if "params" in group and "param_names" not in group:

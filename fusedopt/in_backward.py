@@ -1,0 +1,148 @@
+"""The step in backward: each parameter is updated as soon as its gradient is complete, and the gradient is freed."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedopt import backends
+from fusedopt.base import FusedOptimizer
+from fusedopt.batch import Control
+
+
+def register_step_in_backward(optimizer: FusedOptimizer, model: torch.nn.Module) -> "StepInBackward":
+    """Lets `backward()` update each parameter as soon as its gradient is complete, and free the gradient.
+
+    At no time do all gradients exist, only those that autograd has not finished. The numbers are those of `step()`. The
+    training loop stays as it is: `step()`, which finds no gradients any more, still closes the step for schedulers,
+    hooks and shared step counts, and has to follow every `backward()`.
+
+    What looks at gradients after `backward()` finds none: `clip_grad_norm_` clips nothing, a `GradScaler` cannot
+    unscale (the next `step()` says so), `AdafactorSchedule` reports its initial rate. State is made now, for all
+    parameters that require a gradient; parameters that do not, and later do, are updated by `step()` as ever.
+
+    Args:
+        optimizer: an optimizer of this package, as it was made: not the wrapper that Accelerate's `prepare` returns.
+        model: the module that holds all its parameters; not in a `DistributedDataParallel`, which sums gradients over
+            processes only after the update (FSDP2, `fully_shard`, sums them before).
+
+    Returns:
+        A handle; its `remove()` makes `backward()` leave gradients to `step()` again.
+
+    Raises:
+        ValueError: an option needs all gradients at once (clipping by their common norm), a parameter is not in the
+            model or has a gradient already, the model is a `DistributedDataParallel`; nothing was changed.
+        RuntimeError: from `backward()`, where a parameter gets a second gradient before `step()`, so where gradients
+            are meant to be accumulated; that parameter has not been updated twice.
+
+    Source: the idea is LOMO's, Lv et al., "Full Parameter Fine-tuning for Large Language Models with Limited
+    Resources", arXiv:2306.09782.
+
+    Example:
+        >>> import fusedopt, torch
+        >>> from fusedopt.in_backward import register_step_in_backward
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = fusedopt.AdamW(model.parameters(), lr=1e-2)
+        >>> handle = register_step_in_backward(optimizer, model)
+        >>> before = model(torch.ones(4)).item()
+        >>> model(torch.ones(4)).sum().backward()
+        >>> model.weight.grad is None and model(torch.ones(4)).item() < before
+        True
+        >>> optimizer.step()
+    """
+    if not isinstance(optimizer, FusedOptimizer):
+        raise ValueError(
+            f"the optimizer must be one of fusedopt's, got {type(optimizer).__name__}: of a wrapper pass what it wraps"
+        )
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "a step in backward would come before DistributedDataParallel has summed the gradients over the processes: "
+            "use fully_shard (FSDP2), or leave the update to step()"
+        )
+    option = optimizer.needs_all_gradients()
+    if option:
+        raise ValueError(
+            f"{option} needs all gradients at once, and a step in backward frees each as soon as it is there: "
+            "leave out one of the two"
+        )
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p not in names:
+                raise ValueError(f"a parameter of shape {tuple(p.shape)} of the optimizer is not in the model")
+            if p.grad is not None:
+                raise ValueError(f"{names[p]} has a gradient already: call step() or zero_grad() first")
+    return StepInBackward(optimizer, names)
+
+
+class StepInBackward:
+    """What `register_step_in_backward` returns: the hooks, and which parameters the open step has updated."""
+
+    def __init__(self, optimizer: FusedOptimizer, names: dict[Tensor, str]) -> None:
+        self._optimizer = optimizer
+        self._names = names
+        self._updated: set[Tensor] = set()
+        self._count: Tensor | None = None  # shared step count of the open step
+        self._place: dict[Tensor, tuple[int, int]] = {}
+        # A stepper keeps tables for the parameters of its last step, so each parameter has its own.
+        self._steppers: dict[Tensor, dict[torch.device, backends.Stepper]] = {}
+        optimizer.init_state()
+        self._handles = [
+            optimizer.register_step_pre_hook(self._open),
+            optimizer.register_step_post_hook(self._close),
+            # The first state made in the middle of a backward would not know how many steps the others have counted.
+            optimizer.register_load_state_dict_post_hook(lambda _: optimizer.init_state()),
+        ]
+        for number, group in enumerate(optimizer.param_groups):
+            for index, p in enumerate(group["params"]):
+                if p.requires_grad:
+                    self._place[p] = number, index
+                    self._steppers[p] = {}
+                    self._handles.append(p.register_post_accumulate_grad_hook(self._update))
+
+    def remove(self) -> None:
+        """Takes the hooks away: from now on `backward()` leaves gradients to `step()`."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _update(self, p: Tensor) -> None:
+        if p.grad is None:
+            return
+        if p in self._updated:
+            raise RuntimeError(
+                f"{self._names[p]} got a second gradient before step(), and a step in backward cannot accumulate: "
+                "call step() after every backward(), or remove() the handle of register_step_in_backward"
+            )
+        if not self._updated and self._optimizer.shares_steps():
+            self._count = self._optimizer.state[p]["step"] + 1
+        self._part(p)._update([[p.grad]], Control())
+        self._updated.add(p)
+        p.grad = None
+
+    def _part(self, p: Tensor) -> FusedOptimizer:
+        """An optimizer of this parameter alone, with the state, the options and the rates that the whole has now."""
+        number, index = self._place[p]
+        group = dict(self._optimizer.param_groups[number], params=[p])
+        if "param_names" in group:
+            group["param_names"] = [group["param_names"][index]]
+        part = object.__new__(type(self._optimizer))
+        part.__dict__.update(self._optimizer.__dict__, param_groups=[group])
+        part._forget()
+        part._steppers = self._steppers[p]
+        return part
+
+    def _open(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for attribute in ("grad_scale", "found_inf"):
+            if getattr(optimizer, attribute, None) is not None:
+                raise RuntimeError(
+                    "a GradScaler cannot unscale gradients that a step in backward has used already: train in bfloat16 "
+                    "without a scaler, or remove() the handle of register_step_in_backward"
+                )
+
+    def _close(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """A shared count is that of the step, also for parameters that had no gradient."""
+        if self._count is not None:
+            for state in optimizer.state.values():
+                state["step"].copy_(self._count, non_blocking=True)
+        self._count = None
+        self._updated.clear()
