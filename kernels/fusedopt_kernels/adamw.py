@@ -11,9 +11,9 @@ import triton.language as tl
 from fusedopt_kernels import rules
 from fusedopt_kernels.device import (
     TRITON_DTYPES,
+    device_function,
     div_rn,
     exp,
-    jit_rule,
     load_behind,
     load_float64,
     load_number,
@@ -65,9 +65,9 @@ _ACTIVE, _FACTOR, _B1, _B2, _SHRINK, _STEP_SIZE, _EPS_HAT = map(tl.constexpr, ra
 _SCALARS = tl.constexpr(8)
 _ROWS = tl.constexpr(ROWS_PER_PROGRAM)
 
-_adamw_scalars = jit_rule(rules.adamw_scalars)
-_adam_moments = jit_rule(rules.adam_moments)
-_adamw_update = jit_rule(rules.adamw_update)
+_adamw_scalars = device_function(rules.adamw_scalars)
+_adam_moments = device_function(rules.adam_moments)
+_adamw_update = device_function(rules.adamw_update)
 
 
 @triton.jit

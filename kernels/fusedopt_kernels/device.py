@@ -29,32 +29,32 @@ def warp_size() -> int:
     return 64 if torch.version.hip else 32
 
 
-def jit_rule(rule: Callable[..., Any]) -> Callable[..., Any]:
-    """A rule that kernels can call. The interpreter runs it as it is."""
-    return rule if _INTERPRETED else triton.jit(rule)
+def device_function(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function, or a rule, that kernels call. The interpreter runs it as it is, which it does much faster."""
+    return function if _INTERPRETED else triton.jit(function)
 
 
 # Builtins of the language cannot be passed to a rule; functions can.
 
 
-@triton.jit
+@device_function
 def exp(x):
     return tl.exp(x)
 
 
-@triton.jit
+@device_function
 def sqrt_rn(x):
     """The root, rounded to nearest; for float64 the plain one is."""
     return tl.sqrt_rn(x) if x.dtype == tl.float32 else tl.sqrt(x)
 
 
-@triton.jit
+@device_function
 def div_rn(x, y):
     """The quotient, rounded to nearest; for float64 the plain one is."""
     return tl.div_rn(x, y) if x.dtype == tl.float32 else x / y
 
 
-@triton.jit
+@device_function
 def my_piece(chunks):
     """The (row, piece) that this program works on, as int64: tensors may have more than 2^31 elements."""
     chunk = chunks + 2 * tl.program_id(0).to(tl.int64)
@@ -65,7 +65,7 @@ def my_piece(chunks):
 # otherwise Triton does not hear it.
 
 
-@triton.jit
+@device_function
 def load_pointer(cell, DTYPE: tl.constexpr, EVEN: tl.constexpr):
     """The address in a cell of the table, as a pointer to elements of DTYPE."""
     address = tl.load(cell).to(tl.pointer_type(DTYPE))
@@ -74,7 +74,7 @@ def load_pointer(cell, DTYPE: tl.constexpr, EVEN: tl.constexpr):
     return address
 
 
-@triton.jit
+@device_function
 def load_size(cell, EVEN: tl.constexpr):
     """The number of elements in a cell of the table."""
     number = tl.load(cell)
@@ -83,13 +83,13 @@ def load_size(cell, EVEN: tl.constexpr):
     return number
 
 
-@triton.jit
+@device_function
 def load_behind(address, DTYPE: tl.constexpr, absent):
     """The elements at a block of addresses; `absent` where the address is 0."""
     return tl.load(address.to(tl.pointer_type(DTYPE)), mask=address != 0, other=absent)
 
 
-@triton.jit
+@device_function
 def load_number(value, at32, at64):
     """The float64 numbers that three cells give: by value, or as the address of a float32, or of a float64."""
     of32 = tl.load(at32)
@@ -98,13 +98,13 @@ def load_number(value, at32, at64):
     return tl.where(of64 == 0, number, load_behind(of64, tl.float64, 0.0))
 
 
-@triton.jit
+@device_function
 def load_float64(cell):
     """A float64 that lies in the table as its bits."""
     return tl.load(cell).to(tl.float64, bitcast=True)
 
 
-@triton.jit
+@device_function
 def narrow(x, DTYPE: tl.constexpr):
     """x rounded to DTYPE, to nearest even: the interpreter would cut off what bfloat16 cannot hold."""
     if _INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300
