@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
 def add_demo_command(commands: Any) -> None:
     """Adds `demo` to the sub-commands of an argument parser."""
     defaults = demo.Settings()
-    optimizers = ", ".join(f"{name} {choice.lr:g}" for name, choice in demo.OPTIMIZERS.items())
+    rates = ", ".join(f"{name} {choice.lr:g}" for name, choice in demo.OPTIMIZERS.items() if choice.lr is not None)
     parser = commands.add_parser(
         "demo",
         help="train a small GPT twice, with the original's optimizer loop and with ours",
@@ -98,8 +98,8 @@ def add_demo_command(commands: Any) -> None:
     option("--layers", "blocks of the model", defaults.layers, type=int, metavar="N")
     option("--width", "features per position of the model", defaults.width, type=int, metavar="N")
     option("--optimizer", "the optimizer", defaults.optimizer, choices=tuple(demo.OPTIMIZERS))
-    option("--schedule", "how the learning rate changes", defaults.schedule, choices=demo.SCHEDULES, metavar="NAME")
-    option("--lr", f"learning rate that the schedule scales (default: {optimizers})", type=float, metavar="RATE")
+    option("--schedule", "how the learning rate changes", "cosine", choices=demo.SCHEDULES, metavar="NAME")
+    option("--lr", f"learning rate that the schedule scales (default: {rates})", type=float, metavar="RATE")
     option("--dtype", "of weights, activations and gradients", defaults.dtype, choices=demo.DTYPES)
     option("--device", "auto takes the GPU if there is one", defaults.device, choices=demo.DEVICES)
     option("--seed", "of starting weights and batches", defaults.seed, type=int, metavar="N")

@@ -21,7 +21,8 @@ import fusedopt
 from fusedopt import backends, demo_checkpoint
 from fusedopt.demo_model import GPT
 from fusedopt.demo_text import Text, read_text
-from fusedopt.reference import ReferenceAdamW
+from fusedopt.keras import AdamWeightDecay
+from fusedopt.reference import ReferenceAdamW, ReferenceAdamWeightDecay
 from fusedopt.schedules import SchedulerType, example_arguments, get_scheduler, needs_metric
 
 CONTEXT = 64
@@ -45,17 +46,22 @@ class Choice(NamedTuple):
 
     ours: Callable[..., Optimizer]
     reference: Callable[..., Optimizer]
-    lr: float
+    lr: float | None
+    """Default learning rate; None: the optimizer has a rate of its own, and no schedule."""
     options: dict[str, Any]
-    decay: str
-    """Option that is 0 for vectors: norms and biases do not decay."""
+    lr_name: str = "lr"
 
 
 OPTIMIZERS = {
-    "adamw": Choice(
-        fusedopt.AdamW, ReferenceAdamW, 2e-3, {"betas": (0.9, 0.99), "weight_decay": 0.1}, "weight_decay"
+    "adamw": Choice(fusedopt.AdamW, ReferenceAdamW, 2e-3, {"betas": (0.9, 0.99), "weight_decay": 0.1}),
+    "adam_weight_decay": Choice(
+        AdamWeightDecay,
+        ReferenceAdamWeightDecay,
+        2e-3,
+        {"beta_2": 0.99, "weight_decay_rate": 0.1},
+        lr_name="learning_rate",
     ),
-}  # fmt: skip
+}
 
 LIMITS = {
     "steps": (1, 100_000_000),
@@ -82,7 +88,7 @@ class Settings:
         layers: Blocks of the model.
         width: Features per position of the model.
         optimizer: A key of `OPTIMIZERS`.
-        schedule: A name that `fusedopt.get_scheduler` knows.
+        schedule: A name that `fusedopt.get_scheduler` knows; None for cosine with warm-up.
         lr: Learning rate that the schedule scales; None for the optimizer's own default here.
         dtype: Of parameters, activations and gradients.
         device: "auto" is the GPU if there is one, else the CPU.
@@ -107,7 +113,7 @@ class Settings:
     layers: int = 4
     width: int = 128
     optimizer: str = "adamw"
-    schedule: str = "cosine"
+    schedule: str | None = None
     lr: float | None = None
     dtype: str = "float32"
     device: str = "auto"
@@ -122,10 +128,12 @@ class Settings:
                 raise ValueError(f"{name} must be between {least:,} and {most:,}, got {getattr(self, name):,}")
         words = {"optimizer": tuple(OPTIMIZERS), "schedule": SCHEDULES, "dtype": DTYPES, "device": DEVICES}
         for name, known in words.items():
-            if getattr(self, name) not in known:
+            if getattr(self, name) not in known and (name, self.schedule) != ("schedule", None):
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.lr is not None and not (math.isfinite(self.lr) and self.lr >= 0):
             raise ValueError(f"lr must be a finite number >= 0, got {self.lr}")
+        if OPTIMIZERS[self.optimizer].lr is None and (self.lr, self.schedule) != (None, None):
+            raise ValueError(f"optimizer {self.optimizer} has a learning rate of its own; give neither lr nor schedule")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device 'cuda' was asked for, but torch finds no CUDA or ROCm GPU here; use device 'cpu'")
 
@@ -136,14 +144,19 @@ class Settings:
         return torch.device(self.device)
 
     @property
-    def learning_rate(self) -> float:
+    def learning_rate(self) -> float | None:
         return OPTIMIZERS[self.optimizer].lr if self.lr is None else self.lr
+
+    @property
+    def schedule_name(self) -> str | None:
+        return self.schedule or (None if self.learning_rate is None else "cosine")
 
     def identity(self) -> dict[str, Any]:
         """What must not change when a run is continued: all that decides a step, but for the text."""
         free = ("steps", "text", "out", "checkpoint_every")
         decisive = {name: value for name, value in asdict(self).items() if name not in free}
-        return {**decisive, "lr": self.learning_rate, "device": self.torch_device.type}
+        resolved = {"lr": self.learning_rate, "schedule": self.schedule_name, "device": self.torch_device.type}
+        return {**decisive, **resolved}
 
 
 class Outcome(NamedTuple):
@@ -161,40 +174,52 @@ class Outcome(NamedTuple):
 
 
 class Run:
-    """One of the two trainings: a model, its optimizer and its schedule."""
+    """One of the two trainings: a model, its optimizer and its schedule, if the optimizer leaves its rate to one."""
 
     def __init__(self, name: str, model: GPT, make: Callable[..., Optimizer], settings: Settings) -> None:
         self.name = name
         self.model = model
-        choice = OPTIMIZERS[settings.optimizer]
+        choice, lr, self.schedule = OPTIMIZERS[settings.optimizer], settings.learning_rate, settings.schedule_name
         matrices = [p for p in model.parameters() if p.dim() >= 2]
         vectors = [p for p in model.parameters() if p.dim() < 2]
-        groups = [{"params": matrices}, {"params": vectors, choice.decay: 0.0}]
-        self.optimizer = make(groups, lr=settings.learning_rate, **choice.options)
-        self.schedule = settings.schedule
-        self.scheduler: Any = get_scheduler(
-            settings.schedule,
-            self.optimizer,
-            num_warmup_steps=round(WARMUP_SHARE * settings.steps),
-            num_training_steps=settings.steps,
-            scheduler_specific_kwargs=example_arguments(settings.schedule, settings.steps, settings.learning_rate),
-        )
+        # Norms and biases do not decay.
+        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimizer = make(groups, **{choice.lr_name: lr}, **choice.options)
+        self.scheduler: Any = None
+        if self.schedule is not None and lr is not None:
+            self.scheduler = get_scheduler(
+                self.schedule,
+                self.optimizer,
+                num_warmup_steps=round(WARMUP_SHARE * settings.steps),
+                num_training_steps=settings.steps,
+                scheduler_specific_kwargs=example_arguments(self.schedule, settings.steps, lr),
+            )
+
+    @property
+    def lr(self) -> float | None:
+        """Of the next step; None if the optimizer has a rate of its own."""
+        lr = self.optimizer.param_groups[0]["lr"]
+        return None if lr is None else float(lr)
+
+    @property
+    def needs_loss(self) -> bool:
+        return self.schedule is not None and needs_metric(self.schedule)
 
     def advance_schedule(self, train_loss: float) -> None:
-        if needs_metric(self.schedule):
-            self.scheduler.step(train_loss)
-        else:
-            self.scheduler.step()
+        if self.scheduler is not None:
+            self.scheduler.step(*([train_loss] if self.needs_loss else []))
 
     def state_dict(self) -> dict[str, Any]:
         parts = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
-        return {name: part.state_dict() for name, part in parts.items()}
+        return {name: part.state_dict() for name, part in parts.items() if part is not None}
 
     def load_state_dict(self, state: dict[str, Any], replay_schedule: int | None = None) -> None:
         """Continues `state`; with `replay_schedule`, learning rates follow this run's schedule from that step on."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if replay_schedule is None or needs_metric(self.schedule):
+        if self.scheduler is None:
+            return
+        if replay_schedule is None or self.needs_loss:
             self.scheduler.load_state_dict(state["scheduler"])
             return
         with warnings.catch_warnings():
@@ -272,7 +297,7 @@ def train(settings: Settings, *, resume: bool = False) -> Outcome:
 
                 # The step, and how long it takes. On a GPU the two clocks and the .item() below them are the only
                 # places where the host waits for the device.
-                lr = float(run.optimizer.param_groups[0]["lr"])
+                lr = run.lr
                 began = clock(device)
                 run.optimizer.step()
                 optimizer_ms = 1e3 * (clock(device) - began)

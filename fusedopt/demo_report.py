@@ -51,7 +51,7 @@ def table(outcome: Outcome) -> str:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     outcome = train(Settings(steps=1, batch_size=2, layers=1, width=8, device="cpu", out=folder))
         >>> print(table(outcome).splitlines()[0])
-        adamw on 3,576 float32 parameters in 14 tensors, 1 step of 2 x 64 bytes
+        adamw on 3,416 float32 parameters in 14 tensors, 1 step of 2 x 64 bytes
     """
     eager, fused = (Curves(outcome.records, run) for run in LABELS)
     difference, at = largest_difference(eager, fused)
@@ -131,6 +131,9 @@ def _draw_loss(axes: Axes, eager: Curves, fused: Curves) -> None:
 
 
 def _draw_rate(axes: Axes, fused: Curves) -> None:
+    if fused.lr[0] is None:
+        _style(axes, "Learning rate: the optimizer's own")
+        return
     _style(axes, "Learning rate")
     axes.plot(fused.steps, fused.lr, color=COLORS["fused"], lw=1.8)
     axes.set_ylim(bottom=0)

@@ -201,10 +201,11 @@ class ReferenceAdamWeightDecay(_Loop):
     Source: `transformers.optimization_tf.AdamWeightDecay`, version 4.34.0, on Keras 2.14's legacy Adam.
 
     Args:
-        params: parameters, or param groups with their own options; a group with `weight_decay_rate=0` does not decay.
+        params: parameters, or param groups with their own options, in torch's names (`lr`, `betas`, `eps`,
+            `weight_decay`); a group with `weight_decay=0` does not decay.
         learning_rate: per step.
         beta_1, beta_2: decay of the running averages of the gradient and of its square.
-        epsilon: added to the root of the average square, in the unit of the gradient.
+        epsilon: added to the root of the average square, in the unit of the gradient; 0 means 1e-7, as in Keras.
         amsgrad: divide by the largest average square so far.
         weight_decay_rate: share of the parameter that a learning rate of 1 would take away per step.
 
@@ -229,9 +230,9 @@ class ReferenceAdamWeightDecay(_Loop):
         defaults = dict(
             lr=learning_rate,
             betas=(beta_1, beta_2),
-            eps=epsilon,
+            eps=epsilon or 1e-7,
             amsgrad=amsgrad,
-            weight_decay_rate=weight_decay_rate,
+            weight_decay=weight_decay_rate,
             iterations=0,
         )
         super().__init__(params, defaults)
@@ -250,8 +251,8 @@ class ReferenceAdamWeightDecay(_Loop):
         k, m, v = group["iterations"], state["exp_avg"], state["exp_avg_sq"]
         lr, (beta1, beta2) = group["lr"], group["betas"]
 
-        if group["weight_decay_rate"] != 0:
-            p.sub_(p * (lr * group["weight_decay_rate"]))
+        if group["weight_decay"] != 0:
+            p.sub_(p * (lr * group["weight_decay"]))
         m.add_((g - m) * (1 - beta1))
         v.add_((g * g - v) * (1 - beta2))
         if group["amsgrad"]:

@@ -31,7 +31,7 @@ def test_demo_help_shows_options_and_defaults(capsys):
     assert run("demo", "--help") == 0
     printed = " ".join(capsys.readouterr().out.split())
     defaults = demo.Settings()
-    for name in ("steps", "batch_size", "layers", "width", "schedule", "optimizer", "dtype", "device", "seed", "out"):
+    for name in ("steps", "batch_size", "layers", "width", "optimizer", "dtype", "device", "seed", "out"):
         assert f"--{name.replace('_', '-')}" in printed
         assert f"(default: {getattr(defaults, name)})" in printed
     for option in ("--lr", "--text", "--checkpoint-every", "--resume", "--accumulate"):

@@ -126,6 +126,16 @@ def test_every_schedule_drives_both_runs(tiny, schedule):
     assert max(rates["eager"]) > 0
 
 
+@pytest.mark.parametrize("optimizer", demo.OPTIMIZERS)
+def test_every_optimizer_agrees_with_its_reference(tiny, optimizer):
+    outcome = train(replace(tiny, steps=12, optimizer=optimizer))
+    eager, fused = (demo_report.Curves(outcome.records, run) for run in ("eager", "fused"))
+    assert fused.train_loss[-1] < fused.train_loss[0]
+    # float32 roundings of 12 steps; a wrong formula is off by 1e-4 and more (the test of a wrong optimizer).
+    assert demo_report.largest_difference(eager, fused)[0] < 2e-5
+    assert len(demo_report.figure(outcome).axes) == 3
+
+
 @pytest.mark.parametrize("dtype", demo.DTYPES)
 def test_every_dtype(tiny, dtype):
     train(replace(tiny, dtype=dtype))
@@ -147,6 +157,7 @@ RESUMED = {
     "greedy": {"schedule": "greedy"},
     "bfloat16": {"dtype": "bfloat16"},
     "accumulated": {"accumulate": 2},
+    "adam_weight_decay": {"optimizer": "adam_weight_decay"},
 }
 
 

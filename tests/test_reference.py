@@ -1,10 +1,13 @@
 """The references reproduce what the original optimizers did."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from golden_cases import assert_close, cases, replay
+from keras_cases import STATE_64, TOLERANCES, keras_cases
 
-from fusedopt.reference import ReferenceAdafactor, ReferenceAdamW
+from fusedopt.reference import ReferenceAdafactor, ReferenceAdamW, ReferenceAdamWeightDecay
 
 
 @pytest.mark.parametrize("case", cases("adamw"), ids=str)
@@ -19,7 +22,28 @@ def test_adafactor_golden(case):
     assert [group["lr"] for group in records.optimizer.param_groups] == case.raw["group_lr_at_end"]
 
 
-@pytest.mark.parametrize("optimizer", [ReferenceAdamW, ReferenceAdafactor])
+OPTIONS = ("beta_1", "beta_2", "epsilon", "amsgrad", "weight_decay_rate")
+UNCLIPPED = [case for case in keras_cases("tf_adam_weight_decay") if not any("clip" in name for name in case.kwargs)]
+
+
+@pytest.mark.parametrize("case", UNCLIPPED, ids=str)
+def test_adam_weight_decay_golden(case):
+    decays = [entry["decays"] for entry in case.raw["params"]]
+    grouped = replace(
+        case,
+        kwargs={name: value for name, value in case.kwargs.items() if name in OPTIONS},
+        groups=[
+            {"params": [i for i, decay in enumerate(decays) if decay]},
+            {"params": [i for i, decay in enumerate(decays) if not decay], "weight_decay": 0.0},
+        ],
+        lr_per_step=[[rate, rate] for rate in case.rates],
+    )
+    records = replay(grouped, ReferenceAdamWeightDecay)
+    state = STATE_64 if case.dtype == torch.float64 else None
+    assert_close(grouped, records, parameters=TOLERANCES[case.dtype], state=state)
+
+
+@pytest.mark.parametrize("optimizer", [ReferenceAdamW, ReferenceAdafactor, ReferenceAdamWeightDecay])
 def test_closure_runs_once_with_gradients(optimizer):
     weight = torch.nn.Parameter(torch.ones(3))
     calls = []
