@@ -38,6 +38,11 @@ def tiny(tmp_path):
     return replace(TINY, text=str(text), out=str(tmp_path / "out"))
 
 
+# Between the two losses in 20 tiny steps. Measured: 0 with the right formula, 7.5e-5 with decay on the wrong side of the
+# update or with a beta that is off by 0.001.
+AGREES = 1e-5
+
+
 def without_times(records):
     return [{name: value for name, value in record.items() if name != "optimizer_ms"} for record in records]
 
@@ -98,10 +103,9 @@ def test_a_wrong_optimizer_shows_in_the_difference(tiny, monkeypatch):
     right = demo.OPTIMIZERS["adamw"]
     wrong = right._replace(ours=lambda params, **options: right.ours(params, **{**options, "convention": "torch"}))
     monkeypatch.setitem(demo.OPTIMIZERS, "adamw", wrong)
-    outcome = train(replace(tiny, steps=20, schedule="constant"))
-    assert (
-        demo_report.largest_difference(*(demo_report.Curves(outcome.records, r) for r in ("eager", "fused")))[0] > 1e-5
-    )
+    outcome = train(replace(tiny, steps=20))
+    eager, fused = (demo_report.Curves(outcome.records, run) for run in ("eager", "fused"))
+    assert demo_report.largest_difference(eager, fused)[0] > 5 * AGREES
 
 
 def test_records(tiny):
@@ -128,11 +132,10 @@ def test_every_schedule_drives_both_runs(tiny, schedule):
 
 @pytest.mark.parametrize("optimizer", demo.OPTIMIZERS)
 def test_every_optimizer_agrees_with_its_reference(tiny, optimizer):
-    outcome = train(replace(tiny, steps=12, optimizer=optimizer))
+    outcome = train(replace(tiny, steps=20, optimizer=optimizer))
     eager, fused = (demo_report.Curves(outcome.records, run) for run in ("eager", "fused"))
     assert fused.train_loss[-1] < fused.train_loss[0]
-    # float32 roundings of 12 steps; a wrong formula is off by 1e-4 and more (the test of a wrong optimizer).
-    assert demo_report.largest_difference(eager, fused)[0] < 2e-5
+    assert demo_report.largest_difference(eager, fused)[0] < AGREES
     assert len(demo_report.figure(outcome).axes) == 3
 
 
