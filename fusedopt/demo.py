@@ -295,8 +295,8 @@ def train(settings: Settings, *, resume: bool = False) -> Outcome:
                     loss.backward()
                     loss_sum = loss_sum + loss.detach()
 
-                # The step, and how long it takes. On a GPU the two clocks and the .item() below them are the only
-                # places where the host waits for the device.
+                # The step, and how long it takes. On a GPU both readings of the clock wait until the device is done, so
+                # the time is that of the step alone, launches included; .item() waits as well, after it.
                 lr = run.lr
                 began = clock(device)
                 run.optimizer.step()

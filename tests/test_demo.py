@@ -38,8 +38,8 @@ def tiny(tmp_path):
     return replace(TINY, text=str(text), out=str(tmp_path / "out"))
 
 
-# Between the two losses in 20 tiny steps. Measured: 0 with the right formula, 7.5e-5 with decay on the wrong side of the
-# update or with a beta that is off by 0.001.
+# Between the two losses in 20 tiny steps. Measured: 0 with the right formula, 7.5e-5 with decay on the wrong side of
+# the update or with a beta that is off by 0.001.
 AGREES = 1e-5
 
 
