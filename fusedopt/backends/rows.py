@@ -44,6 +44,7 @@ class Rows:
         self._contiguous_states: list[bool] = []
         self._updated = np.empty((0, 0), np.int64)
         self._copies: list[tuple[Tensor, Tensor]] = []
+        self._grad_copies: list[Tensor] = []  # held until the kernel is queued: their memory must not be given away
 
     def look(self, params: Sequence[Tensor], grads: Column, *states: Column) -> None:
         """Takes up the tensors of this step.
@@ -57,8 +58,9 @@ class Rows:
         columns: list[Column] = [params, grads, *states]
         lay_at = np.array([addresses(column) for column in columns], np.int64)
         self._look_at_dtypes(columns, lay_at)
-        self._columns, self._lay_at = columns, lay_at
-        self._copies = []
+        # Without the gradients: whoever drops them after the step wants their memory for the next backward pass.
+        self._columns, self._lay_at = [params, [], *states], lay_at
+        self._copies, self._grad_copies = [], []
         strided = [
             i
             for i, (p, g, contiguous) in enumerate(zip(params, grads, self._contiguous_states))
@@ -76,7 +78,7 @@ class Rows:
         """Brings what the kernel wrote into copies to where it belongs."""
         for original, copy in self._copies:
             original.copy_(copy)
-        self._copies = []
+        self._copies, self._grad_copies = [], []
 
     def _look_at_dtypes(self, columns: list[Column], lay_at: np.ndarray) -> None:
         param_dtypes: list[torch.dtype | None] = [t.dtype for t in columns[0] if t is not None]
@@ -99,7 +101,9 @@ class Rows:
         for column, t in enumerate(row):
             if t is not None and not same_layout(t, like):
                 row[column] = copy = torch.empty_like(like, dtype=t.dtype).copy_(t)
-                if column != 1:  # Gradients are not written.
+                if column == 1:  # Gradients are not written.
+                    self._grad_copies.append(copy)
+                else:
                     self._copies.append((t, copy))
         return row
 
