@@ -6,6 +6,7 @@ import math
 import pickle
 import re
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -253,6 +254,20 @@ def test_rate_as_a_tensor(backend):
         step(other)
     assert torch.equal(p, q)
     assert optimizer.get_config()["learning_rate"] == 0.25
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_are_not_held_on_to(backend):
+    """The next backward pass needs their memory."""
+    p = parameter(*range(20), device=device_of(backend))
+    for options in ({}, {"clipnorm": 1.0}):
+        optimizer = AdamWeightDecay([p], backend=backend, **options)
+        for _ in range(2):
+            p.grad = torch.ones_like(p)
+            gone = weakref.ref(p.grad)
+            optimizer.step()
+            optimizer.zero_grad()
+            assert gone() is None
 
 
 # Param groups.
