@@ -88,3 +88,11 @@ class Control(NamedTuple):
     scale: float | Tensor = 1.0
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
+
+    def skips(self) -> bool:
+        """Whether the step changes nothing; waits for the device that knows it."""
+        return self.found_inf is not None and bool(self.found_inf)
+
+    def factor(self) -> float:
+        """What gradients are multiplied by; waits for the device that knows it."""
+        return float(self.scale) / (1.0 if self.grad_scale is None else float(self.grad_scale))

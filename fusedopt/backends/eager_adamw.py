@@ -1,7 +1,7 @@
 """AdamW on the eager backend: torch's own fused CPU kernel wherever it can serve, the rules on tensors elsewhere."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,11 @@ from fusedopt.backends.steps import StepCounts
 from fusedopt.batch import AdamWHyper, Batch, Control
 from fusedopt_kernels import rules
 from fusedopt_kernels.layout import is_dense, same_layout
+
+_SCALED_PART = 1 << 17
+"""Elements whose scaled gradients are copied at a time: 512 KiB of float32 stay in the caches of two cores."""
+
+_WIDE = {torch.float32, torch.float64}
 
 
 class _Columns(NamedTuple):
@@ -34,6 +39,9 @@ class EagerAdamW:
         self._counts = StepCounts()
 
     def __call__(self, batches: Sequence[Batch], control: Control) -> None:
+        if control.skips():
+            return
+        factor = control.factor()
         active = [[i for i, g in enumerate(batch.grads) if g is not None] for batch in batches]
         shared = any(batch.hyper.convention.shared_steps for batch in batches)
         # Shared counts go on, although all gradients of this step may belong to parameters of another device.
@@ -48,18 +56,19 @@ class EagerAdamW:
             for step in dict.fromkeys(steps):
                 same = [i for i, s in enumerate(steps) if s == step]
                 part = columns if len(same) == len(steps) else columns.only(same)
-                self._update(batch.hyper, part, step, float(control.scale))
+                self._update(batch.hyper, part, step, factor)
 
-    def _update(self, hyper: AdamWHyper, columns: _Columns, step: float, scale: float) -> None:
+    def _update(self, hyper: AdamWHyper, columns: _Columns, step: float, factor: float) -> None:
         scalars = _scalars(hyper, step)
-        served: Sequence[int] = ()
-        if self._on_cpu and scale == 1.0 and scalars[1] > 0.0:
-            served = _fused_serves(columns)
+        # torch's kernel gets an lr to divide by, and our factor through a copy, which would round 16 bits once more.
+        served = _fused_serves(columns, factor) if self._on_cpu and scalars[1] > 0.0 else ()
         if served:
-            _fused_update(hyper, columns if len(served) == len(columns.p) else columns.only(served), step, *scalars)
+            fused = columns if len(served) == len(columns.p) else columns.only(served)
+            for part in [fused] if factor == 1.0 else _scaled_parts(fused, factor):
+                _fused_update(hyper, part, step, *scalars)
         if len(served) < len(columns.p):
             for i in set(range(len(columns.p))).difference(served):
-                _rule_update(hyper, columns.only([i]), scale, *scalars)
+                _rule_update(hyper, columns.only([i]), factor, *scalars)
 
 
 def _columns(batch: Batch) -> _Columns:
@@ -90,13 +99,39 @@ def _scalars(hyper: AdamWHyper, step: float) -> tuple[float, float, float]:
     return scalars
 
 
-def _fused_serves(columns: _Columns) -> Sequence[int]:
+def _fused_serves(columns: _Columns, factor: float) -> Sequence[int]:
     """Which parameters torch's fused CPU kernel updates rightly: it is blind to strides and to a mixture of dtypes."""
     tensors = [t for column in columns for t in column]
-    if len({t.dtype for t in tensors}) == 1 and all(map(Tensor.is_contiguous, tensors)):
-        return range(len(columns.p))
+    dtypes = {t.dtype for t in tensors}
+    if len(dtypes) == 1 and all(map(Tensor.is_contiguous, tensors)):
+        return range(len(columns.p)) if factor == 1.0 or dtypes <= _WIDE else ()
     rows = zip(*(column for column in columns if column))
-    return [i for i, (p, *others) in enumerate(rows) if is_dense(p) and all(_is_like(t, p) for t in others)]
+    return [
+        i
+        for i, (p, *others) in enumerate(rows)
+        if (factor == 1.0 or p.dtype in _WIDE) and is_dense(p) and all(_is_like(t, p) for t in others)
+    ]
+
+
+def _scaled_parts(columns: _Columns, factor: float) -> Iterator[_Columns]:
+    """The same parameters a cache-sized part at a time, with copies of their gradients times `factor`."""
+    pieces: list[tuple[Tensor, ...]] = []
+    size = 0
+    for row in zip(*(column for column in columns if column)):
+        flat = [t.as_strided((t.numel(),), (1,)) for t in row]
+        for piece in zip(*(t.split(_SCALED_PART) for t in flat)):
+            if size and size + len(piece[0]) > _SCALED_PART:
+                yield _scaled(pieces, factor)
+                pieces, size = [], 0
+            pieces.append(piece)
+            size += len(piece[0])
+    if pieces:
+        yield _scaled(pieces, factor)
+
+
+def _scaled(pieces: list[tuple[Tensor, ...]], factor: float) -> _Columns:
+    p, g, m, v, *h = map(list, zip(*pieces))
+    return _Columns(p, list(torch._foreach_mul(g, factor)), m, v, *(h or [[]]))
 
 
 def _is_like(t: Tensor, p: Tensor) -> bool:
@@ -124,12 +159,12 @@ def _fused_update(
 
 
 def _rule_update(
-    hyper: AdamWHyper, one: _Columns, scale: float, shrink: float, step_size: float, eps_hat: float
+    hyper: AdamWHyper, one: _Columns, factor: float, shrink: float, step_size: float, eps_hat: float
 ) -> None:
     """The rule on the tensors of one parameter, whatever their layout, in at least float32, rounded once."""
     (p,), (g,), (m,), (v,), h = one
     dtype = torch.promote_types(p.dtype, torch.float32)
-    factor = -scale if hyper.maximize else scale
+    factor = -factor if hyper.maximize else factor
     wide_g = g.to(dtype) if factor == 1.0 else g.to(dtype) * factor
     weight1, weight2 = 1.0 - hyper.beta1, 1.0 - hyper.beta2
     new_m, new_v = rules.adam_moments(wide_g, m.to(dtype), v.to(dtype), hyper.beta1, weight1, hyper.beta2, weight2)
