@@ -1,0 +1,27 @@
+"""Where kernels run in the tests: on a GPU where there is one, elsewhere in Triton's interpreter, on CPU tensors."""
+
+import os
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+
+if not GPU:
+    # Before anything imports triton. Compile-only tests run in processes of their own, without it.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where the Triton kernels under test run."""
+    return torch.device("cuda", 0) if GPU else torch.device("cpu")
+
+
+def pytest_collection_modifyitems(config, items):
+    if GPU:
+        return
+    needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if needs_gpu:
+        config.hook.pytest_deselected(items=needs_gpu)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]

@@ -1,0 +1,172 @@
+"""The Triton AdamW's numbers: the recorded runs, and the rules on numpy arrays bit for bit."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from golden_cases import ROUNDED_TWICE_PER_STEP, Tolerance, assert_close, replay
+from test_adamw import GOLDEN, SIXTEEN_BITS, STATES, RoundedOnce, rounding_spoils_nothing
+
+from fusedopt import AdamW
+from fusedopt_kernels import rules
+
+# The interpreter computes with numpy, which warns about what it is given here on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
+TritonAdamW = partial(AdamW, backend="triton")
+
+
+@pytest.mark.parametrize("case", [case for case in GOLDEN if case.dtype not in SIXTEEN_BITS], ids=str)
+def test_golden(case, device):
+    assert_close(case, replay(case, TritonAdamW, device=device))
+
+
+@pytest.mark.parametrize("case", [case for case in GOLDEN if case.dtype in SIXTEEN_BITS], ids=str)
+def test_golden_in_16_bits_is_exact_arithmetic_rounded_once(case, device):
+    """As for the eager backend; what the original's own rounding does not spoil is near its recording as well."""
+    allowed = Tolerance("a tie may fall to the other side, and move the moments for some steps", ulps=2)
+    ours, expected = replay(case, TritonAdamW, device=device), replay(case, RoundedOnce)
+    for actual, rounded in zip(ours.parameters, expected.parameters):
+        error = (actual.double() - rounded.double()).abs()
+        assert (error <= allowed.allowed(rounded)).all(), error.max()
+    if rounding_spoils_nothing(case):
+        assert_close(case, ours, parameters=ROUNDED_TWICE_PER_STEP[case.dtype], skip_state=STATES)
+
+
+SIZES = (1, 7, 1024, 1025, 3000, 0, 2048)
+
+
+def parameters(device, sizes=SIZES, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.nn.Parameter(torch.randn(n, generator=generator, dtype=torch.float64).to(device, dtype)) for n in sizes
+    ]
+
+
+def gradients(params, seed, dtype=None):
+    """Of magnitudes from 1e-24 to 1e6, and some zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    grads = []
+    for p in params:
+        noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        size = 10.0 ** torch.randint(-6, 2, p.shape, generator=generator).double()
+        grads.append((noise * size * (noise.abs() > 0.1)).to(p.device, dtype or p.dtype))
+    return grads
+
+
+class OnNumpy:
+    """The rules on numpy arrays of the compute dtype, one parameter at a time, in the kernel's place."""
+
+    def __init__(self, params, states, options, convention):
+        self.params = [p.detach().cpu().clone() for p in params]
+        self.states = [{name: value.cpu().clone() for name, value in state.items()} for state in states]
+        self.options, self.convention = options, rules.CONVENTIONS[convention]
+        self.shared = 0
+
+    def scalars(self, step):
+        o = self.options
+        betas = o["betas"] if o["correct_bias"] else (0.0, 0.0)
+        return rules.adamw_scalars(
+            np.float64(step),
+            np.float64(o["lr"]),
+            np.float64(o["weight_decay"]),
+            np.float64(o["eps"]),
+            *map(np.float64, map(rules.log_beta, betas)),
+            self.convention.decays_update,
+            self.convention.corrects_eps,
+            np.exp,
+            np.sqrt,
+        )
+
+    def step(self, grads, scale=1.0, scalars=None):
+        """`scalars`: of each row, where the device's exponential may differ from numpy's in the last bits."""
+        beta1, beta2 = self.options["betas"]
+        self.shared += 1
+        for i, (p, g, s) in enumerate(zip(self.params, grads, self.states)):
+            if g is not None or self.convention.shared_steps:
+                s["step"] += 1
+            if g is None:
+                continue
+            wide = torch.promote_types(p.dtype, torch.float32)
+            f = {torch.float32: np.float32, torch.float64: np.float64}[wide]
+            arrays = [t.cpu().to(wide).numpy() for t in (p, g, s["exp_avg"], s["exp_avg_sq"])]
+            factor = f(-scale if self.options["maximize"] else scale)
+            own = self.scalars(float(s["step"]))
+            shrink, step_size, eps_hat = map(f, own if scalars is None else scalars[i])
+            m, v = rules.adam_moments(
+                arrays[1] * factor, arrays[2], arrays[3], f(beta1), f(1.0 - beta1), f(beta2), f(1.0 - beta2)
+            )
+            s["exp_avg"].copy_(torch.from_numpy(m))
+            s["exp_avg_sq"].copy_(torch.from_numpy(v))
+            if self.options["amsgrad"]:
+                v = np.maximum(s["max_exp_avg_sq"].to(wide).numpy(), v)
+                s["max_exp_avg_sq"].copy_(torch.from_numpy(v))
+            p.copy_(torch.from_numpy(rules.adamw_update(arrays[0], m, v, shrink, step_size, eps_hat, np.sqrt, np.divide)))
+
+
+def device_scalars(optimizer, device):
+    """What the prologue of the last step worked out: (shrink, step_size, eps_hat) per row."""
+    return optimizer._steppers[device].tables._eager._scratch["scalars"][:, 4:7].cpu().numpy()
+
+
+def assert_same_bits(actual, expected, what):
+    """Equal bits; any NaN equals any NaN."""
+    actual = actual.detach().cpu()
+    assert actual.dtype == expected.dtype, what
+    same = (actual == expected) & (torch.signbit(actual) == torch.signbit(expected)) | actual.isnan() & expected.isnan()
+    assert same.all(), f"{what}: {int((~same).sum())} of {same.numel()} differ, {actual[~same][:3]} {expected[~same][:3]}"
+
+
+DTYPES = {  # parameter, gradient, moments
+    "float32": (torch.float32, torch.float32, torch.float32),
+    "float64": (torch.float64, torch.float64, torch.float64),
+    "bfloat16": (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    "float16": (torch.float16, torch.float16, torch.float16),
+    "bfloat16 with float32 gradients and moments": (torch.bfloat16, torch.float32, torch.float32),
+    "float32 with bfloat16 gradients": (torch.float32, torch.bfloat16, torch.float32),
+    "float64 with float32 gradients and moments": (torch.float64, torch.float32, torch.float32),
+}
+OPTIONS = {
+    "transformers": {"convention": "transformers"},
+    "torch": {"convention": "torch"},
+    "keras": {"convention": "keras"},
+    "no correct_bias": {"correct_bias": False},
+    "amsgrad, maximize": {"amsgrad": True, "maximize": True, "convention": "torch"},
+}
+DEFAULTS = {
+    "lr": 3e-2, "betas": (0.85, 0.97), "eps": 1e-5, "weight_decay": 0.1, "correct_bias": True, "amsgrad": False,
+    "maximize": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_equals_the_rules_on_numpy_bit_for_bit(options, dtypes, device):
+    dtype, grad_dtype, moment_dtype = dtypes
+    params = parameters(device, dtype=dtype)
+    options = {**DEFAULTS, **options}
+    optimizer = AdamW(params, backend="triton", **options)
+    optimizer.init_state()
+    for state in optimizer.state.values():
+        for name in state.keys() - {"step"}:
+            state[name] = state[name].to(moment_dtype)
+    reference = OnNumpy(params, [optimizer.state[p] for p in params], options, options.get("convention", "transformers"))
+    for step in range(2):
+        grads = gradients(params, step, grad_dtype)
+        grads[3][:3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+        grads[step] = None
+        optimizer.apply_gradients(zip(grads, params), scale=0.25)
+        scalars = device_scalars(optimizer, device)
+        with np.errstate(all="ignore"):
+            reference.step(grads, scale=0.25, scalars=scalars)
+        for i, p in enumerate(params):
+            if grads[i] is None:
+                continue
+            expected = reference.scalars(float(reference.states[i]["step"]))
+            ulps = 4 if device.type == "cuda" else 0  # of exp, on the device
+            np.testing.assert_allclose(scalars[i], expected, rtol=ulps * 2.0**-50, atol=0.0)
+        for i, p in enumerate(params):
+            assert_same_bits(p, reference.params[i], f"parameter {i} after step {step + 1}")
+            for name, value in reference.states[i].items():
+                assert_same_bits(optimizer.state[p][name], value, f"{name} of parameter {i} after step {step + 1}")
