@@ -140,6 +140,8 @@ def _draw_rate(axes: Axes, fused: Curves) -> None:
 
 
 def _draw_time(axes: Axes, eager: Curves, fused: Curves) -> None:
+    from matplotlib.patheffects import withStroke
+
     ratio = eager.median_ms / fused.median_ms
     _style(axes, f"Optimizer, ms per step: {ratio:.1f} times as fast")
     for run, curves, other in (("eager", eager, fused), ("fused", fused, eager)):
@@ -156,6 +158,7 @@ def _draw_time(axes: Axes, eager: Curves, fused: Curves) -> None:
             va="bottom" if above else "top",
             color=COLORS[run],
             weight="bold",
+            path_effects=[withStroke(linewidth=4, foreground="white")],
         )
     # A step that had to wait for the machine would squeeze all the others onto the axis.
     axes.set_ylim(0, 2 * max(eager.median_ms, fused.median_ms))
