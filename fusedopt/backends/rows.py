@@ -37,7 +37,7 @@ class Rows:
     keys: np.ndarray
 
     def __init__(self) -> None:
-        self._columns: list[Column] = []
+        self._seen: list[list[Tensor | None]] = []  # parameters and states
         self._lay_at = np.empty((0, 0), np.int64)
         self._dtypes: list[list[torch.dtype | None]] = []
         self._codes: list[np.ndarray] = []
@@ -59,7 +59,7 @@ class Rows:
         lay_at = np.array([addresses(column) for column in columns], np.int64)
         self._look_at_dtypes(columns, lay_at)
         # Without the gradients: whoever drops them after the step wants their memory for the next backward pass.
-        self._columns, self._lay_at = [params, [], *states], lay_at
+        self._seen, self._lay_at = [list(params), *map(list, states)], lay_at
         self._copies, self._grad_copies = [], []
         strided = [
             i
@@ -83,10 +83,10 @@ class Rows:
     def _look_at_dtypes(self, columns: list[Column], lay_at: np.ndarray) -> None:
         param_dtypes: list[torch.dtype | None] = [t.dtype for t in columns[0] if t is not None]
         grads, states = columns[1], columns[2:]
-        known = bool(self._columns) and _same(columns[0], self._columns[0])
+        known = bool(self._seen) and _same(columns[0], self._seen[0])
         last_seen = self._dtypes[1] if known else param_dtypes
         dtypes = [param_dtypes, [last if g is None else g.dtype for g, last in zip(grads, last_seen)]]
-        if known and all(map(_same, states, self._columns[2:])) and np.array_equal(lay_at[2:], self._lay_at[2:]):
+        if known and all(map(_same, states, self._seen[1:])) and np.array_equal(lay_at[2:], self._lay_at[2:]):
             dtypes += self._dtypes[2:]
         else:
             dtypes += [[None if t is None else t.dtype for t in column] for column in states]
@@ -116,7 +116,7 @@ class Rows:
         row, start, end = updated[:, np.argsort(starts)]
         shared = np.flatnonzero(end[:-1] > start[1:])
         if len(shared):
-            one, other = (tuple(self._columns[0][i].shape) for i in row[shared[0] : shared[0] + 2])
+            one, other = (tuple(self._seen[0][i].shape) for i in row[shared[0] : shared[0] + 2])
             raise RuntimeError(
                 f"two parameters, of shapes {one} and {other}, share memory and both have a gradient: they would be "
                 "updated twice, in any order; give the optimizer one of them, and add the gradients"
