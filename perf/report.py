@@ -1,0 +1,172 @@
+"""Tables and pictures from results. `python -m perf.report FILE... [--markdown] [--picture OUT.png]`."""
+
+import argparse
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from perf import goals, results
+from perf.results import Record
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLUMNS = ("provider", "ms per step", "quartiles", "times ours", "of copy", "launches", "state B/param", "temporary")
+
+
+def comparisons(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
+    """The measured and the missing, by (workload, rule), in the order of their measurement."""
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        if record.get("kind") == "step":
+            groups.setdefault((record["workload"], record["rule"]), []).append(record)
+    return groups
+
+
+def copy_bandwidth(records: Iterable[Record]) -> float | None:
+    """The best copy of a run, in bytes per second."""
+    return max((r["bytes_per_second"] for r in records if r.get("kind") == "copy"), default=None)
+
+
+def floor_ms(record: Record, bandwidth: float) -> float:
+    """The time that the fewest bytes of this record's update take at a bandwidth."""
+    return float(record["floor_bytes"]) * record["params"] / bandwidth * 1e3
+
+
+def best_ms(record: Record) -> float:
+    """The time of a step as it is compared: on a GPU the larger of what host and device need."""
+    return float(record["step_ms"]["median"])
+
+
+def table(group: Sequence[Record], bandwidth: float | None, markdown: bool = False) -> str:
+    """One comparison: fastest first; below it those without a number, with the reason."""
+    measured = sorted((r for r in group if r["status"] == "measured"), key=best_ms)
+    ours = next((best_ms(r) for r in measured if r["provider"] == "fusedopt"), None)
+    counted = "launches" if any("launches" in r for r in measured) else "operations"
+    grid = _grid([*COLUMNS[:5], counted, *COLUMNS[6:]], [_row(r, ours, bandwidth) for r in measured], markdown)
+    reasons: dict[str, list[str]] = {}
+    for r in group:
+        if r["status"] != "measured":
+            reasons.setdefault(r["status"], []).append(r["provider"])
+    without = [f"{status}: {'; '.join(names)}" for status, names in reasons.items()]
+    return "\n".join([grid, *([""] if markdown else []), *without])
+
+
+def _row(r: Record, ours: float | None, bandwidth: float | None) -> tuple[str, ...]:
+    q = r["step_ms"]
+    on_device: Record = r.get("device_ms") or q
+    share = floor_ms(r, bandwidth) / on_device["median"] if bandwidth else None
+    return (
+        r["provider"],
+        f"{q['median']:.3f}",
+        f"{q['p25']:.3f} - {q['p75']:.3f}",
+        f"{q['median'] / ours:.2f}" if ours else "",
+        f"{share:.0%}" if share is not None and r["params"] > 1_000_000 else "",
+        str(r.get("launches", r.get("operations", ""))),
+        f"{r['state_bytes'] / r['params']:.2f}" if "state_bytes" in r else "",
+        f"{r['temporary_bytes'] / 1e6:.1f} MB" if "temporary_bytes" in r else "",
+    )
+
+
+def _grid(head: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool) -> str:
+    if markdown:
+        lines = [head, ["---"] * len(head), *rows]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    widths = [max(len(line[i]) for line in [head, *rows]) for i in range(len(head))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in [head, *rows])
+
+
+def goal_table(outcomes: Sequence[goals.Outcome], markdown: bool = False) -> str:
+    """Every goal with what was measured."""
+    rows = []
+    for o in outcomes:
+        if o.value is None:
+            rows.append((str(o.goal), "", "", "", o.verdict))
+        else:
+            form = "{:.1%}" if o.goal.kind == "bandwidth" else "{:.3f}" if o.goal.kind == "time" else "{:.2f}"
+            value, low, high, fastest = (form.format(x) for x in (o.value, o.low, o.high, o.fastest))
+            rows.append((str(o.goal), value, f"{low} - {high}", fastest, o.verdict))
+    return _grid(("goal", "measured", "quartiles", "by fastest", "verdict"), rows, markdown)
+
+
+def text(records: Sequence[Record], markdown: bool = False) -> str:
+    """The whole report of one run."""
+    head = next((r for r in records if r.get("kind") == "environment"), None)
+    bandwidth = copy_bandwidth(records)
+    parts = [results.machine(head)] if head else []
+    if bandwidth:
+        parts.append(f"copy: {bandwidth / 1e9:.1f} GB/s, bytes read plus bytes written")
+    for (_, rule), group in comparisons(records).items():
+        r = group[0]
+        parts.append(
+            f"{'### ' if markdown else ''}{rule}: {r['workload']}, {r['params']:,} {r['dtype']} parameters "
+            f"in {r['tensors']:,} tensors\n{chr(10) * markdown}{table(group, bandwidth, markdown)}"
+        )
+    outcomes = goals.judge(records, head["device"]) if head else []
+    if outcomes:
+        parts.append(goal_table(outcomes, markdown))
+    return "\n\n".join(parts)
+
+
+def picture(records: Sequence[Record], rules: Sequence[str] = ("adamw", "adafactor"), limit: int = 4) -> "Figure":
+    """Step time of each provider as bars, one panel per comparison, with the roofline as a line."""
+    from matplotlib.figure import Figure
+
+    bandwidth = copy_bandwidth(records)
+    groups = [
+        (key, [r for r in g if r["status"] == "measured"]) for key, g in comparisons(records).items() if key[1] in rules
+    ]
+    groups = [(key, sorted(g, key=best_ms)) for key, g in groups if g][:limit]
+    rows = -(-len(groups) // 2)
+    figure = Figure(figsize=(11, 1.0 + 2.9 * rows), layout="constrained")
+    axes = figure.subplots(rows, min(2, len(groups)), squeeze=False).ravel()
+    for ax, ((workload, rule), group) in zip(axes, groups):
+        names, times = [r["provider"] for r in group], [best_ms(r) for r in group]
+        bars = ax.barh(names, times, color=["#d95f02" if r["ours"] else "#9aa5b1" for r in group], height=0.7)
+        ax.bar_label(bars, [f"{t:.2f}" if t < 10 else f"{t:.0f}" for t in times], padding=3, fontsize=9)
+        ax.invert_yaxis()
+        ax.set_xlim(0, max(times) * 1.15)
+        r = group[0]
+        size = f"{_count(r['params'])} {r['dtype']} in {r['tensors']:,} tensors"
+        ax.set_title(f"{rule}: {workload}, {size}", fontsize=10, loc="left")
+        ax.set_xlabel("ms per step")
+        ax.spines[["top", "right"]].set_visible(False)
+        if bandwidth and group[0]["params"] > 1_000_000:
+            floor = floor_ms(group[0], bandwidth)
+            ax.axvline(floor, color="#1b1b1b", linestyle="--", linewidth=1)
+            ax.annotate(
+                "roofline",
+                (floor, 1.0),
+                xycoords=("data", "axes fraction"),
+                xytext=(3, -2),
+                textcoords="offset points",
+                fontsize=8,
+                va="bottom",
+            )
+    for ax in axes[len(groups) :]:
+        ax.remove()
+    head = next((r for r in records if r.get("kind") == "environment"), None)
+    if head:
+        figure.supxlabel(results.machine(head), fontsize=8, color="#555555")
+    return figure
+
+
+def _count(params: int) -> str:
+    return f"{params / 1e9:.1f} G" if params >= 1e9 else f"{params / 1e6:.0f} M" if params >= 1e6 else f"{params:,}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m perf.report", description=__doc__)
+    parser.add_argument("files", nargs="+", type=Path, help="JSON lines of perf.bench or perf.evidence")
+    parser.add_argument("--markdown", action="store_true", help="tables as Markdown")
+    parser.add_argument("--picture", type=Path, help="also draw the bars into this file")
+    options = parser.parse_args(arguments)
+    records = [record for path in options.files for record in results.read(path)]
+    print(text(records, options.markdown))
+    if options.picture:
+        options.picture.parent.mkdir(parents=True, exist_ok=True)
+        picture(records).savefig(options.picture, dpi=130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Results are JSON lines: first what the machine and the software are, then one record per measurement."""
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+Record = dict[str, Any]
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMITTED = ROOT / "perf" / "results"
+"""One folder per GPU, with the files that `python -m perf.evidence` wrote there."""
+
+
+def environment(device: torch.device) -> Record:
+    """The first record of a file: date, commit, versions, processor and, on a GPU, its name and driver."""
+    record: Record = {
+        "kind": "environment",
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
+        "device": device.type,
+        "others": {
+            name: v
+            for name in ("timm", "torch-optimi", "flashoptim", "torchao", "bitsandbytes", "transformers")
+            if (v := _version(name))
+        },
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        record |= {
+            "gpu": properties.name,
+            "gpu_bytes": properties.total_memory,
+            "multiprocessors": properties.multi_processor_count,
+            "l2_bytes": getattr(properties, "L2_cache_size", None),
+            "driver": _driver(),
+            "cuda": torch.version.cuda or torch.version.hip,
+        }
+    return record
+
+
+def machine(record: Record) -> str:
+    """One line that says where a record's numbers come from.
+
+    Example:
+        >>> machine({"cpu": "A CPU", "threads": 2, "torch": "2.13.0", "date": "2026-01-01", "commit": "abc"})
+        'A CPU, 2 threads, torch 2.13.0, 2026-01-01, commit abc'
+    """
+    where = record["gpu"] if record.get("gpu") else f"{record['cpu']}, {record['threads']} threads"
+    software = [f"torch {record['torch']}", f"triton {record['triton']}" if record.get("gpu") else None]
+    software += [f"driver {record['driver']}" if record.get("driver") else None, record["date"]]
+    software += [f"commit {record['commit']}" if record.get("commit") else None]
+    return ", ".join([where, *filter(None, software)])
+
+
+def write(records: Iterable[Record], file: TextIO) -> None:
+    """Appends records and hands them to the operating system, so that what is measured is not lost."""
+    for record in records:
+        file.write(json.dumps(record) + "\n")
+    file.flush()
+
+
+def read(path: Path) -> list[Record]:
+    """The records of a file; a last line that was cut off is left out."""
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def committed() -> dict[str, list[Record]]:
+    """The committed results: name of the GPU to all records of its files, each behind its environment's."""
+    found: dict[str, list[Record]] = {}
+    for path in sorted(COMMITTED.glob("*/*.jsonl")):
+        found.setdefault(path.parent.name, []).extend(read(path))
+    return found
+
+
+def _commit() -> str | None:
+    commit = _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
+    if commit is None:
+        return None
+    changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no", "fusedopt", "kernels")
+    return commit + " with changes" * bool(changed)
+
+
+def _driver() -> str | None:
+    lines = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return lines.splitlines()[0] if lines else None
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
