@@ -18,8 +18,8 @@ def register_step_in_backward(optimizer: FusedOptimizer, model: torch.nn.Module)
     hooks and shared step counts, and has to follow every `backward()`.
 
     What looks at gradients after `backward()` finds none: `clip_grad_norm_` clips nothing, a `GradScaler` cannot
-    unscale (the next `step()` says so), `AdafactorSchedule` reports its initial rate. State is made now, for all
-    parameters that require a gradient; parameters that do not, and later do, are updated by `step()` as ever.
+    unscale (the next `step()` says so), `AdafactorSchedule` reports its initial rate. Parameters that require no
+    gradient now, and later do, are updated by `step()` as ever.
 
     Args:
         optimizer: an optimizer of this package, as it was made: not the wrapper that Accelerate's `prepare` returns.
@@ -82,16 +82,13 @@ class StepInBackward:
         self._optimizer = optimizer
         self._names = names
         self._updated: set[Tensor] = set()
-        self._count: Tensor | None = None  # shared step count of the open step
+        self._count: Tensor | None = None  # what shared step counts will be when the open step is closed
         self._place: dict[Tensor, tuple[int, int]] = {}
         # A stepper keeps tables for the parameters of its last step, so each parameter has its own.
         self._steppers: dict[Tensor, dict[torch.device, backends.Stepper]] = {}
-        optimizer.init_state()
         self._handles = [
             optimizer.register_step_pre_hook(self._open),
             optimizer.register_step_post_hook(self._close),
-            # The first state made in the middle of a backward would not know how many steps the others have counted.
-            optimizer.register_load_state_dict_post_hook(lambda _: optimizer.init_state()),
         ]
         for number, group in enumerate(optimizer.param_groups):
             for index, p in enumerate(group["params"]):
@@ -105,6 +102,7 @@ class StepInBackward:
         for handle in self._handles:
             handle.remove()
 
+    @torch.no_grad()
     def _update(self, p: Tensor) -> None:
         if p.grad is None:
             return
@@ -113,9 +111,11 @@ class StepInBackward:
                 f"{self._names[p]} got a second gradient before step(), and a step in backward cannot accumulate: "
                 "call step() after every backward(), or remove() the handle of register_step_in_backward"
             )
-        if not self._updated and self._optimizer.shares_steps():
-            self._count = self._optimizer.state[p]["step"] + 1
         self._part(p)._update([[p.grad]], Control())
+        if self._optimizer.shares_steps():
+            count = self._optimizer.state[p]["step"]
+            self._count = count.clone()
+            count.sub_(1.0)  # until all have it: a state that is made in between begins where the others are
         self._updated.add(p)
         p.grad = None
 
@@ -143,6 +143,7 @@ class StepInBackward:
         """A shared count is that of the step, also for parameters that had no gradient."""
         if self._count is not None:
             for state in optimizer.state.values():
-                state["step"].copy_(self._count, non_blocking=True)
+                if state:
+                    state["step"].copy_(self._count, non_blocking=True)
         self._count = None
         self._updated.clear()
