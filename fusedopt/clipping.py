@@ -55,9 +55,14 @@ class Clipping(NamedTuple):
             ([[tensor([3.0000, 3.5000]), None]], 1.0)
         """
         flat = [g for row in grads for g in row if g is not None]
-        if not flat or not any(bound is not None for bound in self):
+        if not flat or all(bound is None for bound in self):
             return grads, scale
+        homes = {g.device for g in flat}
+        if isinstance(scale, Tensor):
+            scale = scale.item() if scale.device.type == "cpu" else scale.reshape(())
         copied = flat
+        if isinstance(scale, Tensor) and homes != {scale.device}:
+            copied, scale = _scaled(flat, scale), 1.0
         if self.clipvalue is not None:
             copied, scale = _clip_values(_wide(copied), scale, self.clipvalue), 1.0
         if self.clipnorm is not None:
@@ -65,16 +70,19 @@ class Clipping(NamedTuple):
             copied, scale = list(torch._foreach_mul(_wide(copied), factors)), 1.0
         if self.global_clipnorm is not None:
             norms = _norms(copied)
-            home = norms[0].device
-            norm = torch.linalg.vector_norm(torch.stack([norm.to(home, non_blocking=True) for norm in norms]))
-            scale = _factor(norm, scale, self.global_clipnorm)
-            if any(g.device != home for g in copied):
-                # A factor is read on the device of the parameters it is for.
-                copied, scale = [g * scale.to(g.device, non_blocking=True) for g in _wide(copied)], 1.0
+            together = torch.stack([norm.to(norms[0].device, non_blocking=True) for norm in norms])
+            scale = _factor(torch.linalg.vector_norm(together), scale, self.global_clipnorm)
+            if len(homes) > 1:
+                copied, scale = _scaled(copied, scale), 1.0
         if copied is flat:
             return grads, scale
         remaining = iter(copied)
         return [[g if g is None else next(remaining) for g in row] for row in grads], scale
+
+
+def _scaled(grads: list[Tensor], scale: Tensor) -> list[Tensor]:
+    """For gradients on several devices: a factor is read on the device of the gradient that it is for."""
+    return [g * scale.to(g.device, non_blocking=True) for g in _wide(grads)]
 
 
 def _wide(grads: list[Tensor]) -> list[Tensor]:

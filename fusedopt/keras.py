@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fusedopt import checks
+from fusedopt import checkpoint, checks
 from fusedopt.adamw import AdamW
 from fusedopt.base import refuse_unknown
 from fusedopt.batch import AdamWHyper, Batch, Control
@@ -76,8 +76,8 @@ class AdamWeightDecay(AdamW):
     _decaying: list[tuple[list[int], list[int]]] | None
     """For each group, the places of the parameters that decay and of the others; None until a step asks."""
 
-    _rate_in_use: Any
-    """What a function of the step last put into the groups; None when not known, as after a checkpoint was loaded."""
+    _followed: tuple[int, float] | None
+    """The call for which a function of the step last set the groups' rate, and that rate; None after a checkpoint."""
 
     constructor_options: ClassVar[tuple[str, ...]] = (
         *AdamW.constructor_options,
@@ -131,7 +131,9 @@ class AdamWeightDecay(AdamW):
             convention="keras",
             backend=backend,
         )
-        self._rate_in_use = self.defaults["lr"]
+        if self.schedule is not None:
+            self._followed = 0, self.defaults["lr"]
+            self.register_step_pre_hook(_follow)
 
     @property
     def iterations(self) -> int:
@@ -184,22 +186,32 @@ class AdamWeightDecay(AdamW):
                 "a rate that is a function of the step is computed on the host, which a CUDA graph does not repeat: "
                 "pass a tensor as learning_rate and change it between replays"
             )
-        if self.schedule is not None:
-            self._follow(self.schedule)
-        grads, scale = self.clipping(grads, control.scale)
-        return grads, control._replace(scale=scale)
+        self.follow_schedule()
+        if all(bound is None for bound in self.clipping):
+            return grads, control
+        scale = control.scale if control.grad_scale is None else control.scale / control.grad_scale
+        grads, scale = self.clipping(grads, scale)
+        return grads, control._replace(scale=scale, grad_scale=None)
 
-    def _follow(self, schedule: RateFunction) -> None:
-        if self._rate_in_use is not None:
+    def follow_schedule(self) -> None:
+        """Sets the groups' rate to that of the coming step, if it is a function of the step; steps do so by themselves.
+
+        Raises:
+            ValueError: the function returns no rate, or somebody else set the rate of a group.
+        """
+        if self.schedule is None:
+            return
+        if self._followed is not None:
             for group in self.param_groups:
-                if group["lr"] != self._rate_in_use:
+                if group["lr"] != self._followed[1]:
                     raise ValueError(
                         f"the rate of a param group was set to {group['lr']!r}, by a torch scheduler or by hand, but "
                         "learning_rate is a function of the step, which sets it: pass a number as learning_rate"
                     )
-        self._rate_in_use = _rate(schedule, self.iterations)
-        for group in self.param_groups:
-            group["lr"] = self._rate_in_use
+        if self._followed is None or self._followed[0] != self.iterations:
+            self._followed = self.iterations, _rate(self.schedule, self.iterations)
+            for group in self.param_groups:
+                group["lr"] = self._followed[1]
 
     def hyper(self, group: dict[str, Any]) -> AdamWHyper:
         hyper = super().hyper(group)
@@ -251,7 +263,13 @@ class AdamWeightDecay(AdamW):
     def _forget(self) -> None:
         super()._forget()
         self._decaying = None
-        self._rate_in_use = None
+        self._followed = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Copies come without hooks.
+        if self.schedule is not None and _follow not in self._optimizer_step_pre_hooks.values():
+            self.register_step_pre_hook(_follow)
 
     # Configs.
 
@@ -412,6 +430,13 @@ def _rate(schedule: RateFunction, calls: int) -> float:
             f"the learning-rate schedule gives {rate} at step {calls}: a rate must be finite and >= 0"
         ) from None
     return rate
+
+
+def _follow(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Runs ahead of a step's other hooks, so that whoever records the rate sees that of this step, not of the last."""
+    assert isinstance(optimizer, AdamWeightDecay)
+    if optimizer.state or not checkpoint.torch_looks_at_state():
+        optimizer.follow_schedule()
 
 
 def _keras_epsilon(epsilon: float) -> float:

@@ -16,7 +16,7 @@ RateFunction = Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
-class _RateSchedule:
+class RateSchedule:
     """A learning rate as a function of the step: what `WarmUp` and `PolynomialDecay` share."""
 
     @overload
@@ -54,7 +54,7 @@ class _RateSchedule:
 
 
 @dataclass(frozen=True)
-class PolynomialDecay(_RateSchedule):
+class PolynomialDecay(RateSchedule):
     """`(initial - end) * (1 - step / decay_steps)^power + end`, and `end` from `decay_steps` on.
 
     Args:
@@ -105,7 +105,7 @@ class PolynomialDecay(_RateSchedule):
 
 
 @dataclass(frozen=True)
-class WarmUp(_RateSchedule):
+class WarmUp(RateSchedule):
     """`initial * (step / warmup_steps)^power` up to `warmup_steps`, then `decay_schedule_fn(step - warmup_steps)`.
 
     Args:
@@ -166,7 +166,7 @@ def describe(rate: Any) -> Any:
         >>> describe(PolynomialDecay(0.1, 10))["class_name"]
         'PolynomialDecay'
     """
-    if not isinstance(rate, _RateSchedule):
+    if not isinstance(rate, RateSchedule):
         return rate
     config = {name: describe(value) for name, value in rate.get_config().items()}
     return {"class_name": type(rate).__name__, "config": config}
@@ -190,14 +190,14 @@ def revive(described: Any) -> Any:
     return schedule.from_config(described["config"])
 
 
-def _check_finite(schedule: _RateSchedule, *names: str) -> None:
+def _check_finite(schedule: RateSchedule, *names: str) -> None:
     for name in names:
         value = getattr(schedule, name)
         if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not math.isfinite(value):
             raise ValueError(f"{name} must be a finite number, got {value!r}")
 
 
-def _check_finite_non_negative(schedule: _RateSchedule, *names: str) -> None:
+def _check_finite_non_negative(schedule: RateSchedule, *names: str) -> None:
     _check_finite(schedule, *names)
     for name in names:
         if getattr(schedule, name) < 0:

@@ -1,18 +1,18 @@
 """AdamWeightDecay: recorded runs, rates that are functions of the step, decay by name, clipping, configs, refusals."""
 
 import copy
-import doctest
 import math
 import pickle
 import re
 import warnings
 import weakref
-from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from golden_cases import assert_close, replay
 from keras_cases import BACKENDS, STATE_64, TOLERANCES, device_of, keras_cases, recorded, schedule
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from fusedopt import AdamW
 from fusedopt.backends.eager_adamw import EagerAdamW
@@ -20,6 +20,7 @@ from fusedopt.batch import Control
 from fusedopt.clipping import Clipping
 from fusedopt.keras import AdamWeightDecay
 from fusedopt.keras_schedules import PolynomialDecay, WarmUp, describe, revive
+from fusedopt.recorder import LRRecorder
 
 REFUSED = ("weight_decay_negative",)
 CASES = [case for case in keras_cases("tf_adam_weight_decay") if case.name not in REFUSED]
@@ -187,6 +188,32 @@ def test_calls_are_counted_across_checkpoints_copies_and_late_groups():
     assert torch.equal(copied.param_groups[0]["params"][0], p)
 
 
+def test_recorded_rates_are_those_of_their_steps():
+    """Copies too, whose hooks are made again, once."""
+    optimizer = AdamWeightDecay([parameter()], PolynomialDecay(0.4, 4, 0.0))
+    optimizer.load_state_dict(optimizer.state_dict())
+    for one in (optimizer, copy.deepcopy(optimizer)):
+        recorder = LRRecorder(one)
+        for _ in range(3):
+            step(one)
+        assert recorder.rates.tolist() == pytest.approx(np.array([[0.4], [0.3], [0.2]]))
+        assert len(one._optimizer_step_pre_hooks) == 2
+
+
+def test_looking_at_a_fresh_state_takes_no_step():
+    """torch.distributed.checkpoint steps with a rate of 0 to see the state."""
+    model = torch.nn.Linear(2, 1)
+    optimizer = AdamWeightDecay(model.named_parameters(), lambda i: 0.5)
+    get_optimizer_state_dict(model, optimizer)
+    assert optimizer.iterations == 0 and optimizer.param_groups[0]["lr"] == 0.5
+    model(torch.ones(2)).backward()
+    optimizer.step()
+    saved = get_optimizer_state_dict(model, optimizer)
+    other = AdamWeightDecay(model.named_parameters(), lambda i: 0.5)
+    set_optimizer_state_dict(model, other, saved)
+    assert other.iterations == 1
+
+
 def test_closure_and_schedule():
     p = parameter(1.0)
     optimizer = AdamWeightDecay([p], lambda i: 0.5 / (i + 1))
@@ -350,6 +377,17 @@ def test_clip_of_many_layouts():
     assert clipped[1][1].tolist() == [0.5, 0.5]
 
 
+def test_clipping_sees_unscaled_gradients():
+    """A GradScaler's factor is divided out before anything is compared with a bound."""
+    p = parameter()
+    optimizer = AdamWeightDecay([p], global_clipnorm=1.0)
+    control = Control(scale=0.5, grad_scale=torch.tensor([1024.0]))
+    _, clipped = optimizer.prepare([[1024.0 * torch.tensor([3.0, 4.0])]], control)
+    assert float(clipped.scale) * 1024.0 == pytest.approx(1 / 5) and clipped.grad_scale is None
+    _, unclipped = optimizer.prepare([[1024.0 * torch.tensor([0.3, 0.4])]], control)
+    assert float(unclipped.scale) * 1024.0 == 0.5
+
+
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_a_common_norm_that_is_not_finite_gives_nan_everywhere(bad):
     p, q = parameter(1.0), parameter(1.0)
@@ -492,9 +530,3 @@ def test_signature_is_the_originals():
     assert [p.default for p in ours if p.kind is p.POSITIONAL_OR_KEYWORD] == [
         p["default"] for p in recorded_parameters if "default" in p
     ]
-
-
-def test_examples_in_the_documentation():
-    document = Path(__file__).parent.parent / "docs" / "keras.md"
-    failed, tried = doctest.testfile(str(document), module_relative=False)
-    assert tried and not failed
