@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fusedopt import backends, checkpoint, checks, outside_graphs
+from fusedopt.backends.capture import capturing
 from fusedopt.batch import Batch, Control
 
 # Options of torch's optimizers that say how a step runs, not what it computes: here `backend=` says it.
@@ -221,6 +222,11 @@ class FusedOptimizer(torch.optim.Optimizer):
                     missing.setdefault(p.device, []).append((p, group))
         if not missing:
             return
+        if any(map(capturing, missing)):
+            raise RuntimeError(
+                "a CUDA graph is being captured before the optimizer has state, which every replay would set to zero "
+                "again: take one step, which compiles the kernels as well, before the capture"
+            )
         begun = next((s["step"] for s in self.state.values() if s), None) if self.shares_steps() else None
         for device, entries in missing.items():
             steps = torch.zeros(len(entries), dtype=torch.float32, device=device)
@@ -231,6 +237,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         """Drops what was derived from groups and states: backends, where states are, and gradients in flight."""
+        # But not what CUDA graphs that were captured go on reading.
+        steppers = getattr(self, "_steppers", {}).values()
+        self._captured = getattr(self, "_captured", []) + [s for s in steppers if getattr(s, "captured", False)]
         self._steppers: dict[torch.device, backends.Stepper] = {}
         self._homes = None
         self._given = None

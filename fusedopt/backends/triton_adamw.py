@@ -21,7 +21,12 @@ class TritonAdamW:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._rows = Rows()
-        self.tables = Tables(device)
+        self._tables = Tables(device)
+
+    @property
+    def captured(self) -> bool:
+        """Whether there may be a CUDA graph that goes on reading what this holds."""
+        return self._tables.captured
 
     def __call__(self, batches: Sequence[Batch], control: Control) -> None:
         shared = any(batch.hyper.convention.shared_steps for batch in batches)
@@ -33,7 +38,7 @@ class TritonAdamW:
             rows = self._look(batches, params, states)
             numbers = DeviceNumbers(self._device)
             hyper = _hyper(batches, control, numbers)
-            table = self.tables.filled(rows, hyper, keep=lambda: [params, [dict(s) for s in states], numbers.kept])
+            table = self._tables.filled(rows, hyper, keep=lambda: [params, [dict(s) for s in states], numbers.kept])
             kernels.adamw(table, self._rows.keys, self._rows.numel)
             self._rows.copy_back()
 
