@@ -1,0 +1,235 @@
+"""CUDA graphs without a GPU: what a captured step queues is recorded, and run again at every replay.
+
+The stand-in graph keeps what a real one keeps: the copies from pinned memory and the launches, with their addresses.
+"""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from test_kernels_adamw import gradients, parameters
+
+from fusedopt import AdamW
+from fusedopt.backends.capture import Tables
+from fusedopt.backends.numbers import DeviceNumbers
+from fusedopt.backends.triton_adamw import TritonAdamW
+from fusedopt_kernels import adamw as kernels
+
+CPU = torch.device("cpu")
+SIZES = (7, 48, 1025)
+OPTIONS = {"weight_decay": 0.1, "amsgrad": True, "backend": "triton"}
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU; see test_gpu.py")
+
+
+class Graph:
+    def __init__(self):
+        self.queued = []
+        self.launches = 0
+
+    def replay(self):
+        for work in self.queued:
+            work()
+
+
+class Kernel:
+    """A kernel whose launches go into the graph while one is captured."""
+
+    def __init__(self, kernel, capturing):
+        self.kernel, self.capturing = kernel, capturing
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            if self.capturing:
+                self.capturing[-1].queued.append(lambda: self.kernel[grid](*args, **kwargs))
+                self.capturing[-1].launches += 1
+            else:
+                self.kernel[grid](*args, **kwargs)
+
+        return launch
+
+
+@pytest.fixture
+def capture(monkeypatch):
+    """A context manager like `torch.cuda.graph`, for a new `Graph`."""
+    capturing: list[Graph] = []
+    for module in ("fusedopt.base", "fusedopt.backends.capture", "fusedopt.backends.numbers"):
+        monkeypatch.setattr(f"{module}.capturing", lambda device: bool(capturing))
+    for name in ("prologue", "update"):
+        monkeypatch.setattr(kernels, name, Kernel(getattr(kernels, name), capturing))
+    copy_at_every_replay = Tables._copy_at_every_replay
+
+    def copied(self, host, device):
+        table = copy_at_every_replay(self, host, device)
+        staging = self._kept[-1]
+        assert torch.equal(staging, table)
+        table.fill_(-1)
+        capturing[-1].queued.append(lambda: table.copy_(staging))
+        return table
+
+    monkeypatch.setattr(Tables, "_copy_at_every_replay", copied)
+
+    @contextmanager
+    def capture():
+        capturing.append(Graph())
+        try:
+            yield capturing[-1]
+        finally:
+            capturing.pop()
+
+    return capture
+
+
+def step(optimizer, params, grads):
+    for p, g in zip(params, grads):
+        p.grad = g
+    optimizer.step()
+
+
+@pytest.fixture
+def two():
+    """Two equal optimizers with a step behind them: one to capture, one to take the same steps eagerly."""
+    pairs = []
+    for _ in range(2):
+        params = parameters(CPU, SIZES)
+        lr = torch.tensor(0.1)
+        optimizer = AdamW(params, lr=lr, **OPTIONS)
+        step(optimizer, params, gradients(params, 0))
+        pairs.append((optimizer, params, lr))
+    return pairs
+
+
+def assert_equal(two):
+    (ours, params, _), (theirs, expected, _) = two
+    for p, q in zip(params, expected):
+        assert torch.equal(p, q)
+        for name, value in theirs.state[q].items():
+            assert torch.equal(ours.state[p][name], value), name
+
+
+def test_capture_eager_step_with_other_gradients_replay(capture, two):
+    (ours, params, _), (theirs, expected, _) = two
+    static, other, third = gradients(params, 1), gradients(params, 2), gradients(params, 3)
+    with capture() as graph:
+        step(ours, params, static)
+    for _ in range(2):
+        graph.replay()
+        step(theirs, expected, static)
+    assert_equal(two)
+    for grads in (other, third):
+        for optimizer, own, rate in two:
+            step(optimizer, own, grads)
+            rate.mul_(0.5)
+        assert_equal(two)
+        for g in static:
+            g.mul_(-2.0)
+        graph.replay()
+        step(theirs, expected, static)
+        assert_equal(two)
+
+
+def test_two_graphs_in_turn_and_one_that_lacks_a_gradient(capture, two):
+    (ours, params, _), (theirs, expected, _) = two
+    grads = [gradients(params, 1), [None, *gradients(params, 2)[1:]]]
+    graphs = []
+    for some in grads:
+        with capture() as graph:
+            step(ours, params, some)
+        graphs.append(graph)
+    for turn in (0, 1, 1, 0):
+        graphs[turn].replay()
+        step(theirs, expected, grads[turn])
+        assert_equal(two)
+
+
+def test_a_graph_outlives_what_the_optimizer_derived(capture, two):
+    (ours, params, _), (theirs, expected, _) = two
+    grads = gradients(params, 1)
+    with capture() as graph:
+        step(ours, params, grads)
+    for optimizer, _, _ in two:
+        optimizer.add_param_group({"params": parameters(CPU, (5,))})
+    (captured,) = ours._captured
+    assert captured.captured and not ours._steppers
+    graph.replay()
+    step(theirs, expected, grads)
+    assert_equal(two)
+
+
+def test_a_float_is_kept_as_it_was(capture):
+    params = parameters(CPU, (16,))
+    optimizer = AdamW(params, lr=0.5, betas=(0.0, 0.0), eps=0.0, correct_bias=False, backend="triton")
+    grads = [torch.ones(16)]
+    step(optimizer, params, grads)
+    with capture() as graph:
+        step(optimizer, params, grads)
+    optimizer.param_groups[0]["lr"] = 100.0
+    before = params[0].detach().clone()
+    graph.replay()
+    assert torch.equal(params[0], before - 0.5)
+
+
+def test_captures_in_a_row(capture, two):
+    """There is room for sixteen, and for as many again after an eager step."""
+    optimizer, params, _ = two[0]
+    grads = gradients(params, 1)
+    for _ in range(2):
+        for _ in range(16):
+            with capture():
+                step(optimizer, params, grads)
+        step(optimizer, params, grads)
+    with pytest.raises(RuntimeError, match="no pinned memory for another captured step"):
+        for _ in range(100):
+            with capture():
+                step(optimizer, params, grads)
+
+
+def refused(capture, optimizer, params, grads, match):
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(RuntimeError, match=match), capture() as graph:
+        step(optimizer, params, grads)
+    assert all(torch.equal(p, q) for p, q in zip(params, before))
+    assert not graph.launches
+
+
+def test_capture_without_a_step_before_it(capture):
+    params = parameters(CPU, SIZES)
+    optimizer = AdamW(params, backend="triton")
+    refused(capture, optimizer, params, gradients(params, 0), "before the optimizer has state.*take one step")
+    assert not optimizer.state
+    optimizer.init_state()
+    refused(capture, optimizer, params, gradients(params, 0), "no pinned memory .* take one step outside")
+    assert all(float(state["step"]) == 0.0 for state in optimizer.state.values())
+    step(optimizer, params, gradients(params, 0))
+    with capture():
+        step(optimizer, params, gradients(params, 0))
+
+
+def test_capture_of_a_launch_that_never_ran(capture, two):
+    optimizer, params, _ = two[0]
+    params[0].data = params[0].data.double()
+    refused(capture, optimizer, params, gradients(params, 1), "no step before it had tensors of these dtypes.*take one")
+
+
+def test_a_number_on_the_cpu_is_refused(capture):
+    """Its present value would be frozen into the graph."""
+    numbers = DeviceNumbers(torch.device("cuda", 0))
+    assert numbers.number("lr", torch.tensor(0.5)) == (0.5, 0, 0)
+    with capture(), pytest.raises(RuntimeError, match=r"lr is a tensor on cpu, .* make it a tensor on cuda:0"):
+        numbers.number("lr", torch.tensor(0.5))
+    with capture():
+        assert numbers.number("lr", 0.5) == (0.5, 0, 0)
+
+
+def test_a_callable_learning_rate_is_refused():
+    with pytest.raises(ValueError, match="lr must be a number"):
+        AdamW(parameters(CPU, SIZES), lr=lambda step: 0.1, backend="triton")
+
+
+def test_outside_of_captures_nothing_is_kept():
+    params = parameters(CPU, SIZES)
+    optimizer = AdamW(params, backend="triton")
+    for seed in range(3):
+        step(optimizer, params, gradients(params, seed))
+    (stepper,) = optimizer._steppers.values()
+    assert isinstance(stepper, TritonAdamW) and not stepper.captured
