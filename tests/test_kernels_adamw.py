@@ -62,7 +62,6 @@ class OnNumpy:
         self.params = [p.detach().cpu().clone() for p in params]
         self.states = [{name: value.cpu().clone() for name, value in state.items()} for state in states]
         self.options, self.convention = options, rules.CONVENTIONS[convention]
-        self.shared = 0
 
     def scalars(self, step):
         o = self.options
@@ -79,10 +78,9 @@ class OnNumpy:
             np.sqrt,
         )
 
-    def step(self, grads, scale=1.0, scalars=None):
-        """`scalars`: of each row, where the device's exponential may differ from numpy's in the last bits."""
+    def step(self, grads, scale, scalars):
+        """`scalars`: (shrink, step_size, eps_hat) of each parameter."""
         beta1, beta2 = self.options["betas"]
-        self.shared += 1
         for i, (p, g, s) in enumerate(zip(self.params, grads, self.states)):
             if g is not None or self.convention.shared_steps:
                 s["step"] += 1
@@ -92,8 +90,7 @@ class OnNumpy:
             f = {torch.float32: np.float32, torch.float64: np.float64}[wide]
             arrays = [t.cpu().to(wide).numpy() for t in (p, g, s["exp_avg"], s["exp_avg_sq"])]
             factor = f(-scale if self.options["maximize"] else scale)
-            own = self.scalars(float(s["step"]))
-            shrink, step_size, eps_hat = map(f, own if scalars is None else scalars[i])
+            shrink, step_size, eps_hat = map(f, scalars[i])
             m, v = rules.adam_moments(
                 arrays[1] * factor, arrays[2], arrays[3], f(beta1), f(1.0 - beta1), f(beta2), f(1.0 - beta2)
             )
@@ -102,12 +99,13 @@ class OnNumpy:
             if self.options["amsgrad"]:
                 v = np.maximum(s["max_exp_avg_sq"].to(wide).numpy(), v)
                 s["max_exp_avg_sq"].copy_(torch.from_numpy(v))
-            p.copy_(torch.from_numpy(rules.adamw_update(arrays[0], m, v, shrink, step_size, eps_hat, np.sqrt, np.divide)))
+            new = rules.adamw_update(arrays[0], m, v, shrink, step_size, eps_hat, np.sqrt, np.divide)
+            p.copy_(torch.from_numpy(new))
 
 
 def device_scalars(optimizer, device):
     """What the prologue of the last step worked out: (shrink, step_size, eps_hat) per row."""
-    return optimizer._steppers[device].tables._eager._scratch["scalars"][:, 4:7].cpu().numpy()
+    return optimizer._steppers[device]._tables._eager._scratch["scalars"][:, 4:7].cpu().numpy()
 
 
 def assert_same_bits(actual, expected, what):
@@ -115,7 +113,7 @@ def assert_same_bits(actual, expected, what):
     actual = actual.detach().cpu()
     assert actual.dtype == expected.dtype, what
     same = (actual == expected) & (torch.signbit(actual) == torch.signbit(expected)) | actual.isnan() & expected.isnan()
-    assert same.all(), f"{what}: {int((~same).sum())} of {same.numel()} differ, {actual[~same][:3]} {expected[~same][:3]}"
+    assert same.all(), f"{what}: {int((~same).sum())} differ, {actual[~same][:3]} instead of {expected[~same][:3]}"
 
 
 DTYPES = {  # parameter, gradient, moments
@@ -136,7 +134,7 @@ OPTIONS = {
 }
 DEFAULTS = {
     "lr": 3e-2, "betas": (0.85, 0.97), "eps": 1e-5, "weight_decay": 0.1, "correct_bias": True, "amsgrad": False,
-    "maximize": False,
+    "maximize": False, "convention": "transformers",
 }  # fmt: skip
 
 
@@ -146,12 +144,13 @@ def test_equals_the_rules_on_numpy_bit_for_bit(options, dtypes, device):
     dtype, grad_dtype, moment_dtype = dtypes
     params = parameters(device, dtype=dtype)
     options = {**DEFAULTS, **options}
-    optimizer = AdamW(params, backend="triton", **options)
+    convention = options.pop("convention")
+    optimizer = AdamW(params, convention=convention, backend="triton", **options)
     optimizer.init_state()
     for state in optimizer.state.values():
         for name in state.keys() - {"step"}:
             state[name] = state[name].to(moment_dtype)
-    reference = OnNumpy(params, [optimizer.state[p] for p in params], options, options.get("convention", "transformers"))
+    reference = OnNumpy(params, [optimizer.state[p] for p in params], options, convention)
     for step in range(2):
         grads = gradients(params, step, grad_dtype)
         grads[3][:3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
@@ -160,12 +159,12 @@ def test_equals_the_rules_on_numpy_bit_for_bit(options, dtypes, device):
         scalars = device_scalars(optimizer, device)
         with np.errstate(all="ignore"):
             reference.step(grads, scale=0.25, scalars=scalars)
-        for i, p in enumerate(params):
-            if grads[i] is None:
-                continue
-            expected = reference.scalars(float(reference.states[i]["step"]))
-            ulps = 4 if device.type == "cuda" else 0  # of exp, on the device
-            np.testing.assert_allclose(scalars[i], expected, rtol=ulps * 2.0**-50, atol=0.0)
+        for i, g in enumerate(grads):
+            if g is not None:
+                expected = reference.scalars(float(reference.states[i]["step"]))
+                # A device's own exponential is right to 8e-15, which 1 - exp(...) enlarges here by 1 / (1 - 0.97).
+                rtol = 1e-12 if device.type == "cuda" else 0.0
+                np.testing.assert_allclose(scalars[i], expected, rtol=rtol, atol=0.0)
         for i, p in enumerate(params):
             assert_same_bits(p, reference.params[i], f"parameter {i} after step {step + 1}")
             for name, value in reference.states[i].items():

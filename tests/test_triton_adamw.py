@@ -125,7 +125,10 @@ def layouts():
         "columns of a larger matrix": (matrix[:, 3:9], matrix[:, 2:8]),
         "every second row": (matrix[::2], matrix[::2] + 1.0),
         "a scalar": (base[5], base[7]),
-        "a size of one": (matrix[:, :1].t(), matrix[:1, :48].t()[:16].reshape(1, 16).expand(1, 16)[:, :1].expand(1, 48)),
+        "a size of one": (
+            matrix[:, :1].t(),
+            matrix[:1, :48].t()[:16].reshape(1, 16).expand(1, 16)[:, :1].expand(1, 48),
+        ),
     }
 
 
