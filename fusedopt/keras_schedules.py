@@ -43,6 +43,11 @@ class RateSchedule:
     def _rate(self, step: float) -> float:
         raise NotImplementedError
 
+    @property
+    def length(self) -> float | None:
+        """Number of steps until the rate has arrived; None if it never does, or nothing is known of what follows."""
+        raise NotImplementedError
+
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments; an inner schedule is the object itself."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -91,7 +96,6 @@ class PolynomialDecay(RateSchedule):
 
     @property
     def length(self) -> float | None:
-        """Number of steps until the rate has arrived; None if it never does."""
         return None if self.cycle else self.decay_steps
 
     def _rate(self, step: float) -> float:
@@ -149,7 +153,6 @@ class WarmUp(RateSchedule):
 
     @property
     def length(self) -> float | None:
-        """Number of steps until the rate has arrived; None if it never does, or nothing is known of what follows."""
         rest = getattr(self.decay_schedule_fn, "length", None)
         return None if rest is None else self.warmup_steps + rest
 

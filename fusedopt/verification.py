@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch.optim.lr_scheduler import LambdaLR
 
+from fusedopt.keras_schedules import RateSchedule
 from fusedopt.mistakes import Run, explain
 from fusedopt.recorder import LRRecorder
 from fusedopt.schedule_base import Schedule
@@ -121,6 +122,8 @@ def _rates_of(schedule: Any, recorder: LRRecorder) -> Callable[[np.ndarray], np.
         )
     if len(functions) != recorder.rates.shape[1]:
         raise ValueError(f"{recorder.rates.shape[1]} param groups were recorded, but {len(functions)} schedules given")
+    # Those are the rate itself, no factor of an initial one.
+    initial = np.where([isinstance(function, RateSchedule) for function in functions], 1.0, initial)
 
     def rates(steps: np.ndarray) -> np.ndarray:
         factors: dict[int, np.ndarray] = {}

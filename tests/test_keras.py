@@ -20,7 +20,9 @@ from fusedopt.batch import Control
 from fusedopt.clipping import Clipping
 from fusedopt.keras import AdamWeightDecay
 from fusedopt.keras_schedules import PolynomialDecay, WarmUp, describe, revive
+from fusedopt.plotting import plot_schedule
 from fusedopt.recorder import LRRecorder
+from fusedopt.verification import verify_schedule
 
 REFUSED = ("weight_decay_negative",)
 CASES = [case for case in keras_cases("tf_adam_weight_decay") if case.name not in REFUSED]
@@ -117,6 +119,16 @@ def test_schedules_survive_their_configs():
     assert pickle.loads(pickle.dumps(nested)) == nested
 
 
+def test_schedules_plot_their_rates():
+    decay = PolynomialDecay(0.4, 10, 0.0)
+    figure = plot_schedule([WarmUp(0.4, decay, 10), decay])
+    warm_up, alone = (line for line in figure.axes[0].lines if len(line.get_xdata()) > 2)
+    assert (warm_up.get_label(), alone.get_label()) == ("WarmUp", "PolynomialDecay")
+    assert warm_up.get_ydata().tolist() == [WarmUp(0.4, decay, 10)(step) for step in warm_up.get_xdata()]
+    assert warm_up.get_xdata().max() >= 20
+    assert "times" not in figure.axes[0].get_ylabel()
+
+
 def test_schedule_lengths():
     assert WarmUp(0.1, PolynomialDecay(0.1, 5), 3).length == 8
     assert WarmUp(0.1, PolynomialDecay(0.1, 5, cycle=True), 3).length is None
@@ -197,6 +209,7 @@ def test_recorded_rates_are_those_of_their_steps():
         for _ in range(3):
             step(one)
         assert recorder.rates.tolist() == pytest.approx(np.array([[0.4], [0.3], [0.2]]))
+        assert verify_schedule(recorder, one.schedule).finding == "all 3 steps used the rate of the schedule"
         assert len(one._optimizer_step_pre_hooks) == 2
 
 
