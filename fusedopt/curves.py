@@ -11,12 +11,16 @@ import numpy as np
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from fusedopt import checks
+from fusedopt.keras_schedules import RateSchedule
 from fusedopt.schedules import GreedyLR, Schedule, SchedulerType, get_scheduler
 
 MetricDriven = (GreedyLR, torch.optim.lr_scheduler.ReduceLROnPlateau)
 
 # More points than pixels help nobody.
 _MOST_POINTS = 2000
+# A metric-driven schedule is simulated step by step, in a second for so many.
+_MOST_METRICS = 1_000_000
 # The end of a schedule is a place to see: a little of what follows is shown.
 _BEYOND_THE_END = 1.05
 
@@ -81,6 +85,8 @@ def curves_of(
     what: Any, num_steps: int | None, lr: float | None, metrics: Sequence[float] | None, arguments: Mapping[str, Any]
 ) -> tuple[list[Curve], bool]:
     """The curves of `what` (see `plot_schedule`), and whether their rates are multiples of the initial rate."""
+    if lr is not None:
+        checks.finite_non_negative("lr", lr)
     items = _items(what)
     if arguments and not any(isinstance(item, (str, tuple)) for _, item in items):
         raise ValueError(f"{', '.join(arguments)} go with the name of a schedule, and none was given by its name")
@@ -134,6 +140,9 @@ def _sources(label: str | None, item: Any, lr: float | None, arguments: Mapping[
         return [Source(label or name, _settings(item), item, float(item.optimizer.param_groups[0]["lr"]))]
     if isinstance(item, Schedule):
         return [Source(label or item.name, _details(item), item, length=item.length)]
+    if isinstance(item, RateSchedule):  # The rate itself, no factor of an initial one.
+        numbers = {name: value for name, value in _details(item).items() if not callable(value)}
+        return [Source(label or type(item).__name__, numbers, item, initial=1.0, length=item.length)]
     if callable(item):
         return [Source(label or str(getattr(item, "__name__", type(item).__name__)), {}, item)]
     raise ValueError(
@@ -154,7 +163,7 @@ def _of_groups(label: str | None, scheduler: LambdaLR) -> list[Source]:
     return list(found.values())
 
 
-def _details(schedule: Schedule) -> dict[str, Any]:
+def _details(schedule: Schedule | RateSchedule) -> dict[str, Any]:
     shown = {field.name: getattr(schedule, field.name) for field in fields(schedule)}  # type: ignore[arg-type]
     return {name: value for name, value in shown.items() if value is not None}
 
@@ -193,6 +202,8 @@ def _curve(source: Source, num_steps: int, default_lr: float, metrics: Sequence[
         factors = function(steps) if isinstance(function, Schedule) else [function(int(step)) for step in steps]
         warm_up = getattr(function, "num_warmup_steps", 0)
         return Curve(source.label, _text(source.details), steps, np.asarray(factors) * lr, warm_up, source.position)
+    if num_steps > _MOST_METRICS:
+        raise ValueError(f"num_steps must be <= {_MOST_METRICS} for a metric-driven schedule, got {num_steps}")
     metric = example_metric(num_steps) if metrics is None else np.asarray(metrics, dtype=np.float64)
     if metrics is None and source.drive.mode == "max":
         metric = 1.0 - metric

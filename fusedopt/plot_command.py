@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from fusedopt import checks
 from fusedopt.plotting import plot_gallery, plot_schedule, plot_verification
 from fusedopt.recorder import LRRecorder
+from fusedopt.schedule_base import count
 from fusedopt.schedules import SchedulerType, example_arguments, get_scheduler, needs_metric
 
 if TYPE_CHECKING:
@@ -40,8 +42,8 @@ def add_plot_command(subparsers: Any) -> None:
         action="store_true",
         help="train with the schedule, rightly and with each classic mistake, and draw the rates that were used",
     )
-    parser.add_argument("--warmup-steps", type=_number, metavar="STEPS", help="default: a tenth of the training")
-    parser.add_argument("--training-steps", type=_number, metavar="STEPS", help="default: 1000, with --verify 60")
+    parser.add_argument("--warmup-steps", type=number, metavar="STEPS", help="default: a tenth of the training")
+    parser.add_argument("--training-steps", type=number, metavar="STEPS", help="default: 1000, with --verify 60")
     parser.add_argument("--lr", type=float, default=1e-3, help="initial learning rate (default: %(default)s)")
     parser.add_argument(
         "--set",
@@ -54,7 +56,8 @@ def add_plot_command(subparsers: Any) -> None:
     parser.set_defaults(run=run_plot)
 
 
-def _number(text: str) -> float:
+def number(text: str) -> float:
+    """An int where the text is one, else a float; argparse puts the name of this function into its errors."""
     return float(text) if not text.lstrip("+-").isdecimal() else int(text)
 
 
@@ -73,12 +76,14 @@ def run_plot(args: argparse.Namespace) -> int:
 
 def _figure_for(args: argparse.Namespace) -> tuple[Figure, str]:
     """The figure, and the name of its file without suffix."""
+    checks.finite_non_negative("--lr", args.lr)
     total = args.training_steps if args.training_steps is not None else (60 if args.verify else 1000)
-    warm_up = args.warmup_steps if args.warmup_steps is not None else total // 10
+    total = count("--training-steps", total)
+    warm_up = count("--warmup-steps", args.warmup_steps if args.warmup_steps is not None else total // 10)
     if args.all:
         if args.names or args.verify or args.set:
             raise ValueError("--all draws every schedule by itself; leave out names, --verify and --set")
-        return plot_gallery(warm_up, total), "schedules"
+        return plot_gallery(round(warm_up), round(total)), "schedules"
     if not args.names:
         raise ValueError(f"no schedule named; give one of {', '.join(kind.value for kind in SchedulerType)}, or --all")
     own = dict(_key_and_value(text) for text in args.set)
@@ -101,7 +106,7 @@ def _key_and_value(text: str) -> tuple[str, Any]:
     if not key or not equals:
         raise ValueError(f"--set takes KEY=VALUE, got {text!r}; say num_cycles=3")
     try:
-        return key, _number(value)
+        return key, number(value)
     except ValueError:
         return key, value
 

@@ -100,7 +100,6 @@ class LRRecorder:
     def _after_step(self) -> None:
         if self._used is not None:
             self._append(self._used)
-            self._used = None
 
     def _append(self, lrs: list[Any]) -> None:
         self._see_new_groups()

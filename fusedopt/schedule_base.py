@@ -45,7 +45,7 @@ def _functions_for(step: Any) -> tuple[Functions, Any]:
     return _NUMPY, np.asarray(step, dtype=np.float64)
 
 
-def _number(name: str, value: Any) -> float:
+def number(name: str, value: Any) -> float:
     """`value` as a plain Python number, so that checkpoints hold nothing else."""
     if isinstance(value, (torch.Tensor, np.generic, np.ndarray)):
         value = value.item()
@@ -54,10 +54,11 @@ def _number(name: str, value: Any) -> float:
     return value
 
 
-def _count(name: str, value: Any) -> float:
+def count(name: str, value: Any) -> float:
+    """`value` as a number of optimizer steps."""
     if value is None:
         raise ValueError(f"{name} is missing; give it as a number of optimizer steps")
-    value = _number(name, value)
+    value = number(name, value)
     if value < 0:
         raise ValueError(f"{name} must be >= 0, got {value}; it counts optimizer steps, 0 leaves the phase out")
     return value
@@ -132,5 +133,5 @@ class Schedule:
             value = getattr(self, field.name)
             if isinstance(field.default, str) or (value is None and field.default is None):
                 continue
-            check = _count if field.name.endswith("_steps") else _number
+            check = count if field.name.endswith("_steps") else number
             object.__setattr__(self, field.name, check(field.name, value))

@@ -130,6 +130,12 @@ def test_a_live_metric_driven_scheduler_is_not_disturbed(name: str) -> None:
     figure = plot_schedule(scheduler, metrics=[1.0] * 20)
     rates = lines(figure)[name].get_ydata()
     assert len(rates) == 20 and rates[0] == rate and rates[-1] < rate
+    fresh = by_name(name, sgd(rate))
+    expected = [rate]
+    for _ in range(19):
+        fresh.step(1.0)
+        expected += fresh.get_last_lr()
+    assert rates.tolist() == expected
     assert scheduler.state_dict() == before and optimizer.param_groups[0]["lr"] == rate
 
 
@@ -229,6 +235,9 @@ def test_pictures_do_not_touch_pyplot() -> None:
     [
         pytest.param(lambda: plot_schedule("lineal"), "choose one of linear", id="unknown name"),
         pytest.param(lambda: plot_schedule("linear"), "needs num_warmup_steps", id="no counts"),
+        pytest.param(
+            lambda: plot_schedule(CLOSED_FORMS["linear"], lr=float("nan")), "lr must be finite", id="nan rate"
+        ),
         pytest.param(lambda: plot_schedule([]), "nothing to plot; give a schedule", id="nothing"),
         pytest.param(lambda: plot_schedule(3), "cannot plot 3; give a schedule, the name", id="a number"),
         pytest.param(
@@ -302,7 +311,10 @@ def test_other_formats(tmp_path: Path) -> None:
         (["greedy", "--verify"], "follows a metric.*name another"),
         (["linear", "--set", "num_cycles=2"], "unexpected keyword argument 'num_cycles'; see the schedule's function"),
         (["linear", "--set", "num_cycles"], "--set takes KEY=VALUE, got 'num_cycles'"),
-        (["linear", "--warmup-steps", "-3"], "num_warmup_steps must be >= 0, got -3"),
+        (["linear", "--warmup-steps", "-3"], "--warmup-steps must be >= 0, got -3"),
+        (["linear", "--training-steps", "nan"], "--training-steps must be a finite number, got nan"),
+        (["linear", "--lr", "-1"], "--lr must be finite and >= 0, got -1"),
+        (["greedy", "--training-steps", "1e9"], "num_steps must be <= 1000000 for a metric-driven"),
         (["polynomial", "--set", "lr_end=1"], "lr_end must be below"),
         (["linear", "-o", "picture.gifx"], "its name must end in one of .*png"),
         (["linear", "-o", "no/such/folder/x.png"], "there is no folder no/such/folder; make it first"),
@@ -323,3 +335,8 @@ def test_a_run_on_an_optimizer_with_tensor_rates_can_be_drawn() -> None:
         advance(scheduler)
     assert "now: step 5" in " ".join(lines(plot_schedule(scheduler)))
     assert plot_verification(recorder, scheduler).axes[0].get_title(loc="left") == "the run followed the schedule"
+
+
+@pytest.mark.parametrize("name", ["schedules.png", "verification.png"])
+def test_the_pictures_of_the_docs_are_there_and_small(name: str) -> None:
+    assert is_a_picture(Path(__file__).parents[1] / "docs" / "img" / name)

@@ -154,6 +154,27 @@ def test_each_mistake_is_told_apart(mistake: Callable[[torch.optim.Optimizer], N
     assert str(caught.value) == verification.finding
 
 
+def test_twice_per_step_in_a_warm_up_is_not_taken_for_twice_the_rate() -> None:
+    optimizer = sgd(0.1)
+    scheduler = schedules.get_constant_schedule_with_warmup(optimizer, 100)
+    recorder = LRRecorder(optimizer)
+    for _ in range(20):
+        optimizer.step()
+        scheduler.step()
+        scheduler.step()
+    assert "stepped 2 times per optimizer step" in verify_schedule(recorder, scheduler).finding
+
+
+def test_starting_anew_is_believed_before_a_jump_that_looks_the_same() -> None:
+    optimizer = sgd(0.1)
+    recorder = LRRecorder(optimizer)
+    for _ in range(2):  # the second time without the first one's state
+        scheduler = schedules.get_cosine_with_hard_restarts_schedule_with_warmup(optimizer, 0, 40, num_cycles=4)
+        for _ in range(15):
+            advance(scheduler)
+    assert "from step 15 on it starts anew" in verify_schedule(recorder, scheduler).finding
+
+
 @pytest.mark.parametrize("as_tensor", [False, True], ids=["float_lr", "tensor_lr"])
 @pytest.mark.parametrize("name", CLOSED_FORMS)
 def test_a_run_as_meant_is_found_to_be_one(name: str, as_tensor: bool) -> None:
@@ -261,6 +282,18 @@ def test_notes_by_hand_and_closing() -> None:
     recorder.close()
     optimizer.step()
     assert len(recorder) == 2
+
+
+def test_the_capture_of_a_graph_is_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = sgd(0.1)
+    recorder = LRRecorder(optimizer)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        optimizer.step()
+    assert len(recorder) == 0
+    optimizer.step()
+    assert len(recorder) == 1
 
 
 def test_a_step_that_raised_is_not_noted() -> None:

@@ -166,6 +166,21 @@ def test_plateau_with_a_float_beside_a_tensor() -> None:
     assert optimizer.param_groups[1]["lr"] is tensor and float(tensor) == 0.015
 
 
+def test_greedy_leaves_out_changes_smaller_than_eps() -> None:
+    scheduler = schedules.get_greedy_schedule(sgd(0.1, 0.02), patience=0, factor=0.5, eps=0.05)
+    scheduler.step(1.0)
+    assert scheduler.get_last_lr() == [0.2, 0.02]
+
+
+def test_greedy_counts_to_its_reset_anew_after_an_increase() -> None:
+    scheduler = schedules.get_greedy_schedule(sgd(0.1), patience=0, factor=0.5, min_lr=0.05, reset_start=2)
+    for metric in (1.0, 1.0, 1.0, 0.9, 0.9):  # up, down, down to the minimum, up, down to the minimum again
+        scheduler.step(metric)
+    assert scheduler.get_last_lr() == [0.05]
+    scheduler.step(0.9)
+    assert scheduler.get_last_lr() == [0.1]  # the second time there: everything starts over
+
+
 def test_the_no_reading_check_can_fail() -> None:
     with pytest.raises(AssertionError, match="was read"), NoReading():
         float(torch.tensor(1.0))

@@ -183,6 +183,16 @@ def test_a_schedule_is_a_flat_frozen_object_that_says_what_it_is(name: str) -> N
         assert twin(17) == schedule(17)
 
 
+def test_numbers_of_numpy_and_torch_become_plain_ones() -> None:
+    schedule = schedules.LinearSchedule(np.int64(5), torch.tensor(40.0))  # type: ignore[arg-type]
+    assert [type(value) for value in vars(schedule).values()] == [int, float] and schedule == CLOSED_FORMS["linear"]
+
+
+def test_inverse_sqrt_with_a_timescale_lost_beside_the_warm_up() -> None:
+    schedule = schedules.InverseSqrtSchedule(5, timescale=1e-20)
+    assert schedule(5) == 1.0 and schedule(6) == pytest.approx(1e-10)
+
+
 STEPS = [0, 1, 4, 5, 6, 17, 30, 31, 32, 39, 40, 41, 60]
 
 
