@@ -127,18 +127,20 @@ def update(
     scalar = scalars + index * _SCALARS
     if tl.load(scalar + _ACTIVE) == 0.0:
         return
-    offsets = piece * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < load_size(row + _NUMEL, EVEN)
-    p_at = load_pointer(row + _PARAM, P, EVEN) + offsets
-    g_at = load_pointer(row + _GRAD, G, EVEN) + offsets
-    m_at = load_pointer(row + _EXP_AVG, M, EVEN) + offsets
-    v_at = load_pointer(row + _EXP_AVG_SQ, V, EVEN) + offsets
+    # One int64 base per tensor and small offsets to it take fewer registers than an int64 address per element.
+    start = piece * BLOCK
+    offsets = tl.arange(0, BLOCK)
+    mask = offsets < load_size(row + _NUMEL, EVEN) - start
+    p_at = load_pointer(row + _PARAM, P, EVEN) + start + offsets
+    g_at = load_pointer(row + _GRAD, G, EVEN) + start + offsets
+    m_at = load_pointer(row + _EXP_AVG, M, EVEN) + start + offsets
+    v_at = load_pointer(row + _EXP_AVG_SQ, V, EVEN) + start + offsets
     g = tl.load(g_at, mask=mask).to(COMPUTE) * tl.load(scalar + _FACTOR).to(COMPUTE)
     m = tl.load(m_at, mask=mask).to(COMPUTE)
     v = tl.load(v_at, mask=mask).to(COMPUTE)
     p = tl.load(p_at, mask=mask).to(COMPUTE)
     if H is not None:
-        h_at = load_pointer(row + _MAX_EXP_AVG_SQ, H, EVEN) + offsets
+        h_at = load_pointer(row + _MAX_EXP_AVG_SQ, H, EVEN) + start + offsets
         h = tl.load(h_at, mask=mask).to(COMPUTE)
 
     beta1 = tl.load(scalar + _B1)
