@@ -56,7 +56,7 @@ class Source:
         label: See `Curve`.
         details: Its parameters by name.
         drive: A function from step to factor, or a metric-driven scheduler.
-        initial: The initial rate, where a live scheduler has one.
+        initial: The initial rate, where a live scheduler has one; 1 where the function gives the rate itself.
         length: The number of steps worth showing, if it says.
         position: See `Curve`.
     """

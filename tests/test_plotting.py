@@ -17,6 +17,7 @@ from schedule_cases import CLOSED_FORMS, EVERY_NAME, METRIC_DRIVEN, advance, by_
 
 from fusedopt import schedules
 from fusedopt.curves import example_metric
+from fusedopt.keras_schedules import PolynomialDecay, WarmUp
 from fusedopt.plot_command import add_plot_command
 from fusedopt.plotting import plot_gallery, plot_schedule, plot_verification
 from fusedopt.recorder import LRRecorder
@@ -147,6 +148,14 @@ def test_any_function_of_the_step_and_long_runs() -> None:
     assert len(line.get_xdata()) == 2001 and line.get_xdata()[-1] == 1_000_000
     line = lines(plot_schedule(schedules.LinearSchedule(0, 1)))["linear"]
     assert line.get_ydata().tolist() == [1.0, 0.0, 0.0]
+
+
+def test_a_schedule_that_gives_the_rate_itself() -> None:
+    schedule = WarmUp(0.4, PolynomialDecay(0.4, decay_steps=20, end_learning_rate=0.1), warmup_steps=5)
+    figure = plot_schedule(schedule)
+    line = lines(figure)["WarmUp"]
+    np.testing.assert_array_equal(line.get_ydata(), [schedule(int(step)) for step in line.get_xdata()])
+    assert figure.axes[0].get_ylabel() == "learning rate (per step)" and shaded(figure) == [(0, 5)]
 
 
 def test_drawing_in_axes_of_ones_own() -> None:
