@@ -11,8 +11,10 @@ import torch
 from schedule_cases import CLOSED_FORMS, EVERY_NAME, RTOL, advance, by_name, rates, sgd
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusedopt import schedules
+from fusedopt import AdamW, schedules
+from fusedopt.recorder import LRRecorder
 from fusedopt.schedules import SchedulerType, needs_metric
+from fusedopt.verification import verify_schedule
 
 
 @pytest.mark.parametrize("name", EVERY_NAME)
@@ -51,6 +53,19 @@ def test_any_torch_optimizer(optimizer_name: str) -> None:
         optimizer.step(lambda: torch.tensor(0.0))
         scheduler.step()
     assert rates(optimizer) == pytest.approx([0.1 * 7 / 8], rel=RTOL)
+
+
+def test_our_own_optimizer_with_a_tensor_rate() -> None:
+    weight, lr = torch.ones(2, requires_grad=True), torch.tensor(0.1)
+    optimizer = AdamW([weight], lr=lr, no_deprecation_warning=True)
+    scheduler = schedules.get_linear_schedule_with_warmup(optimizer, 2, 10)
+    recorder = LRRecorder(optimizer)
+    for _ in range(6):
+        weight.grad = torch.ones(2)
+        optimizer.step()
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] is lr
+    assert verify_schedule(recorder, scheduler).ok and len(recorder) == 6
 
 
 def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
