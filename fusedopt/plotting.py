@@ -265,6 +265,6 @@ def _finish(ax: Axes, relative: bool, title: str, below: str = "", lines: int = 
 
 def _letters_that_fit(ax: Axes) -> int:
     """How many letters of 8 points go beside each other over the Axes, before the layout has settled its width."""
-    place, (width, _) = ax.get_subplotspec(), ax.figure.get_figure(root=True).get_size_inches()
+    place, width = ax.get_subplotspec(), ax.figure.bbox.width / ax.figure.dpi
     share = ax.get_position().width if place is None else 0.88 / place.get_gridspec().ncols
     return max(30, int(16.5 * width * share))
