@@ -22,7 +22,7 @@ def register_step_in_backward(optimizer: FusedOptimizer, model: torch.nn.Module)
     gradient now, and later do, are updated by `step()` as ever.
 
     Args:
-        optimizer: an optimizer of this package, as it was made: not the wrapper that Accelerate's `prepare` returns.
+        optimizer: an optimizer of this package, or Accelerate's or Lightning's wrapper around one.
         model: the module that holds all its parameters; not in a `DistributedDataParallel`, which sums gradients over
             processes only after the update (FSDP2, `fully_shard`, sums them before).
 
@@ -50,9 +50,10 @@ def register_step_in_backward(optimizer: FusedOptimizer, model: torch.nn.Module)
         True
         >>> optimizer.step()
     """
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's and Lightning's wrappers
     if not isinstance(optimizer, FusedOptimizer):
         raise ValueError(
-            f"the optimizer must be one of fusedopt's, got {type(optimizer).__name__}: of a wrapper pass what it wraps"
+            f"the optimizer must be one of fusedopt's, got {type(optimizer).__name__}: take AdamW, for instance"
         )
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         raise ValueError(
@@ -85,7 +86,7 @@ class StepInBackward:
         self._count: Tensor | None = None  # what shared step counts will be when the open step is closed
         self._place: dict[Tensor, tuple[int, int]] = {}
         # A stepper keeps tables for the parameters of its last step, so each parameter has its own.
-        self._steppers: dict[Tensor, dict[torch.device, backends.Stepper]] = {}
+        self._steppers: dict[Tensor, dict[tuple[torch.device, str], Any]] = {}
         self._handles = [
             optimizer.register_step_pre_hook(self._open),
             optimizer.register_step_post_hook(self._close),

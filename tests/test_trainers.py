@@ -1,0 +1,288 @@
+"""Real trainers train a tiny model on the CPU and go on, bit for bit, from their own checkpoint."""
+
+import importlib
+import importlib.metadata
+from pathlib import Path
+
+import pytest
+import torch
+from loop_cases import OPTIMIZERS, Net, rate_of_the_step, same, same_weights
+
+from fusedopt import AdamW
+from fusedopt.adafactor import Adafactor
+from fusedopt.in_backward import register_step_in_backward
+from fusedopt.keras import AdamWeightDecay
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers:UserWarning"),
+]
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture
+def example(monkeypatch, tmp_path):
+    """Imports an example script by name; files that it writes by default stay in the test's folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+    def load(name, package):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+        return importlib.import_module(name)
+
+    return load
+
+
+def test_every_example_is_run_here():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {
+        *("plain_pytorch", "transformers_trainer", "accelerate_loop", "lightning_module")
+    }
+
+
+def test_plain_pytorch(example, capsys):
+    main = example("plain_pytorch", "torch").main
+    model, losses = main(["--save-every", "15"])
+    assert losses[-1] < losses[0] / 5
+    resumed, same_losses = main(["--resume", "runs/plain/step_15.pt"])
+    assert same_weights(model, resumed) and losses == same_losses
+    assert capsys.readouterr().out.count("in 40 steps") == 2
+
+
+def trainer_run(example, *arguments):
+    main = example("transformers_trainer", "transformers").main
+    return main(["--steps", "30", "--save-every", "15", *arguments])
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "adamw"])
+def test_transformers_trainer(example, optimizer):
+    model, history = trainer_run(example, "--optimizer", optimizer)
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.2
+    resumed, _ = trainer_run(example, "--optimizer", optimizer, "--resume", "runs/trainer/checkpoint-15")
+    assert same_weights(model, resumed)
+
+
+def counting_trainer(example, folder, model=None, **options):
+    """A Trainer on the example's data, with an optimizer of its own."""
+    module = example("transformers_trainer", "transformers")
+    size = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    settings = {"max_steps": 6, "save_steps": 3, "logging_steps": 1, "learning_rate": 0.01, "weight_decay": 0.1}
+    module.set_seed(0)
+    model = model or module.GPT2LMHeadModel(module.GPT2Config(vocab_size=32, bos_token_id=0, eos_token_id=0, **size))
+    arguments = module.TrainingArguments(
+        str(folder), report_to="none", disable_tqdm=True, **settings, **options.pop("settings", {})
+    )
+    return module.Trainer(model, arguments, train_dataset=module.counting(24), **options)
+
+
+def test_adafactor_schedule_in_the_transformers_trainer_with_lr_none(example, tmp_path):
+    """As the documentation of the original shows it: the rates that are logged are those that Adafactor makes."""
+    schedule = pytest.importorskip("fusedopt.adafactor_schedule").AdafactorSchedule
+    trainer = counting_trainer(example, tmp_path)
+    optimizer = Adafactor(
+        trainer.model.parameters(), scale_parameter=True, relative_step=True, warmup_init=True, lr=None
+    )
+    trainer = counting_trainer(example, tmp_path, trainer.model, optimizers=(optimizer, schedule(optimizer)))
+    trainer.train()
+    logged = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    first = next(iter(optimizer.param_groups[0]["params"]))
+    # The Trainer notes the rate ahead of the scheduler's step, so what the optimizer made comes one entry later.
+    assert len(logged) == 6 and logged[0] == 0.0 and logged[1:] == sorted(logged[1:]) and logged[1] > 0.0
+    assert trainer.lr_scheduler.get_last_lr() == [pytest.approx(optimizer.effective_lr(first), rel=1e-6)]
+    assert trainer.lr_scheduler.get_last_lr()[0] > logged[-1]
+    assert optimizer.state[first]["step"] == 6
+
+
+@pytest.mark.parametrize(
+    "cls, options",
+    [
+        (AdamW, {"lr": 0.01, "convention": "torch", "eps": 1e-8}),
+        (AdamWeightDecay, {"learning_rate": 0.01}),
+        (Adafactor, {"lr": 0.01, "relative_step": False, "scale_parameter": False}),
+    ],
+    ids=["AdamW", "AdamWeightDecay", "Adafactor"],
+)
+def test_optimizer_cls_and_kwargs(example, tmp_path, cls, options):
+    """The Trainer makes two groups of its own, and its own schedule."""
+    trainer = counting_trainer(example, tmp_path, optimizer_cls_and_kwargs=(cls, options))
+    trainer.train()
+    optimizer = trainer.optimizer.optimizer
+    assert type(optimizer) is cls and [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    resumed = counting_trainer(example, tmp_path, optimizer_cls_and_kwargs=(cls, dict(options)))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert same_weights(trainer.model, resumed.model)
+    assert same(optimizer.state_dict(), resumed.optimizer.optimizer.state_dict())
+
+
+def test_our_adamw_is_the_trainers_own(example, tmp_path):
+    """With the torch convention and the same options, nothing changes but the last bits."""
+    options = {"lr": 0.01, "convention": "torch", "eps": 1e-8}
+    ours = counting_trainer(example, tmp_path, optimizer_cls_and_kwargs=(AdamW, options))
+    ours.train()
+    theirs = counting_trainer(example, tmp_path)
+    theirs.train()
+    for p, q in zip(ours.model.parameters(), theirs.model.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)  # six steps of 0.01; Adam's first ones amplify
+
+
+def test_a_step_in_backward_in_the_transformers_trainer(example, tmp_path):
+    """Without the Trainer's clipping, which would find no gradients."""
+    runs = []
+    for in_backward in (False, True):
+        trainer = counting_trainer(example, tmp_path)
+        model = trainer.model
+        optimizer = AdamW(model.parameters(), lr=0.01)
+        if in_backward:
+            register_step_in_backward(optimizer, model)
+        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer)
+        optimizers = (optimizer, scheduler)
+        counting_trainer(example, tmp_path, model, optimizers=optimizers, settings={"max_grad_norm": 0.0}).train()
+        runs.append((model, optimizer))
+    assert same_weights(runs[0][0], runs[1][0])
+    assert same(runs[0][1].state_dict(), runs[1][1].state_dict())
+
+
+def test_accumulation_with_a_step_in_backward_is_refused_in_the_transformers_trainer(example, tmp_path):
+    model = counting_trainer(example, tmp_path).model
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    register_step_in_backward(optimizer, model)
+    optimizers = (optimizer, torch.optim.lr_scheduler.LinearLR(optimizer))
+    trainer = counting_trainer(
+        example, tmp_path, model, optimizers=optimizers, settings={"gradient_accumulation_steps": 2}
+    )
+    with pytest.raises(RuntimeError, match=r"got a second gradient before step\(\)"):
+        trainer.train()
+
+
+def batches(number):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(number, 4, 5, generator=generator)
+
+
+def loss_of(model, x):
+    return model(x).square().mean()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_accelerate_does_what_a_plain_loop_does(name):
+    """Two micro-batches per step, clipped by their common norm."""
+    accelerate = pytest.importorskip("accelerate")
+    plain = Net()
+    optimizer = OPTIMIZERS[name](plain)
+    for pair in batches(6).split(2):
+        for x in pair:
+            (loss_of(plain, x) / 2).backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    net = Net()
+    other = OPTIMIZERS[name](net)
+    model, wrapped = accelerator.prepare(net, other)
+    for x in batches(6):
+        with accelerator.accumulate(model):
+            accelerator.backward(loss_of(model, x))
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), 0.1)
+            wrapped.step()
+            wrapped.zero_grad()
+    assert same_weights(plain, net)
+    assert same(optimizer.state_dict(), other.state_dict())
+
+
+def test_accelerate(example):
+    main = example("accelerate_loop", "accelerate").main
+    model, losses = main([])
+    assert losses[-1] < losses[0] / 5
+    resumed, _ = main(["--resume", "runs/accelerate/epoch_2"])
+    assert same_weights(model, resumed)
+
+
+@pytest.mark.parametrize("wrapper", ["accelerate", "lightning"])
+def test_wrapped_optimizers_are_unwrapped_for_a_step_in_backward(wrapper):
+    model = torch.nn.Linear(2, 1)
+    optimizer = AdamW(model.parameters())
+    if wrapper == "accelerate":
+        wrapped = pytest.importorskip("accelerate").Accelerator().prepare(optimizer)
+    else:
+        pytest.importorskip("pytorch_lightning")
+        from pytorch_lightning.core.optimizer import LightningOptimizer
+
+        wrapped = LightningOptimizer(optimizer)
+    register_step_in_backward(wrapped, model)
+    model(torch.ones(2)).sum().backward()
+    assert model.weight.grad is None and optimizer.state[model.weight]["step"] == 1
+
+
+@pytest.mark.parametrize("manual", [[], ["--manual"]], ids=["automatic", "manual"])
+def test_lightning(example, manual):
+    main = example("lightning_module", "pytorch_lightning").main
+    model, losses = main(manual)
+    assert losses[-1] < losses[0] / 2
+    checkpoint = "runs/lightning/epoch=1.ckpt"
+    assert torch.load(checkpoint, weights_only=True)["optimizer_states"]
+    resumed, _ = main([*manual, "--resume", checkpoint])
+    assert same_weights(model, resumed)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_lightning_does_what_a_plain_loop_does(name, tmp_path):
+    """Clipped by value; its closure computes the gradients inside of step()."""
+    pl = pytest.importorskip("pytorch_lightning")
+    plain = Net()
+    optimizer = OPTIMIZERS[name](plain)
+    for x in batches(4):
+        loss_of(plain, x).backward()
+        torch.nn.utils.clip_grad_value_(plain.parameters(), 0.01)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = Net()
+
+        def training_step(self, x, index):
+            return loss_of(self.net, x)
+
+        def configure_optimizers(self):
+            return OPTIMIZERS[name](self.net)
+
+    module = Module()
+    trainer = pl.Trainer(
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        max_epochs=1,
+        gradient_clip_val=0.01,
+        gradient_clip_algorithm="value",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, torch.utils.data.DataLoader(batches(4), batch_size=None))
+    assert same_weights(plain, module.net)
+    assert same(optimizer.state_dict(), trainer.optimizers[0].state_dict())
+
+
+def test_a_rate_that_is_a_function_of_the_step_and_the_trainers_schedule_exclude_each_other(example, tmp_path):
+    """The Trainer makes a schedule where it gets none."""
+    model = counting_trainer(example, tmp_path).model
+    optimizer = AdamWeightDecay(model.named_parameters(), rate_of_the_step())
+    with pytest.raises(ValueError, match="learning_rate is a function of the step"):
+        counting_trainer(example, tmp_path, model, optimizers=(optimizer, None)).train()
+
+
+def test_the_folder_of_the_kernels_is_not_taken_for_the_package_of_that_name():
+    """transformers imports a package `kernels` where there is one; ours is a folder on the way to fusedopt_kernels."""
+    pytest.importorskip("transformers")
+    from transformers.utils import import_utils
+
+    try:
+        importlib.metadata.version("kernels")
+    except importlib.metadata.PackageNotFoundError:
+        assert not import_utils.is_kernels_available()
