@@ -13,12 +13,12 @@ KERNELS = sorted((ROOT / "kernels" / "fusedopt_kernels").rglob("*.py"))
 
 # Lowest first: a file may import what stands above it in this list, or beside it on the same line.
 LAYERS = [
-    {"batch", "checks"},
+    {"batch", "checks", "outside_graphs"},
     {"backends"},
     {"checkpoint"},
     {"base"},
     {"adamw", "adafactor"},
-    {"adafactor_schedule", "keras", "accumulate", "decay_groups", "reference"},
+    {"adafactor_schedule", "keras", "accumulate", "decay_groups", "in_backward", "reference"},
 ]
 
 
