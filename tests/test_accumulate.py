@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import weakref
+from importlib import import_module
 from pathlib import Path
 
 import accumulate_on_two_processes as two
@@ -154,22 +155,38 @@ def test_last_window_is_incomplete():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_weights(dtype, backend):
-    """Against float64; the sum is rounded to its dtype after each of three calls."""
+    """Each addition is float32 arithmetic (float64 for float64), rounded once; 1001 is no bfloat16 number."""
     device = device_of(backend)
     generator = torch.Generator().manual_seed(0)
-    grads = [
-        [torch.randn(*shape, generator=generator).to(device, dtype) for shape in ((1,), (3, 7), (1025,))] for _ in "abc"
-    ]
+    shapes, weights = ((1,), (3, 7), (1025,)), (1001.0, 1003.0, 0.1)
+    grads = [[torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes] for _ in weights]
     accumulator = GradientAccumulator(backend=backend)
-    for row, weight in zip(grads, (1001.0, 3.0, 0.1)):
+    for row, weight in zip(grads, weights):
         accumulator(row, weight)
-    assert accumulator.weight == 1004.1
+    assert accumulator.weight == sum(weights)
+    wide = torch.promote_types(dtype, torch.float32)
     for total, *terms in zip(accumulator.gradients, *grads):
-        exact = sum(weight * g.double() for weight, g in zip((1001.0, 3.0, 0.1), terms))
-        assert total.dtype == dtype
-        torch.testing.assert_close(
-            total.double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=0.0 if dtype.itemsize > 2 else 1e-1
-        )
+        expected = torch.zeros_like(total)
+        for weight, g in zip(weights, terms):
+            expected = (weight * g.to(wide) + expected.to(wide)).to(dtype)
+        # In float32 and float64 itself, the product may be rounded or not before it is added.
+        largest = expected.abs().max().item()
+        atol = 0.0 if dtype.itemsize == 2 else 2 * torch.finfo(dtype).eps * largest
+        torch.testing.assert_close(total, expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
+def test_no_weight_adds_nothing(as_tensor, backend):
+    """Through the adders, since the accumulator reads tensors on the CPU: on a GPU it hands them down."""
+    device = torch.device(device_of(backend))
+    adder = import_module(f"fusedopt.backends.{backend}_accumulate").Adder(device)
+    nan, total = torch.full((20,), torch.nan, device=device), torch.ones(20, device=device)
+    for weight, g in ((2.0, total.clone()), (0.0, nan), (0.5, total.clone())):
+        adder([total], [g], [total], torch.tensor(weight, device=device) if as_tensor else weight)
+    assert (total == 3.5).all()
+    adder([total], [nan], [None], torch.tensor(0.0, device=device) if as_tensor else 0.0)
+    assert (total == 0).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -194,17 +194,18 @@ def test_calls_are_counted_across_checkpoints_copies_and_late_groups():
     late.add_param_group({"params": [parameter()]})
     for other in (restored, copied, late):
         step(other)
-        assert other.iterations == 3
+        assert [group["iterations"] for group in other.param_groups] == [3] * len(other.param_groups)
         assert [group["lr"] for group in other.param_groups] == [pytest.approx(0.2)] * len(other.param_groups)
     step(optimizer)
     assert torch.equal(copied.param_groups[0]["params"][0], p)
 
 
 def test_recorded_rates_are_those_of_their_steps():
-    """Copies too, whose hooks are made again, once."""
+    """Of copies too, whose hooks are made again, and once."""
     optimizer = AdamWeightDecay([parameter()], PolynomialDecay(0.4, 4, 0.0))
-    optimizer.load_state_dict(optimizer.state_dict())
-    for one in (optimizer, copy.deepcopy(optimizer)):
+    copied, loaded = copy.deepcopy(optimizer), copy.deepcopy(optimizer)
+    loaded.load_state_dict(optimizer.state_dict())
+    for one in (optimizer, copied, loaded):
         recorder = LRRecorder(one)
         for _ in range(3):
             step(one)
