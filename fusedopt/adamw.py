@@ -8,6 +8,7 @@ from torch import Tensor
 from fusedopt import checks
 from fusedopt.base import FusedOptimizer
 from fusedopt.batch import AdamWHyper
+from fusedopt.guard import Guard
 from fusedopt_kernels.rules import CONVENTIONS
 
 
@@ -43,6 +44,9 @@ class AdamW(FusedOptimizer):
         maximize: ascend instead of descend.
         convention: "transformers", "torch" or "keras".
         backend: "auto" (Triton for CUDA and ROCm tensors, eager for the others), "triton" or "eager".
+        max_grad_norm: clip the norm of all gradients together to it, as `torch.nn.utils.clip_grad_norm_` does but on
+            the way into the update; `math.inf` only measures. The norm is `optimizer.grad_norm` afterwards.
+        skip_nonfinite: skip steps whose gradients' norm is not finite, as a whole; `optimizer.skipped_steps` counts.
 
     Raises:
         ValueError: an option is out of range, for the constructor or for a group, or a parameter cannot be updated.
@@ -76,7 +80,7 @@ class AdamW(FusedOptimizer):
         "amsgrad": checks.flag,
         "maximize": checks.flag,
     }
-    constructor_options: ClassVar[tuple[str, ...]] = ("backend", "convention")
+    constructor_options: ClassVar[tuple[str, ...]] = (*FusedOptimizer.constructor_options, "convention")
 
     def __init__(
         self,
@@ -92,6 +96,8 @@ class AdamW(FusedOptimizer):
         maximize: bool = False,
         convention: str = "transformers",
         backend: str = "auto",
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
         **unknown: Any,
     ) -> None:
         if convention not in CONVENTIONS:
@@ -107,7 +113,7 @@ class AdamW(FusedOptimizer):
             "maximize": maximize,
         }
         self.check_group(defaults)
-        super().__init__(params, defaults, backend, unknown)
+        super().__init__(params, defaults, backend, unknown, Guard(max_grad_norm, skip_nonfinite))
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)

@@ -9,6 +9,7 @@ from torch import Tensor
 from fusedopt import backends, checkpoint, checks, outside_graphs
 from fusedopt.backends.capture import capturing
 from fusedopt.batch import Batch, Control
+from fusedopt.guard import Guard
 
 # Options of torch's optimizers that say how a step runs, not what it computes: here `backend=` says it.
 _TORCH_BACKEND_OPTIONS = ("fused", "foreach", "capturable", "differentiable")
@@ -33,17 +34,23 @@ class FusedOptimizer(torch.optim.Optimizer):
     _homes: list[torch.device] | None
     """Where the parameters were at the last step, and with them their states."""
 
-    constructor_options: ClassVar[tuple[str, ...]] = ("backend",)
+    constructor_options: ClassVar[tuple[str, ...]] = ("backend", "guard")
     """Attributes that belong to the optimizer, not to a group or a checkpoint; copies and pickles carry them."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "FusedOptimizer":
         outside_graphs.keep(FusedOptimizer)
         return super().__new__(cls)
 
-    def __init__(self, params: Any, defaults: dict[str, Any], backend: str, unknown: dict[str, Any]) -> None:
+    _step_supports_amp_scaling = True
+    """A GradScaler hands its scale to `step` as the attributes `grad_scale` and `found_inf`."""
+
+    def __init__(
+        self, params: Any, defaults: dict[str, Any], backend: str, unknown: dict[str, Any], guard: Guard | None = None
+    ) -> None:
         refuse_unknown(type(self).__name__, unknown)
         backends.check(backend)
         self.backend = backend
+        self.guard = guard or Guard()
         self._forget()
         super().__init__(params, defaults)
 
@@ -63,7 +70,20 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def needs_all_gradients(self) -> str | None:
         """The option that makes no sense before all gradients are known, as `name=value`; None if there is none."""
-        return None
+        return self.guard.option()
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """Norm of all gradients of the last step, unscaled and before clipping: a 0-d float64 tensor on their device.
+
+        None before the first step, and without `max_grad_norm` and `skip_nonfinite`.
+        """
+        return self.guard.grad_norm
+
+    @property
+    def skipped_steps(self) -> Tensor | None:
+        """How many steps `skip_nonfinite` has skipped: a 0-d tensor on the gradients' device; None before the first."""
+        return self.guard.skipped_steps
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Raises ValueError where an option, or a combination of options, makes no sense."""
@@ -125,6 +145,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         given, control = self._given or (None, Control())
+        control = control._replace(
+            grad_scale=getattr(self, "grad_scale", None), found_inf=getattr(self, "found_inf", None)
+        )
         if not self.state and checkpoint.torch_looks_at_state():
             self.init_state()
             return loss
@@ -185,6 +208,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if homes != self._homes:
             checkpoint.follow_parameters(self)
             self._homes = homes
+        control = self._guarded(grads, control)
         devices = list(dict.fromkeys(homes))
         steppers = [self._stepper(device) for device in devices]
         self._init_states(grads)
@@ -197,10 +221,21 @@ class FusedOptimizer(torch.optim.Optimizer):
         ]
         torch.autograd.graph.increment_version(updated)
 
-    def _stepper(self, device: torch.device) -> backends.Stepper:
-        stepper = self._steppers.get(device)
+    def _guarded(self, grads: list[list[Tensor | None]], control: Control) -> Control:
+        if not self.guard:
+            return control
+        of_device: dict[torch.device, list[Tensor]] = {}
+        for row in grads:
+            for g in row:
+                if g is not None:
+                    of_device.setdefault(g.device, []).append(g)
+        return self.guard([self._stepper(device, "squares")(g) for device, g in of_device.items()], control)
+
+    def _stepper(self, device: torch.device, rule: str | None = None) -> Any:
+        key = device, rule or self.rule
+        stepper = self._steppers.get(key)
         if stepper is None:
-            stepper = self._steppers[device] = backends.create(self.rule, device, self.backend)
+            stepper = self._steppers[key] = backends.create(key[1], device, self.backend)
         return stepper
 
     # State.
@@ -240,7 +275,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         # But not what CUDA graphs that were captured go on reading.
         steppers = getattr(self, "_steppers", {}).values()
         self._captured = getattr(self, "_captured", []) + [s for s in steppers if getattr(s, "captured", False)]
-        self._steppers: dict[torch.device, backends.Stepper] = {}
+        self._steppers: dict[tuple[torch.device, str], Any] = {}
         self._homes = None
         self._given = None
 

@@ -1,5 +1,6 @@
 """The Triton backend: the update of all parameters of a device in a handful of launches."""
 
 from fusedopt.backends.triton_adamw import TritonAdamW
+from fusedopt.backends.triton_squares import Squares
 
-STEPPERS = {"adamw": TritonAdamW}
+STEPPERS = {"adamw": TritonAdamW, "squares": Squares}

@@ -1,0 +1,180 @@
+"""Clipping, skipping and GradScaler: what a step learns of its gradients before it updates, on every backend."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from fusedopt import AdamW
+
+BACKENDS = ["eager", "triton"]
+
+MAKERS = {
+    "AdamW": lambda params, **options: AdamW(params, lr=0.1, weight_decay=0.1, **options),
+    "AdamW-torch-bfloat16": lambda params, **options: AdamW(params, lr=0.1, convention="torch", **options),
+    "AdamW-keras": lambda params, **options: AdamW(params, lr=0.1, convention="keras", **options),
+}
+
+
+def parameters(name):
+    generator = torch.Generator().manual_seed(0)
+    dtype = torch.bfloat16 if "bfloat16" in name else torch.float32
+    shapes = [(3, 5), (7,), (), (0,), (2, 3, 2, 2)]
+    return [torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
+
+
+def gradients(params, seed, size=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return [size * torch.randn(p.shape, generator=generator).to(p.dtype) for p in params]
+
+
+def norm_of(grads):
+    return torch.cat([g.double().flatten() for g in grads]).norm()
+
+
+def give(params, grads):
+    for p, g in zip(params, grads):
+        p.grad = g
+
+
+def snapshot(optimizer, params):
+    return copy.deepcopy(([p.detach() for p in params], optimizer.state_dict()["state"]))
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return all(map(same, a, b))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize("max_grad_norm", [1.0, 1e6])
+def test_clipping_is_that_of_torch(maker, backend, max_grad_norm):
+    """The reference is clip_grad_norm_ in float64, before the same optimizer."""
+    ours, theirs = parameters(maker), parameters(maker)
+    a = MAKERS[maker](ours, backend=backend, max_grad_norm=max_grad_norm)
+    b = MAKERS[maker](theirs, backend="eager")
+    for seed in range(3):
+        grads = gradients(ours, seed)
+        kept = [g.clone() for g in grads]
+        give(ours, grads)
+        a.step()
+        norm = norm_of(grads)
+        factor = min(1.0, max_grad_norm / (norm.item() + 1e-6))
+        b.apply_gradients([(g.float() * factor, p) for g, p in zip(grads, theirs)])
+        torch.testing.assert_close(a.grad_norm, norm, rtol=1e-6, atol=0)
+        assert same(grads, kept), "gradients must not be written"
+    for p, q in zip(ours, theirs):
+        torch.testing.assert_close(p, q, rtol=2**-7 if p.dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_bad_gradient_anywhere_skips_the_step_as_a_whole(maker, backend, bad):
+    params = parameters(maker)
+    optimizer = MAKERS[maker](params, backend=backend, skip_nonfinite=True)
+    give(params, gradients(params, 0))
+    optimizer.step()
+    before = snapshot(optimizer, params)
+    grads = gradients(params, 1)
+    grads[0][1, 2] = bad
+    give(params, grads)
+    optimizer.step()
+    assert same(snapshot(optimizer, params), before)
+    assert optimizer.skipped_steps == 1
+    give(params, gradients(params, 2))
+    optimizer.step()
+    assert optimizer.skipped_steps == 1 and not same(snapshot(optimizer, params), before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize("unscale", [False, True], ids=["step", "unscale_ first"])
+def test_grad_scaler(maker, backend, unscale):
+    ours, theirs = parameters(maker), parameters(maker)
+    a, b = MAKERS[maker](ours, backend=backend), MAKERS[maker](theirs, backend="eager")
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+    for seed in range(4):
+        grads = gradients(ours, seed)
+        scale = scaler.scale(torch.tensor(1.0)).item()
+        give(ours, [g * scale for g in grads])
+        if seed == 1:
+            ours[1].grad[3] = math.inf
+            before = snapshot(a, ours)
+        if unscale:
+            scaler.unscale_(a)
+        scaler.step(a)
+        scaler.update()
+        if seed == 1:
+            assert same(snapshot(a, ours), before), "an overflow changes nothing, step counts neither"
+        else:
+            give(theirs, grads)
+            b.step()
+    assert scaler.get_scale() == 1024.0  # twice 2 good steps, once halved in between
+    assert not hasattr(a, "grad_scale") and not hasattr(a, "found_inf")
+    for p, q in zip(ours, theirs):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_all_at_once(backend):
+    """Scaled gradients, clipped, skipped where they overflow: the norm is that of the unscaled gradients."""
+    ours, theirs = parameters(""), parameters("")
+    a = AdamW(ours, lr=0.1, backend=backend, max_grad_norm=0.5, skip_nonfinite=True)
+    b = AdamW(theirs, lr=0.1, backend="eager")
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    for seed in range(3):
+        grads = gradients(ours, seed)
+        scale = scaler.scale(torch.tensor(1.0)).item()
+        give(ours, [g * scale for g in grads])
+        if seed == 1:
+            ours[0].grad[0, 0] = math.nan
+        scaler.step(a)
+        scaler.update()
+        if seed != 1:
+            torch.testing.assert_close(a.grad_norm, norm_of(grads), rtol=1e-6, atol=0)
+            b.apply_gradients([(g * (0.5 / (norm_of(grads).item() + 1e-6)), p) for g, p in zip(grads, theirs)])
+    assert a.skipped_steps == 1
+    for p, q in zip(ours, theirs):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_a_scaled_step_given_by_hand_is_clipped_after_scaling():
+    (p,) = [torch.nn.Parameter(torch.zeros(2))]
+    optimizer = AdamW([p], max_grad_norm=math.inf)
+    optimizer.apply_gradients([(torch.tensor([3.0, 4.0]), p)], scale=torch.tensor(0.5))
+    assert optimizer.grad_norm == 2.5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_runs_give_the_same_bits(backend):
+    results = []
+    for _ in range(2):
+        params = [torch.nn.Parameter(torch.ones(5000)), torch.nn.Parameter(torch.ones(33))]
+        optimizer = AdamW(params, lr=0.1, backend=backend, max_grad_norm=0.1)
+        give(params, gradients(params, 0))
+        optimizer.step()
+        results.append([optimizer.grad_norm, *(p.detach() for p in params)])
+    assert same(*results)
+
+
+def test_copies_keep_the_options_and_the_counts():
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = AdamW([p], max_grad_norm=2.0, skip_nonfinite=True)
+    optimizer.apply_gradients([(torch.tensor([math.nan, 0.0]), p)])
+    other = copy.deepcopy(optimizer)
+    assert other.guard.max_grad_norm == 2.0 and other.skipped_steps == 1
+    assert other.skipped_steps is not optimizer.skipped_steps
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, "1"])
+def test_bad_bounds(bad):
+    with pytest.raises(ValueError, match="max_grad_norm"):
+        AdamW([torch.nn.Parameter(torch.ones(1))], max_grad_norm=bad)
+    with pytest.raises(ValueError, match="skip_nonfinite"):
+        AdamW([torch.nn.Parameter(torch.ones(1))], skip_nonfinite=1)
