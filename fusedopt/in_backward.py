@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt import backends
 from fusedopt.base import FusedOptimizer
 from fusedopt.batch import Control
 
