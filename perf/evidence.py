@@ -137,8 +137,8 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 def report(out: Path) -> str:
     """Tables of everything in a folder of evidence, and the picture beside them."""
+    from perf import pictures, results
     from perf import report as reports
-    from perf import results
 
     text = ["# What was measured", "```", (out / "summary.json").read_text().strip(), "```"]
     for name in ("results.jsonl", "sweeps.jsonl"):
@@ -146,7 +146,7 @@ def report(out: Path) -> str:
             records = results.read(out / name)
             text += [f"## {name}", reports.text(records, markdown=True)]
             if name == "results.jsonl" and any(r.get("status") == "measured" for r in records):
-                reports.picture(records).savefig(out / "performance.png", dpi=130)
+                pictures.steps(records).savefig(out / "performance.png", dpi=130)
     written = "\n\n".join(text) + "\n"
     (out / "report.md").write_text(written)
     return written

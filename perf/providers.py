@@ -238,6 +238,6 @@ def of(rule: str, names: list[str] | None = None) -> list[Provider]:
     rows = [p for p in PROVIDERS if p.rule == rule]
     unknown = set(names or ()) - {p.name for p in rows}
     if unknown:
-        there = ", ".join(p.name for p in rows)
-        raise ValueError(f"no provider of {rule!r} is named {', '.join(sorted(unknown))}; there are: {there}")
+        there = "; ".join(p.name for p in rows)
+        raise ValueError(f"no provider of {rule!r} is named {'; '.join(sorted(unknown))}; there are: {there}")
     return [p for p in rows if names is None or p.name in names]

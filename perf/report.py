@@ -3,13 +3,9 @@
 import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from perf import goals, results
 from perf.results import Record
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 COLUMNS = ("provider", "ms per step", "quartiles", "times ours", "of copy", "launches", "state B/param", "temporary")
 
@@ -43,13 +39,13 @@ def table(group: Sequence[Record], bandwidth: float | None, markdown: bool = Fal
     measured = sorted((r for r in group if r["status"] == "measured"), key=best_ms)
     ours = next((best_ms(r) for r in measured if r["provider"] == "fusedopt"), None)
     counted = "launches" if any("launches" in r for r in measured) else "operations"
-    grid = _grid([*COLUMNS[:5], counted, *COLUMNS[6:]], [_row(r, ours, bandwidth) for r in measured], markdown)
+    rows = grid([*COLUMNS[:5], counted, *COLUMNS[6:]], [_row(r, ours, bandwidth) for r in measured], markdown)
     reasons: dict[str, list[str]] = {}
     for r in group:
         if r["status"] != "measured":
             reasons.setdefault(r["status"], []).append(r["provider"])
-    without = [f"{status}: {'; '.join(names)}" for status, names in reasons.items()]
-    return "\n".join([grid, *([""] if markdown else []), *without])
+    without = [f"{status} ({'; '.join(names)})" for status, names in reasons.items()]
+    return "\n".join([rows, *([""] if markdown else []), *without])
 
 
 def _row(r: Record, ours: float | None, bandwidth: float | None) -> tuple[str, ...]:
@@ -68,7 +64,8 @@ def _row(r: Record, ours: float | None, bandwidth: float | None) -> tuple[str, .
     )
 
 
-def _grid(head: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool) -> str:
+def grid(head: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool) -> str:
+    """A table with its columns aligned, or as Markdown."""
     if markdown:
         lines = [head, ["---"] * len(head), *rows]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -86,7 +83,7 @@ def goal_table(outcomes: Sequence[goals.Outcome], markdown: bool = False) -> str
             form = "{:.1%}" if o.goal.kind == "bandwidth" else "{:.3f}" if o.goal.kind == "time" else "{:.2f}"
             value, low, high, fastest = (form.format(x) for x in (o.value, o.low, o.high, o.fastest))
             rows.append((str(o.goal), value, f"{low} - {high}", fastest, o.verdict))
-    return _grid(("goal", "measured", "quartiles", "by fastest", "verdict"), rows, markdown)
+    return grid(("goal", "measured", "quartiles", "by fastest", "verdict"), rows, markdown)
 
 
 def text(records: Sequence[Record], markdown: bool = False) -> str:
@@ -108,64 +105,19 @@ def text(records: Sequence[Record], markdown: bool = False) -> str:
     return "\n\n".join(parts)
 
 
-def picture(records: Sequence[Record], rules: Sequence[str] = ("adamw", "adafactor"), limit: int = 4) -> "Figure":
-    """Step time of each provider as bars, one panel per comparison, with the roofline as a line."""
-    from matplotlib.figure import Figure
-
-    bandwidth = copy_bandwidth(records)
-    groups = [
-        (key, [r for r in g if r["status"] == "measured"]) for key, g in comparisons(records).items() if key[1] in rules
-    ]
-    groups = [(key, sorted(g, key=best_ms)) for key, g in groups if g][:limit]
-    rows = -(-len(groups) // 2)
-    figure = Figure(figsize=(11, 1.0 + 2.9 * rows), layout="constrained")
-    axes = figure.subplots(rows, min(2, len(groups)), squeeze=False).ravel()
-    for ax, ((workload, rule), group) in zip(axes, groups):
-        names, times = [r["provider"] for r in group], [best_ms(r) for r in group]
-        bars = ax.barh(names, times, color=["#d95f02" if r["ours"] else "#9aa5b1" for r in group], height=0.7)
-        ax.bar_label(bars, [f"{t:.2f}" if t < 10 else f"{t:.0f}" for t in times], padding=3, fontsize=9)
-        ax.invert_yaxis()
-        ax.set_xlim(0, max(times) * 1.15)
-        r = group[0]
-        size = f"{_count(r['params'])} {r['dtype']} in {r['tensors']:,} tensors"
-        ax.set_title(f"{rule}: {workload}, {size}", fontsize=10, loc="left")
-        ax.set_xlabel("ms per step")
-        ax.spines[["top", "right"]].set_visible(False)
-        if bandwidth and group[0]["params"] > 1_000_000:
-            floor = floor_ms(group[0], bandwidth)
-            ax.axvline(floor, color="#1b1b1b", linestyle="--", linewidth=1)
-            ax.annotate(
-                "roofline",
-                (floor, 1.0),
-                xycoords=("data", "axes fraction"),
-                xytext=(3, -2),
-                textcoords="offset points",
-                fontsize=8,
-                va="bottom",
-            )
-    for ax in axes[len(groups) :]:
-        ax.remove()
-    head = next((r for r in records if r.get("kind") == "environment"), None)
-    if head:
-        figure.supxlabel(results.machine(head), fontsize=8, color="#555555")
-    return figure
-
-
-def _count(params: int) -> str:
-    return f"{params / 1e9:.1f} G" if params >= 1e9 else f"{params / 1e6:.0f} M" if params >= 1e6 else f"{params:,}"
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m perf.report", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, help="JSON lines of perf.bench or perf.evidence")
     parser.add_argument("--markdown", action="store_true", help="tables as Markdown")
     parser.add_argument("--picture", type=Path, help="also draw the bars into this file")
     options = parser.parse_args(arguments)
+    from perf import pictures
+
     records = [record for path in options.files for record in results.read(path)]
     print(text(records, options.markdown))
     if options.picture:
         options.picture.parent.mkdir(parents=True, exist_ok=True)
-        picture(records).savefig(options.picture, dpi=130)
+        pictures.steps(records).savefig(options.picture, dpi=130)
 
 
 if __name__ == "__main__":

@@ -100,6 +100,7 @@ WORKLOADS = {
             "GPT-2's architecture with 7 layers of width 512 and normalised embeddings",
             (*_gpt(7, 512, 50257, 4096), (512,), (512,)),
         ),
+        Workload("gpt_13m", "GPT-2's architecture, small enough for a laptop", _gpt(4, 384, 16384, 512)),
         Workload("gpt2", "GPT-2 124M", _gpt(12, 768, 50257, 1024)),
         Workload("bert_base", "BERT-base, uncased", _bert(12, 768, 30522)),
         Workload("resnet50", "ResNet-50, channels_last", _resnet50(), channels_last=True),
