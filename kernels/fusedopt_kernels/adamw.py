@@ -119,6 +119,7 @@ def update(
     H: tl.constexpr,
     COMPUTE: tl.constexpr,
     EVEN: tl.constexpr,
+    TOGETHER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One piece of one tensor. P, G, M, V, H: dtypes of parameter, gradient and state; H is None without amsgrad."""
@@ -131,16 +132,16 @@ def update(
     start = piece * BLOCK
     offsets = tl.arange(0, BLOCK)
     mask = offsets < load_size(row + _NUMEL, EVEN) - start
-    p_at = load_pointer(row + _PARAM, P, EVEN) + start + offsets
-    g_at = load_pointer(row + _GRAD, G, EVEN) + start + offsets
-    m_at = load_pointer(row + _EXP_AVG, M, EVEN) + start + offsets
-    v_at = load_pointer(row + _EXP_AVG_SQ, V, EVEN) + start + offsets
+    p_at = load_pointer(row + _PARAM, P, EVEN, TOGETHER) + start + offsets
+    g_at = load_pointer(row + _GRAD, G, EVEN, TOGETHER) + start + offsets
+    m_at = load_pointer(row + _EXP_AVG, M, EVEN, TOGETHER) + start + offsets
+    v_at = load_pointer(row + _EXP_AVG_SQ, V, EVEN, TOGETHER) + start + offsets
     g = tl.load(g_at, mask=mask).to(COMPUTE) * tl.load(scalar + _FACTOR).to(COMPUTE)
     m = tl.load(m_at, mask=mask).to(COMPUTE)
     v = tl.load(v_at, mask=mask).to(COMPUTE)
     p = tl.load(p_at, mask=mask).to(COMPUTE)
     if H is not None:
-        h_at = load_pointer(row + _MAX_EXP_AVG_SQ, H, EVEN) + start + offsets
+        h_at = load_pointer(row + _MAX_EXP_AVG_SQ, H, EVEN, TOGETHER) + start + offsets
         h = tl.load(h_at, mask=mask).to(COMPUTE)
 
     beta1 = tl.load(scalar + _B1)
@@ -180,6 +181,7 @@ def adamw(table: LaunchTable, keys: np.ndarray, numel: np.ndarray) -> None:
             *(TRITON_DTYPES[dtype] for dtype in dtypes),
             COMPUTE=tl.float64 if dtypes[0] is torch.float64 else tl.float32,
             EVEN=even,
+            TOGETHER=16 // max(dtype.itemsize for dtype in dtypes if dtype),
             BLOCK=BLOCK,
             num_warps=THREADS // warp_size(),
             enable_fp_fusion=False,

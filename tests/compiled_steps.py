@@ -1,0 +1,114 @@
+"""Steps as they would be launched on GPUs that are not here, as JSON: run by test_compile.py in a process of its own.
+
+Tensors on the CPU stand for tensors on the GPU, so this must run without Triton's interpreter.
+"""
+
+import json
+import re
+import sys
+
+import torch
+
+from fusedopt import AdamW
+from fusedopt_kernels.adamw import BLOCK, THREADS
+from perf.compiled import TARGETS, adamw_variants, resources, standing_in
+
+
+def variants(target):
+    found = []
+    for name, launch, (read, written) in adamw_variants(target):
+        elements = BLOCK // THREADS
+        found.append(
+            {
+                "name": name,
+                "threads": launch.code.metadata.num_warps * TARGETS[target].warp_size,
+                "bytes": {"reads": elements * read, "writes": elements * written},
+                "multiplications_in_32_bits": len(re.findall(r"arith\.muli.*i32\b", launch.code.asm["ttir"])),
+                **resources(launch.code)._asdict(),
+            }
+        )
+    return found
+
+
+def parameters(*sizes):
+    return [torch.nn.Parameter(torch.zeros(n)) for n in sizes]
+
+
+def groups(params, number):
+    rates = [{"lr": 0.1 * i, "betas": (0.5, 0.9), "weight_decay": 0.01 * i} for i in range(number)]
+    return [{"params": params[i::number], **rates[i]} for i in range(number)]
+
+
+def launches_of(sizes, number_of_groups=1):
+    """Kernel names of two steps, one a line."""
+    params = parameters(*sizes)
+    optimizer = AdamW(groups(params, number_of_groups), backend="triton")
+    with standing_in("sm_90") as launches:
+        counts = []
+        for _ in range(2):
+            before = len(launches)
+            optimizer.apply_gradients((torch.zeros_like(p), p) for p in params)
+            counts.append([launch.kernel for launch in launches[before:]])
+    return counts
+
+
+def changes():
+    """What may change from step to step, each as a function of (optimizer, params) that takes a step."""
+
+    def step(optimizer, params, scale=1.0):
+        optimizer.apply_gradients(((torch.zeros_like(p), p) for p in params), scale=scale)
+
+    def set_lr(optimizer, lr):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+    def grow(optimizer, params, number):
+        added = parameters(*[16 * i + i % 2 for i in range(1, number + 1)])
+        optimizer.add_param_group({"params": added})
+        params += added
+        step(optimizer, params)
+
+    return {
+        "lr": lambda o, p: (set_lr(o, 0.7), step(o, p)),
+        "lr on the device": lambda o, p: (set_lr(o, torch.tensor(0.5)), step(o, p)),
+        "lr on the device, float64": lambda o, p: (set_lr(o, torch.tensor(0.5, dtype=torch.float64)), step(o, p)),
+        "step count": lambda o, p: [step(o, p) for _ in range(3)],
+        "one gradient": lambda o, p: step(o, p[:1]),
+        "gradients elsewhere": lambda o, p: o.apply_gradients((torch.zeros(p_.numel() + 1)[1:], p_) for p_ in p),
+        "scale": lambda o, p: step(o, p, 0.5),
+        "scale on the device": lambda o, p: step(o, p, torch.tensor(0.5)),
+        "two more tensors": lambda o, p: grow(o, p, 2),
+        "a hundred more tensors": lambda o, p: grow(o, p, 100),
+        "a thousand more tensors": lambda o, p: grow(o, p, 1000),
+    }
+
+
+def compilations():
+    """How often each change made Triton compile, after one step with an aligned and an unaligned tensor."""
+    params = parameters(16, 17)
+    optimizer = AdamW(params, weight_decay=0.1, backend="triton")
+    found = {}
+    with standing_in("sm_90") as launches:
+        optimizer.apply_gradients((torch.zeros_like(p), p) for p in params)
+        for name, change in changes().items():
+            before, known = len(launches), {id(launch.code) for launch in launches}
+            change(optimizer, params)
+            assert len(launches) > before
+            found[name] = len({id(launch.code) for launch in launches} - known)
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1] == "launches":
+        result = {
+            "compilations": compilations(),
+            "one aligned": launches_of([16]),
+            "1,000 aligned": launches_of([16 * i for i in range(1, 1001)]),
+            "1,000 aligned in 3 groups": launches_of([16 * i for i in range(1, 1001)], 3),
+            "1,000 in 3 groups, odd ones among them": launches_of(range(1, 1001), 3),
+            "one odd": launches_of([7]),
+        }
+    else:
+        result = variants(sys.argv[1])
+    json.dump(result, sys.stdout)
