@@ -1,6 +1,7 @@
 """What the tests of training loops share: a small model, its data, and every optimizer as a row of a table."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -89,3 +90,25 @@ def same(a: Any, b: Any) -> bool:
 
 def same_weights(a: nn.Module, b: nn.Module) -> bool:
     return same(list(a.parameters()), list(b.parameters()))
+
+
+@contextmanager
+def sharded(model: nn.Module) -> Iterator[nn.Module]:
+    """The model under FSDP2, in a process group of this process alone."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for child in model.children():
+            fully_shard(child, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        yield model
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def whole(model: nn.Module) -> list[Tensor]:
+    """The parameters, gathered where they are sharded."""
+    return [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from loop_cases import BACKENDS, HAS_OWN_RATE, OPTIMIZERS, Net, same, same_weights, train
+from loop_cases import BACKENDS, HAS_OWN_RATE, OPTIMIZERS, Net, same, same_weights, sharded, train, whole
 from schedule_cases import EVERY_NAME, advance, by_name
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.optim.lr_scheduler import LambdaLR
@@ -144,6 +144,15 @@ def test_setting_the_state_of_a_fresh_optimizer_moves_no_weight(name):
     dcp.set_optimizer_state_dict(other_model, other, saved)
     assert same_weights(other_model, before)
     assert same(other.state_dict(), optimizer.state_dict())
+
+
+@pytest.mark.parametrize("name", ["AdamW", "AdamW-eps_0", "AdamWeightDecay-function"])
+def test_looking_at_a_fresh_optimizer_of_a_sharded_model_changes_nothing(name):
+    with sharded(Net()) as model:
+        optimizer = OPTIMIZERS[name](model)
+        shown = dcp.get_optimizer_state_dict(model, optimizer, options=dcp.StateDictOptions(full_state_dict=True))
+        assert {float(state["step"]) for state in shown["state"].values()} == {0.0}
+        assert same(whole(model), whole(Net()))
 
 
 def test_a_first_step_of_a_warm_up_on_zero_gradients_counts():

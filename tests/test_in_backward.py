@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from loop_cases import BACKENDS, HAS_OWN_RATE, OPTIMIZERS, Net, same, same_weights, train
+from loop_cases import BACKENDS, HAS_OWN_RATE, OPTIMIZERS, Net, same, same_weights, sharded, train, whole
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.optim.lr_scheduler import LambdaLR
@@ -197,6 +197,15 @@ def test_a_weight_used_twice_is_updated_once():
         optimizer.step()
         assert {state["step"].item() for state in optimizer.state.values()} == {1.0}
     assert same_weights(*models)
+
+
+def test_fsdp2_sums_the_gradients_before():
+    plain, _ = run("AdamW", "eager", "cpu", in_backward=False)
+    with sharded(Net()) as model:
+        optimizer = OPTIMIZERS["AdamW"](model)
+        register_step_in_backward(optimizer, model)
+        train(model, optimizer, 6, LambdaLR(optimizer, lambda step: 1 / (1 + step)))
+        assert same(whole(model), whole(plain))
 
 
 def refusal(error, sentence):
