@@ -62,11 +62,89 @@ def adamw_scalars(
     return shrink, step_size, eps_hat
 
 
-def adam_moments(g: typing.Any, m: typing.Any, v: typing.Any, beta1: typing.Any, weight1: typing.Any, beta2: typing.Any, weight2: typing.Any) -> Any:
+def adam_moments(
+    g: typing.Any,
+    m: typing.Any,
+    v: typing.Any,
+    beta1: typing.Any,
+    weight1: typing.Any,
+    beta2: typing.Any,
+    weight2: typing.Any,
+) -> Any:
     """The new running averages of g and g², with weight = 1 - beta. The order of factors keeps g² from overflowing."""
     return beta1 * m + weight1 * g, beta2 * v + weight2 * g * g
 
 
-def adamw_update(p: typing.Any, m: typing.Any, v: typing.Any, shrink: typing.Any, step_size: typing.Any, eps_hat: typing.Any, sqrt: typing.Any, div: typing.Any) -> Any:
+def adamw_update(
+    p: typing.Any,
+    m: typing.Any,
+    v: typing.Any,
+    shrink: typing.Any,
+    step_size: typing.Any,
+    eps_hat: typing.Any,
+    sqrt: typing.Any,
+    div: typing.Any,
+) -> Any:
     """The new parameter, rounded once: p is added to last, so that a small decay is not lost in 1 - shrink."""
     return p - (shrink * p + div(step_size * m, sqrt(v) + eps_hat))
+
+
+RELATIVE_STEP_CEILINGS = {False: (1e-2, 0.0), True: (0.0, 1e-6)}
+"""By `warmup_init`: the two numbers of the line `constant + slope * step` that a relative step never exceeds."""
+
+
+def relative_step(
+    step: typing.Any, constant: typing.Any, slope: typing.Any, sqrt: typing.Any, minimum: typing.Any
+) -> Any:
+    """Adafactor's learning rate where none is given, before the parameter's scale. `step` counts from 1."""
+    return minimum(constant + slope * step, 1.0 / sqrt(step))
+
+
+def scaled_rate(rate: typing.Any, rms: typing.Any, floor: typing.Any, number_maximum: typing.Any) -> Any:
+    """The rate times the root mean square of the parameter, which counts as `floor` where it is smaller or NaN."""
+    return rate * number_maximum(floor, rms)
+
+
+def square_weight(step: typing.Any, decay_rate: typing.Any, exp: typing.Any, log: typing.Any) -> Any:
+    """What a new square weighs in Adafactor's average of squares, step^decay_rate: 1 at the first step."""
+    return exp(decay_rate * log(step))
+
+
+def running_average(average: typing.Any, new: typing.Any, weight: typing.Any) -> Any:
+    """An average that forgets: `new` weighs `weight`, everything before it the rest."""
+    return (1.0 - weight) * average + weight * new
+
+
+def row_factor(row: typing.Any, row_mean: typing.Any, sqrt: typing.Any, div: typing.Any) -> Any:
+    """What rows of an update are multiplied by. Two roots, since the quotient of the squares may leave the range."""
+    return div(sqrt(row_mean), sqrt(row))
+
+
+def column_factor(column: typing.Any, sqrt: typing.Any, div: typing.Any) -> Any:
+    """What columns of an update are multiplied by."""
+    return div(1.0, sqrt(column))
+
+
+def factored_update(g: typing.Any, of_row: typing.Any, of_column: typing.Any) -> Any:
+    """The update of a matrix before clipping. In this order: the product of the factors alone may overflow."""
+    return g * of_column * of_row
+
+
+def unfactored_update(g: typing.Any, v: typing.Any, sqrt: typing.Any, div: typing.Any) -> Any:
+    """The update of a vector before clipping."""
+    return div(g, sqrt(v))
+
+
+def clip_divisor(rms: typing.Any, threshold: typing.Any, maximum: typing.Any) -> Any:
+    """What an update of root mean square `rms` is divided by. A NaN must come out of `maximum`, asked in this order."""
+    return maximum(rms / threshold, 1.0)
+
+
+def adafactor_apply(p: typing.Any, update: typing.Any, shrink: typing.Any) -> Any:
+    """The new parameter, rounded once: p is added to last, so that a small decay is not lost in 1 - shrink."""
+    return p - (shrink * p + update)
+
+
+def clip_factor(norm: Any, max_norm: Any, maximum_is: Any) -> Any:
+    """What brings gradients of this norm down to `max_norm`, as torch.nn.utils.clip_grad_norm_ defines it."""
+    return maximum_is(max_norm / (norm + 1e-6), 1.0)
