@@ -43,6 +43,16 @@ def exp(x):
 
 
 @device_function
+def log(x):
+    return tl.log(x)
+
+
+@device_function
+def minimum(x, y):
+    return tl.minimum(x, y)
+
+
+@device_function
 def sqrt_rn(x):
     """The root, rounded to nearest; for float64 the plain one is."""
     return tl.sqrt_rn(x) if x.dtype == tl.float32 else tl.sqrt(x)
@@ -50,14 +60,20 @@ def sqrt_rn(x):
 
 @device_function
 def div_rn(x, y):
-    """The quotient, rounded to nearest; for float64 the plain one is."""
-    return tl.div_rn(x, y) if x.dtype == tl.float32 else x / y
+    """The quotient, rounded to nearest; for float64 the plain one is. x may be a number."""
+    return tl.div_rn(x, y) if y.dtype == tl.float32 else x / y
 
 
 @device_function
 def my_piece(chunks):
     """The (row, piece) that this program works on, as int64: tensors may have more than 2^31 elements."""
-    chunk = chunks + 2 * tl.program_id(0).to(tl.int64)
+    return piece_of(chunks, tl.program_id(0))
+
+
+@device_function
+def piece_of(chunks, program):
+    """The (row, piece) of a program."""
+    chunk = chunks + 2 * program.to(tl.int64)
     return tl.load(chunk).to(tl.int64), tl.load(chunk + 1).to(tl.int64)
 
 
@@ -66,11 +82,15 @@ def my_piece(chunks):
 
 
 @device_function
-def load_pointer(cell, DTYPE: tl.constexpr, EVEN: tl.constexpr):
-    """The address in a cell of the table, as a pointer to elements of DTYPE."""
+def load_pointer(cell, DTYPE: tl.constexpr, EVEN: tl.constexpr, TOGETHER: tl.constexpr = None):
+    """The address in a cell of the table, as a pointer to elements of DTYPE.
+
+    TOGETHER: how many elements an access takes, None for 128 bits. Where tensors of several dtypes are walked over
+    together it has to be the same for all, or threads exchange elements through shared memory before they write.
+    """
     address = tl.load(cell).to(tl.pointer_type(DTYPE))
     if EVEN:
-        address = tl.multiple_of(address, 16)
+        address = tl.multiple_of(address, 16 if TOGETHER is None else TOGETHER * DTYPE.primitive_bitwidth // 8)
     return address
 
 
