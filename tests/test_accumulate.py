@@ -1,5 +1,6 @@
 """GradientAccumulator: the recorded sequences, the right means, what is kept and what is not, two processes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import fusedopt
 from fusedopt.accumulate import GradientAccumulator
 from fusedopt.keras import AdamWeightDecay
 
+ROOT = Path(__file__).parent.parent
 CASES = recorded("tf_gradient_accumulator")["cases"]
 ERRORS = {"ValueError": ValueError, "InvalidArgumentError": ValueError}
 
@@ -351,14 +353,33 @@ def test_a_refused_call_changes_nothing():
     assert_equal(accumulator.gradients, tensors([[1.0, 2.0], [3.0]]))
 
 
+# The kernel, as a compiler for a GPU sees it.
+
+
+def test_one_launch_adds_all_tensors():
+    pytest.importorskip("triton")
+    script = Path(__file__).parent / "compiled_accumulate.py"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["launches"] == {"1,000 aligned": [1, 1, 1], "odd ones among them": [2, 2, 2]}
+    # With and without a sum so far, aligned and not; nothing for another weight, nor for one that is a tensor.
+    assert found["compilations"] == 4
+    aligned = found["aligned"]
+    assert aligned["spilled"] == 0 and aligned["shared"] == 0
+    # A thread's 8 elements, four at a time, in the float32 sum and in the bfloat16 gradient.
+    assert aligned["reads"]["128"] == 2 and aligned["reads"]["64"] >= 2 and aligned["writes"] == {"128": 2}
+
+
 # Two processes.
 
 
 def test_two_processes_under_ddp(tmp_path):
     """Sums stay local until asked; then both hold the mean over all tokens, however many micro-batches each had."""
     script = Path(two.__file__)
-    root = script.parent.parent
-    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
             [sys.executable, str(script), str(rank), str(tmp_path)], env=environment, stderr=subprocess.PIPE

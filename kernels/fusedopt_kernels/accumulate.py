@@ -43,20 +43,23 @@ def add(
     PREVIOUS: tl.constexpr,
     COMPUTE: tl.constexpr,
     EVEN: tl.constexpr,
+    TOGETHER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One piece of one tensor. S, G, PREVIOUS: dtypes of sum, gradient and what it is added to; None for nothing."""
     index, piece = my_piece(chunks)
     row = rows + index * _COLUMNS
-    offsets = piece * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < load_size(row + _NUMEL, EVEN)
+    start = piece * BLOCK
+    offsets = tl.arange(0, BLOCK)
+    mask = offsets < load_size(row + _NUMEL, EVEN) - start
     weight = load_number(hyper, hyper + 1, hyper + 2).to(COMPUTE)
-    g = tl.load(load_pointer(row + _GRAD, G, EVEN) + offsets, mask=mask).to(COMPUTE)
+    g = tl.load(load_pointer(row + _GRAD, G, EVEN, TOGETHER) + start + offsets, mask=mask).to(COMPUTE)
     # A gradient of no weight may hold anything: the mean over no tokens is NaN.
     total = tl.where(weight == 0.0, 0.0, weight * g)
     if PREVIOUS is not None:
-        total += tl.load(load_pointer(row + _PREVIOUS, PREVIOUS, EVEN) + offsets, mask=mask).to(COMPUTE)
-    tl.store(load_pointer(row + _SUM, S, EVEN) + offsets, narrow(total, S), mask=mask)
+        previous_at = load_pointer(row + _PREVIOUS, PREVIOUS, EVEN, TOGETHER) + start + offsets
+        total += tl.load(previous_at, mask=mask).to(COMPUTE)
+    tl.store(load_pointer(row + _SUM, S, EVEN, TOGETHER) + start + offsets, narrow(total, S), mask=mask)
 
 
 def accumulate(table: LaunchTable, keys: np.ndarray, numel: np.ndarray) -> None:
@@ -76,6 +79,7 @@ def accumulate(table: LaunchTable, keys: np.ndarray, numel: np.ndarray) -> None:
             *(TRITON_DTYPES[dtype] for dtype in dtypes),
             COMPUTE=tl.float64 if torch.float64 in dtypes else tl.float32,
             EVEN=even,
+            TOGETHER=16 // max(dtype.itemsize for dtype in dtypes if dtype),
             BLOCK=BLOCK,
             num_warps=THREADS // warp_size(),
             enable_fp_fusion=False,
