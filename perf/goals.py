@@ -141,5 +141,13 @@ def _ratio(goal: Goal, ours: Record, theirs: Record) -> Outcome:
         ratios = [a / b for a, b in zip(up[rounds], down[rounds])]
     value = statistics.median(ratios)
     low, high = (statistics.quantiles(ratios, n=4)[i] if len(ratios) > 1 else value for i in (0, 2))
+    return Outcome(
+        goal, value, low, high, up[key]["min"] / down[key]["min"], _verdict(goal, value, low, high, len(ratios))
+    )
+
+
+def _verdict(goal: Goal, value: float, low: float, high: float, rounds: int) -> str:
+    """Met or missed; unsure where half of the rounds do not say the same, or too few were there to say anything."""
     met = value <= goal.limit if goal.kind == "time" else value >= goal.limit
-    return Outcome(goal, value, low, high, up[key]["min"] / down[key]["min"], "met" if met else "missed")
+    unsure = rounds < 3 or low <= goal.limit <= high
+    return ("met" if met else "missed") + ", unsure" * unsure

@@ -69,11 +69,12 @@ def traffic(panels: Mapping[str, Mapping[str, Traffic]], floors: Mapping[str, fl
         ax.barh(names, read, color=_READ, height=0.68, label="read")
         bars = ax.barh(names, written, left=read, color=_WRITTEN, height=0.68, label="written")
         ax.bar_label(bars, [f"{t.total:.0f}" for t in rows.values()], padding=4, fontsize=9, color=INK)
-        ax.invert_yaxis()
+        ax.set_ylim(len(names) - 0.1, -0.6)
         ax.set_xlim(0, 1.15 * max(t.total for t in rows.values()))
         _style(ax, title, "bytes per parameter and step")
         _roofline(ax, floors[title], "fewest possible")
-        ax.legend(frameon=False, fontsize=9, loc="lower right")
+        handles = ax.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return figure
 
 
@@ -118,7 +119,7 @@ def memory(rows: Mapping[str, tuple[float, float]]) -> Figure:
     ax.invert_yaxis()
     ax.set_xlim(0, 1.15 * max(s + t for s, t in rows.values()))
     _style(ax, "memory of the optimizer", "bytes per parameter")
-    ax.legend(frameon=False, fontsize=9, loc="lower right")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return figure
 
 
@@ -140,8 +141,8 @@ def _figure(width: float, height: float) -> Figure:
 
 def _bars(ax: Axes, names: Sequence[str], times: Sequence[float], ours: Sequence[bool]) -> None:
     bars = ax.barh(names, times, color=[OURS if mine else OTHERS for mine in ours], height=0.68)
-    ax.bar_label(bars, [f"{t:.3g}" for t in times], padding=4, fontsize=9, color=INK)
-    ax.invert_yaxis()
+    ax.bar_label(bars, [f"{t:,.0f}" if t >= 100 else f"{t:.3g}" for t in times], padding=4, fontsize=9, color=INK)
+    ax.set_ylim(len(names) - 0.1, -0.6)  # from above; below the last bar there is room for a word
     ax.set_xlim(0, 1.15 * max(times))
 
 

@@ -115,8 +115,16 @@ def traffic(smoke: bool = False) -> list[Record]:
         return [json.loads(line) for line in done.stdout.splitlines()]
     rows = []
     for case in CASES[:1] if smoke else CASES:
+        row: Record = {"kind": "traffic", "case": case.name}
         reason = missing(case)
-        rows.append({"kind": "traffic", "case": case.name, "missing": reason} if reason else count(case))
+        if reason:
+            row["missing"] = reason
+        else:
+            try:
+                row = count(case)
+            except Exception as error:  # The other cases are worth knowing all the same.
+                row |= {"ok": False, "missing": f"{type(error).__name__}: {error}"}
+        rows.append(row)
     return rows
 
 

@@ -1,0 +1,578 @@
+"""The benchmarks measure what they say: no number for a wrong result, nothing dropped, goals judged rightly."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import fusedopt
+from fusedopt.reference import ReferenceAdamW
+from perf import (
+    bench,
+    evidence,
+    gate,
+    goals,
+    interpreted,
+    measure,
+    one_step,
+    pictures,
+    providers,
+    report,
+    results,
+    roofline,
+    static_report,
+    sweeps,
+    traffic,
+    workloads,
+)
+from perf.providers import Provider
+
+CPU = torch.device("cpu")
+SMOKE = workloads.get("smoke")
+
+
+def provider(make, reference="torch adamw", **kwargs):
+    return Provider("under test", "adamw", make, reference, **kwargs)
+
+
+def loop(**changes):
+    options = dict(
+        lr=providers.LR, betas=providers.BETAS, eps=providers.EPS, weight_decay=providers.DECAY, foreach=False
+    )
+    return lambda params: torch.optim.AdamW(params, **{**options, **changes})
+
+
+# Workloads.
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "params"),
+    [  # as the models' authors publish them
+        ("gpt2", 148, 124_439_808),
+        ("bert_base", 199, 109_482_240),
+        ("resnet50", 161, 25_557_032),
+        ("vit_l", 296, 304_326_632),
+        ("llama2_7b", 291, 6_738_415_616),
+        ("gpt_50m", 90, 49_897_472),
+        ("tiny_2000", 2000, 128_000),
+        ("embedding_2g4", 1, 2_400_000_000),
+    ],
+)
+def test_workloads_are_the_models_they_are_named_after(name, tensors, params):
+    workload = workloads.get(name)
+    assert (workload.tensors, workload.params) == (tensors, params)
+
+
+def test_a_workload_gives_its_layout_and_dtype():
+    conv = workloads.get("resnet50").empty_like((8, 4, 3, 3), CPU)
+    assert conv.is_contiguous(memory_format=torch.channels_last)
+    assert workloads.get("llama2_7b").empty_like((2, 2), CPU).dtype == torch.bfloat16
+    assert workloads.get("gpt2:bfloat16").empty_like((2, 2), CPU).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["gpt3", "gpt2:bfloat17", "gpt2:nn"])
+def test_a_workload_that_is_none(name):
+    with pytest.raises(ValueError, match=r"must be"):
+        workloads.get(name)
+
+
+# The gate.
+
+RIGHT = [p for p in providers.PROVIDERS if p.missing(CPU) is None]
+
+
+@pytest.mark.parametrize("row", RIGHT, ids=lambda p: f"{p.rule} - {p.name}")
+@pytest.mark.parametrize("name", ["smoke", "smoke:bfloat16"])
+def test_what_is_right_passes_the_gate(row, name):
+    verdict = gate.check(row, workloads.get(name), CPU)
+    assert verdict.passed, verdict
+
+
+class SkipsTheTail(torch.optim.AdamW):
+    """A kernel that forgets the last element of each tensor."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        ends = [p.flatten()[-1].clone() for p in self.param_groups[0]["params"]]
+        super().step(closure)
+        for p, end in zip(self.param_groups[0]["params"], ends):
+            p.view(-1)[-1] = end
+
+
+WRONG = {
+    "a rate 1 % too high": loop(lr=1.01 * providers.LR),
+    "eps in the other place": lambda params: ReferenceAdamW(params, lr=providers.LR, eps=1e-4, weight_decay=0.0),
+    "no bias correction": lambda params: ReferenceAdamW(params, lr=providers.LR, correct_bias=False),
+    "the last element left out": lambda params: SkipsTheTail(params, lr=providers.LR, eps=providers.EPS),
+    "beta2 a little off": loop(betas=(0.9, 0.995)),
+}
+
+
+@pytest.mark.parametrize("make", WRONG.values(), ids=WRONG)
+def test_what_is_wrong_gets_no_number(make):
+    (record,) = measure.compare(SMOKE, [provider(make)], CPU, seconds=0.0)
+    assert record["status"].startswith("wrong here: off by")
+    assert "step_ms" not in record
+
+
+def test_a_wrong_rate_in_bfloat16_is_caught_too():
+    assert not gate.check(provider(loop(lr=1.3 * providers.LR)), workloads.get("smoke:bfloat16"), CPU).passed
+
+
+def test_the_gate_sees_every_distinct_shape_of_a_workload():
+    sample = gate.sample(workloads.get("gpt2"))
+    assert [s[1:] for s in sample] == [s[1:] for s in dict.fromkeys(workloads.get("gpt2").shapes)]
+    assert sum(map(torch.Size.numel, map(torch.Size, sample))) <= gate.BUDGET
+
+
+# Measuring.
+
+
+def test_gradients_are_new_tensors_at_new_addresses_at_every_step():
+    problem = measure.Problem(SMOKE, CPU, sets=2)
+    problem.hand_out()
+    first = [p.grad for p in problem.params]
+    problem.hand_out()
+    assert all(p.grad is not g and p.grad.data_ptr() != g.data_ptr() for p, g in zip(problem.params, first))
+
+
+def test_a_clipped_gradient_has_its_norm_again_for_the_next_provider():
+    problem = measure.Problem(SMOKE, CPU, sets=2)
+    problem.hand_out()
+    before = torch.nn.utils.clip_grad_norm_(problem.params, 1e-3)
+    problem.restore()
+    after = torch.nn.utils.get_total_norm([p.grad for p in problem.params])
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=0.0)
+
+
+def test_providers_take_turns_and_each_leads_a_round(monkeypatch):
+    order = []
+    monkeypatch.setattr(measure, "ROUND_SECONDS", 0.0)
+
+    class Noted(torch.optim.SGD):
+        def step(self, closure=None):
+            order.append(self.param_groups[0]["lr"])
+
+    monkeypatch.setattr(measure, "_gate", lambda *args: None)
+    monkeypatch.setattr(measure, "_cpu_facts", lambda *args: {})
+    rows = [provider(lambda params, lr=lr: Noted(params, lr=lr)) for lr in (1.0, 2.0)]
+    rows = [Provider(**{**vars(row), "name": str(i)}) for i, row in enumerate(rows)]
+    measure.compare(SMOKE, rows, CPU, seconds=0.05)
+    turns = [lr for lr, before in zip(order, [None, *order]) if lr != before]
+    assert turns[:5] == [1.0, 2.0, 1.0, 2.0, 1.0] or turns[:3] == [1.0, 2.0, 1.0]
+    warm_up_and_first = order[: order.index(2.0)]
+    assert len(warm_up_and_first) == 1 + measure.MIN_STEPS
+
+
+def test_what_is_missing_or_fails_is_listed_with_its_reason():
+    def refuses(params):
+        raise RuntimeError("no such device")
+
+    rows = [
+        Provider("absent", "adamw", loop(), "torch adamw", needs=("no_such_package",)),
+        Provider("elsewhere", "adamw", loop(), "torch adamw", devices=("cuda",)),
+        Provider("fails", "adamw", refuses, "torch adamw"),
+        Provider("there", "adamw", loop(), "torch adamw"),
+    ]
+    records = measure.compare(SMOKE, rows, CPU, seconds=0.0)
+    assert [r["status"] for r in records] == [
+        "missing: no_such_package is not there",
+        "missing: does not run on cpu",
+        "failed: RuntimeError: no such device",
+        "measured",
+    ]
+    table = report.table(records, None)
+    assert all(f"({row.name})" in table for row in rows[:3])
+
+
+@pytest.mark.parametrize(
+    ("need", "there"),
+    [
+        ("torch", True),
+        ("torch.optim.AdamW", True),
+        ("torch.optim.AdamW(fused)", True),
+        ("torch.optim.AdamW(warp)", False),
+        ("torch.optim.Nothing", False),
+        ("nothing.optim", False),
+    ],
+)
+def test_what_a_provider_needs(need, there):
+    assert providers.exists(need) == there
+
+
+class FakeCuda:
+    """Stands in for `torch.cuda`: events tell the time of a clock that steps and sleeps move on."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.slept, fake = 0.0, [], self
+
+        class Event:
+            def __init__(self, enable_timing=False):
+                self.at = None
+
+            def record(self):
+                self.at = fake.now
+
+            def elapsed_time(self, other):
+                return other.at - self.at
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda *args: None)
+        monkeypatch.setattr(torch.cuda, "_sleep", self.slept.append)
+
+    def step(self):
+        self.now += 3.0
+
+
+def test_the_gpu_clock_looks_at_an_idle_device_and_at_a_busy_one(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    sample = measure.CudaClock()(cuda.step)
+    assert (sample.step, sample.device) == (3.0, 3.0)
+    assert 0.0 < sample.host < 3.0
+    assert len(cuda.slept) == 1
+
+
+def test_launches_are_counted_apart_from_copies():
+    on_device, on_host = measure.DeviceType.CUDA, measure.DeviceType.CPU
+    span = SimpleNamespace(elapsed_us=lambda: 1500.0)
+    names = [("update", on_device), ("Memcpy HtoD", on_device), ("Memset", on_device), ("aten::add", on_host)]
+    events = [SimpleNamespace(name=n, device_type=d, time_range=span) for n, d in names]
+    assert measure.launches(events) == {"launches": 1, "copies": 2, "kernel_ms": 1.5}
+
+
+def test_a_captured_step_passes_the_gate_from_its_start(monkeypatch):
+    """Capturing takes steps of its own, which must not count. The stand-in graph replays the step."""
+    graphs = []
+
+    class Graph:
+        def replay(self):
+            self.step()
+
+    @contextmanager
+    def capture(graph):
+        graphs.append(graph)
+        yield
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda s: torch.no_grad())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+
+    def make(params):
+        optimizer = torch.optim.AdamW(
+            params, lr=providers.LR, betas=providers.BETAS, eps=providers.EPS, weight_decay=providers.DECAY
+        )
+        Graph.step = staticmethod(optimizer.step)
+        return optimizer
+
+    row = provider(make, mode="captured")
+    assert gate.check(row, SMOKE, CPU).passed
+    assert len(graphs) == 1
+
+
+# What eager steps move.
+
+
+def counted(step):
+    c = traffic.watch(step)
+    return c.operations, c.read, c.written
+
+
+def test_bytes_are_those_of_distinct_elements_read_and_written():
+    a, b = torch.zeros(100), torch.zeros(100)
+    assert counted(lambda: a.mul_(2)) == (1, 400, 400)
+    assert counted(lambda: a + b) == (1, 800, 400)
+    assert counted(lambda: a * a) == (1, 400, 400)
+    assert counted(lambda: a.copy_(b)) == (1, 400, 400)
+    assert counted(lambda: a.zero_()) == (1, 0, 400)
+    assert counted(lambda: torch.add(a, b, out=a)) == (1, 800, 400)
+    assert counted(lambda: a.view(10, 10).t().reshape(-1)[3:].detach()) == (1, 400, 400)
+    assert counted(lambda: torch._foreach_add_([a, b], 1.0)) == (1, 800, 800)
+    assert counted(lambda: torch.zeros(1).expand(100) * a)[1:] == (404, 404)
+
+
+def test_temporaries_are_those_alive_at_once():
+    a = torch.zeros(100)
+
+    def step():
+        b = a + 1
+        c = b + 1
+        del b
+        return float((c + 1)[0])
+
+    assert traffic.watch(step).temporary == 800
+
+
+@pytest.mark.parametrize(
+    ("rule", "dtype", "storage", "bytes_"),
+    [
+        ("adamw", torch.float32, "native", 28),
+        ("adamw", torch.bfloat16, "native", 14),
+        ("adamw", torch.bfloat16, "stochastic", 14),
+        ("adamw", torch.bfloat16, "master", 26),
+        ("adamw, clipped", torch.float32, "native", 32),
+        ("adafactor", torch.float32, "native", 24),
+        ("adafactor", torch.bfloat16, "native", 12),
+    ],
+)
+def test_the_roofline_of_every_update(rule, dtype, storage, bytes_):
+    assert roofline.floor(rule, dtype, storage).total == bytes_
+
+
+def test_the_roofline_of_no_update():
+    with pytest.raises(ValueError, match="no floor is known for the rule 'sgd'"):
+        roofline.floor("sgd", torch.float32)
+
+
+# What kernels move.
+
+COUNTABLE = [case for case in static_report.CASES if static_report.missing(case) is None]
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="counted in Triton's interpreter, which is off where there is a GPU"
+)
+@pytest.mark.parametrize("case", COUNTABLE, ids=lambda case: case.name)
+def test_a_kernel_moves_no_more_than_it_must(case):
+    row = static_report.count(case)
+    assert row["ok"], f"moves {row['moved']:.2f} bytes per parameter where {row['floor']} are enough: {row['bytes']}"
+    assert row["moved"] >= case.floor * 0.999, "counts too little"
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="counted in Triton's interpreter, which is off where there is a GPU"
+)
+def test_a_step_that_goes_over_its_tensors_twice_is_caught():
+    class Twice(fusedopt.AdamW):
+        def step(self, closure=None):
+            super().step()
+            super().step()
+
+    books = interpreted.count(lambda params: Twice(params, backend="triton"), [(32, 16)], torch.float32)
+    assert [launch.kernel for launch in books.launches] == ["prologue", "update"] * 2
+    assert books.total("gradient") == (2 * 4 * 512, 0)
+    assert books.total("state") == (2 * 8 * 512, 2 * 8 * 512)
+
+
+def test_tables_of_the_static_report():
+    moved = {kind: [4.0, 4.0] for kind in interpreted.KINDS}
+    rows = [
+        {"case": "a", "launches": ["x"], "bytes": moved, "moved": 24.0, "floor": 12.0, "ok": False},
+        {"case": "b", "missing": "fusedopt.B is not there"},
+    ]
+    table = static_report.traffic_table(rows)
+    assert "MOVES TOO MUCH" in table
+    assert "missing: fusedopt.B is not there" in table
+    assert static_report.moved(rows, "a") == roofline.Traffic(12.0, 12.0)
+    assert static_report.moved(rows, "b") is None
+
+
+# Goals.
+
+
+def step_record(name, times, **more):
+    where = {"kind": "step", "workload": "gpt_50m", "rule": "adamw", "provider": name, "status": "measured"}
+    milliseconds = {"step_ms": measure.quantiles(times), "host_ms": measure.quantiles(times), "rounds_ms": times}
+    return {**where, **milliseconds, "params": 1_000_000, "floor_bytes": 28.0, **more}
+
+
+def outcome(goal, *records):
+    steps = {(r["workload"], r["rule"], r["provider"]): r for r in records if r["kind"] == "step"}
+    return goals._outcome(goal, steps, [r["bytes_per_second"] for r in records if r["kind"] == "copy"])
+
+
+def goal(limit, kind="speedup", theirs="torch fused", clock="step"):
+    return goals.Goal("cpu", "gpt_50m", "adamw", "fusedopt", theirs, limit, kind, clock)
+
+
+OURS, THEIRS = step_record("fusedopt", [10.0, 20.0, 30.0]), step_record("torch fused", [20.0, 40.0, 66.0])
+
+
+@pytest.mark.parametrize(
+    ("goal", "value", "verdict"),
+    [
+        (goal(1.9), 2.0, "met"),
+        (goal(2.5), 2.0, "missed"),
+        (goal(1.05, "time"), 0.5, "met"),
+        (goal(0.4, "time"), 0.5, "missed"),
+        (goal(1.0, clock="host"), 2.0, "met"),
+    ],
+    ids=str,
+)
+def test_goals_compare_round_by_round(goal, value, verdict):
+    result = outcome(goal, OURS, THEIRS)
+    assert result.value == pytest.approx(value, rel=0.11)
+    assert result.verdict == verdict
+
+
+def test_a_goal_of_bandwidth():
+    # 28 MB in 20 ms are 1.4 GB/s.
+    copy = {"kind": "copy", "bytes_per_second": 2e9}
+    result = outcome(goal(0.6, "bandwidth", "copy"), OURS, copy)
+    assert result.value == pytest.approx(0.7)
+    assert result.verdict == "met"
+    assert outcome(goal(0.6, "bandwidth", "copy"), OURS).verdict == "not measured: no copy was"
+
+
+def test_a_verdict_that_the_rounds_do_not_carry_is_unsure():
+    one = outcome(goal(1.9), step_record("fusedopt", [10.0]), step_record("torch fused", [20.0]))
+    assert one.verdict == "met, unsure"
+    mixed = outcome(
+        goal(2.0), step_record("fusedopt", [10.0] * 4), step_record("torch fused", [10.0, 19.0, 22.0, 40.0])
+    )
+    assert mixed.verdict == "met, unsure"
+
+
+def test_a_goal_without_measurement_says_why():
+    missing = {**THEIRS, "status": "missing: torch fused is not there"}
+    assert outcome(goal(1.0), OURS).verdict == "not measured: torch fused did not run"
+    assert outcome(goal(1.0), OURS, missing).verdict.endswith("missing: torch fused is not there")
+
+
+def test_goals_name_what_exists():
+    for g in goals.GOALS:
+        workloads.get(g.workload)
+        rows = {p.name: p for p in providers.of(g.rule)}
+        assert {g.ours, g.theirs} - {"copy"} <= rows.keys(), g
+        assert rows[g.ours].ours
+
+
+def test_every_goal_is_in_a_plan_of_its_device():
+    plans = {"cpu": bench.PLANS["cpu"], "cuda": (*bench.PLANS["cuda"], *bench.PLANS["cuda-rest"])}
+    for g in goals.GOALS:
+        contests = [c for c in plans[g.device] if (c.workload, c.rule) == (g.workload, g.rule)]
+        assert contests, g
+        assert any(c.names is None or {g.ours, g.theirs} - {"copy"} <= set(c.names) for c in contests), g
+
+
+@pytest.mark.parametrize("plan", bench.PLANS)
+def test_plans_name_what_exists(plan):
+    for contest in bench.PLANS[plan]:
+        workloads.get(contest.workload)
+        providers.of(contest.rule, list(contest.names) if contest.names else None)
+
+
+# The commands.
+
+
+def test_the_benchmark_writes_what_it_prints(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(measure, "ROUND_SECONDS", 0.0)
+    out = tmp_path / "results.jsonl"
+    names = "fusedopt;torch fused;torch fused, captured"
+    arguments = ["--workloads", "smoke", "--providers", names, "--seconds", "0", "--out", str(out), "--device", "cpu"]
+    assert bench.main(arguments) == 0
+    printed = capsys.readouterr().out
+    head, *records = results.read(out)
+    assert head["kind"] == "environment"
+    assert {"torch", "cpu", "commit", "date", "threads"} <= head.keys()
+    steps = [r for r in records if r["kind"] == "step"]
+    assert [r["provider"] for r in steps] == names.split(";")
+    assert {"min", "p25", "median", "p75", "n"} <= steps[0]["step_ms"].keys()
+    assert steps[0]["error"] <= steps[0]["error_allowed"]
+    assert "missing: does not run on cpu (torch fused, captured)" in printed
+    assert "copy:" in printed
+    pictures.steps([head, *records]).savefig(tmp_path / "bars.png")
+    assert "| fusedopt |" in report.text([head, *records], markdown=True)
+
+
+@pytest.mark.parametrize("arguments", [["--workloads", "gpt3"], ["--workloads", "smoke", "--rules", "sgd"]])
+def test_the_benchmark_refuses_what_it_does_not_know(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench.main(arguments)
+    assert stop.value.code == 2
+    assert "must be one of" in capsys.readouterr().err
+
+
+def test_one_step_for_a_profiler(capsys, monkeypatch):
+    monkeypatch.setattr(providers, "BACKEND", "auto")
+    assert one_step.main(["smoke", "adamw"]) == 0
+    assert "finite" in capsys.readouterr().out
+
+
+def test_results_survive_a_line_that_was_cut_off(tmp_path):
+    file = tmp_path / "results.jsonl"
+    file.write_text('{"kind": "copy", "bytes_per_second": 1.0}\n{"kind": "st')
+    assert results.read(file) == [{"kind": "copy", "bytes_per_second": 1.0}]
+
+
+def test_committed_results_can_be_shown():
+    for rows in results.committed().values():
+        assert rows[0]["kind"] == "environment"
+        assert {"gpu", "driver", "torch", "triton", "date"} <= rows[0].keys()
+        assert report.text(rows)
+
+
+@pytest.mark.parametrize("sweep", sweeps.SWEEPS, ids=lambda sweep: sweep.name)
+def test_sweeps_turn_knobs_that_exist_and_put_them_back(sweep, monkeypatch):
+    monkeypatch.setattr(measure, "ROUND_SECONDS", 0.0)
+    monkeypatch.setattr(providers, "BACKEND", "triton")
+    before = [knob.all_values()[0] for knob in sweep.knobs]
+    rows = sweeps.configurations(sweep)
+    assert len({row.name for row in rows}) == len(rows) > 1
+    if not torch.cuda.is_available():
+        records = sweeps.run(sweep, CPU, 0.0, smoke=True)
+        assert [r["status"] for r in records] == ["measured"] * 2, records
+    assert [knob.all_values()[0] for knob in sweep.knobs] == before
+
+
+def test_evidence_goes_on_after_a_fault_and_ends_in_time(tmp_path, capsys):
+    script = tmp_path / "late.py"
+    script.write_text(
+        "import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).wait()"
+    )
+    parts = [
+        evidence.Part("works", "echo measured > {out}/first", 10, enough=0),
+        evidence.Part("faults", "exit 3", 10, enough=0),
+        evidence.Part("hangs", f"{{python}} {script}", 0.5, enough=0),
+        evidence.Part("needs a tool", "no-such-tool", 10, "no-such-tool", enough=0),
+        evidence.Part("too late", "echo", 10, enough=1e6),
+    ]
+    start = time.monotonic()
+    summary = evidence.run(parts, tmp_path / "out", minutes=1)
+    assert time.monotonic() - start < 30
+    assert [str(s["outcome"]) for s in summary] == [
+        "done",
+        "failed with exit code 3",
+        "stopped after 0 s",
+        "left out: no-such-tool is not there",
+        "left out: no time was left",
+    ]
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
+    assert (tmp_path / "out" / "first").read_text() == "measured\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the real evidence runs where there is a GPU")
+def test_the_whole_of_the_evidence_in_small(tmp_path):
+    """Every command that the evidence starts on a GPU machine, on tiny tensors in Triton's interpreter."""
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "perf.evidence", "--smoke", "--minutes", "4", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=240)
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert done.returncode == 0, done.stdout + done.stderr + log
+    written = {file.name for file in (tmp_path / "out").iterdir()}
+    assert written == {
+        "log.txt",
+        "summary.json",
+        "results.jsonl",
+        "sweeps.jsonl",
+        "static.jsonl",
+        "report.md",
+        "performance.png",
+    }
+
+
+def test_the_evidence_wants_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        evidence.main(["--out", "nowhere"])
+    assert "there is no GPU here" in capsys.readouterr().err
