@@ -1,7 +1,36 @@
 """The optimizers and schedules of Hugging Face transformers for PyTorch, fused into a handful of Triton launches."""
 
+from fusedopt.accumulate import GradientAccumulator
+from fusedopt.adafactor import Adafactor
 from fusedopt.adamw import AdamW
+from fusedopt.decay_groups import decay_groups
+from fusedopt.in_backward import register_step_in_backward
+from fusedopt.keras import AdamWeightDecay, create_optimizer
+from fusedopt.keras_schedules import PolynomialDecay, WarmUp
+from fusedopt.plotting import plot_gallery, plot_schedule, plot_verification
+from fusedopt.recorder import LRRecorder
+from fusedopt.schedules import *  # noqa: F403
+from fusedopt.schedules import __all__ as _schedules
+from fusedopt.verification import Verification, verify_schedule
 
 __version__ = "0.1.0"
 
-__all__ = ["AdamW", "__version__"]
+__all__ = [
+    "Adafactor",
+    "AdamW",
+    "AdamWeightDecay",
+    "GradientAccumulator",
+    "LRRecorder",
+    "PolynomialDecay",
+    "Verification",
+    "WarmUp",
+    "__version__",
+    "create_optimizer",
+    "decay_groups",
+    "plot_gallery",
+    "plot_schedule",
+    "plot_verification",
+    "register_step_in_backward",
+    "verify_schedule",
+    *_schedules,
+]

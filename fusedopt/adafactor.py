@@ -9,6 +9,7 @@ from torch import Tensor
 from fusedopt import checks
 from fusedopt.base import FusedOptimizer
 from fusedopt.batch import AdafactorHyper
+from fusedopt.guard import Guard
 
 
 def _eps(name: str, value: Any) -> None:
@@ -73,6 +74,9 @@ class Adafactor(FusedOptimizer):
         warmup_init: with `relative_step`: rates that rise from 1e-6.
         maximize: ascend instead of descend.
         backend: "auto" (Triton for CUDA and ROCm tensors, eager for the others), "triton" or "eager".
+        max_grad_norm: clip the norm of all gradients together to it, as in `AdamW`. The paper's authors leave it out:
+            `clip_threshold` does that job here, after the second moment.
+        skip_nonfinite: skip steps whose gradients' norm is not finite, as a whole; `optimizer.skipped_steps` counts.
 
     Raises:
         ValueError: an option is out of range, or a combination makes no sense, for the constructor or for a group; or
@@ -132,6 +136,8 @@ class Adafactor(FusedOptimizer):
         *,
         maximize: bool = False,
         backend: str = "auto",
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
         **unknown: Any,
     ) -> None:
         defaults = {
@@ -149,7 +155,7 @@ class Adafactor(FusedOptimizer):
         _check_lr_is_meant(defaults)
         # Each group may bring the lr that the constructor lacks.
         self.check_group({**defaults, "lr": 0.0} if lr is None else defaults)
-        super().__init__(params, defaults, backend, unknown)
+        super().__init__(params, defaults, backend, unknown, Guard(max_grad_norm, skip_nonfinite))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         _check_lr_is_meant({**self.defaults, **param_group})
@@ -229,10 +235,10 @@ class Adafactor(FusedOptimizer):
         """
         for group in self.param_groups:
             if any(p is q for q in group["params"]):
-                return self._effective_lr(p, group, before)
+                return self.rate_in(group, p, before)
         raise ValueError(f"a tensor of shape {tuple(p.shape)} is not a parameter of this optimizer")
 
-    def _effective_lr(self, p: Tensor, group: dict[str, Any], before: float) -> float | Tensor:
+    def rate_in(self, group: dict[str, Any], p: Tensor, before: float) -> float | Tensor:
         state = self.state.get(p)
         if not state:
             return before

@@ -48,6 +48,7 @@ class AdamWeightDecay(AdamW):
             decays: the first list alone restricts nothing.
         name: for the config.
         backend: "auto" (Triton for CUDA and ROCm tensors, eager for the others), "triton" or "eager".
+        max_grad_norm, skip_nonfinite: as in `AdamW`; the first excludes Keras' clippings.
         **kwargs: Keras' `clipvalue`, `clipnorm`, `global_clipnorm` (the last two exclude each other), `decay` (the rate
             is divided by 1 + decay * calls) and `lr` (instead of `learning_rate`, with a warning).
 
@@ -98,6 +99,8 @@ class AdamWeightDecay(AdamW):
         name: str = "AdamWeightDecay",
         *,
         backend: str = "auto",
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
         **kwargs: Any,
     ) -> None:
         self.name = name
@@ -105,6 +108,9 @@ class AdamWeightDecay(AdamW):
         self.exclude_from_weight_decay = _patterns("exclude_from_weight_decay", exclude_from_weight_decay)
         self.clipping = Clipping(*(kwargs.pop(field, None) for field in Clipping._fields))
         self.clipping.check()
+        for field, bound in self.clipping._asdict().items():
+            if bound is not None and max_grad_norm is not None:
+                raise ValueError(f"{field}={bound!r} and max_grad_norm={max_grad_norm!r} both clip: pass one of them")
         self.decay = kwargs.pop("decay", 0.0)
         checks.finite_non_negative("decay", self.decay)
         if "lr" in kwargs:
@@ -130,6 +136,8 @@ class AdamWeightDecay(AdamW):
             amsgrad=amsgrad,
             convention="keras",
             backend=backend,
+            max_grad_norm=max_grad_norm,
+            skip_nonfinite=skip_nonfinite,
         )
         if self.schedule is not None:
             self._followed = 0, self.defaults["lr"]
@@ -166,7 +174,7 @@ class AdamWeightDecay(AdamW):
 
     def needs_all_gradients(self) -> str | None:
         bound = self.clipping.global_clipnorm
-        return None if bound is None else f"global_clipnorm={bound!r}"
+        return super().needs_all_gradients() if bound is None else f"global_clipnorm={bound!r}"
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)

@@ -6,14 +6,18 @@ import math
 import pytest
 import torch
 
-from fusedopt import AdamW
+from fusedopt import Adafactor, AdamW, AdamWeightDecay
 
 BACKENDS = ["eager", "triton"]
 
 MAKERS = {
     "AdamW": lambda params, **options: AdamW(params, lr=0.1, weight_decay=0.1, **options),
     "AdamW-torch-bfloat16": lambda params, **options: AdamW(params, lr=0.1, convention="torch", **options),
-    "AdamW-keras": lambda params, **options: AdamW(params, lr=0.1, convention="keras", **options),
+    "AdamWeightDecay": lambda params, **options: AdamWeightDecay(params, 0.1, weight_decay_rate=0.1, **options),
+    "Adafactor": lambda params, **options: Adafactor(params, **options),
+    "Adafactor-momentum": lambda params, **options: Adafactor(
+        params, lr=0.1, relative_step=False, beta1=0.9, weight_decay=0.1, **options
+    ),
 }
 
 
@@ -170,6 +174,11 @@ def test_copies_keep_the_options_and_the_counts():
     other = copy.deepcopy(optimizer)
     assert other.guard.max_grad_norm == 2.0 and other.skipped_steps == 1
     assert other.skipped_steps is not optimizer.skipped_steps
+
+
+def test_two_clippings_exclude_each_other():
+    with pytest.raises(ValueError, match="global_clipnorm=1.0 and max_grad_norm=2.0"):
+        AdamWeightDecay([torch.nn.Parameter(torch.ones(1))], global_clipnorm=1.0, max_grad_norm=2.0)
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, "1"])
