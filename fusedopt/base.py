@@ -37,10 +37,6 @@ class FusedOptimizer(torch.optim.Optimizer):
     constructor_options: ClassVar[tuple[str, ...]] = ("backend", "guard")
     """Attributes that belong to the optimizer, not to a group or a checkpoint; copies and pickles carry them."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> "FusedOptimizer":
-        outside_graphs.keep(FusedOptimizer)
-        return super().__new__(cls)
-
     _step_supports_amp_scaling = True
     """A GradScaler hands its scale to `step` as the attributes `grad_scale` and `found_inf`."""
 
@@ -53,6 +49,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.guard = guard or Guard()
         self._forget()
         super().__init__(params, defaults)
+        outside_graphs.keep(type(self))
 
     # What a subclass declares.
 
@@ -310,6 +307,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        outside_graphs.keep(type(self))
         self._forget()
         checkpoint.lay_out(self)
 

@@ -1,6 +1,5 @@
 """`step()` stays out of the graphs of torch.compile, which could only trace the host's half of it."""
 
-import functools
 import inspect
 
 import torch
@@ -11,13 +10,17 @@ _REASON = (
 )
 
 
-@functools.cache
 def keep(cls: type[torch.optim.Optimizer]) -> None:
-    """Makes torch.compile break its graph around `cls.step` and run it as it is; once, before the first instance.
+    """Makes torch.compile break its graph around `cls.step`, hooks included, and run it as it is.
 
-    With `fullgraph=True`, torch raises an error with our reason in it. This is no decorator of `step`, since
-    torch.compiler imports torch._dynamo, which takes as long as torch itself; making any torch optimizer does so too.
+    With `fullgraph=True`, torch raises an error with our reason in it. To be called when an instance was made, since
+    torch wraps hooks around `cls.step` then. This is no decorator of `step`: torch.compiler imports torch._dynamo,
+    which takes as long as torch itself; making any torch optimizer does so too.
     """
+    if getattr(cls.step, "outside_graphs", False):
+        return
     # torch 2.7 takes no reason.
     reason = {"reason": _REASON} if "reason" in inspect.signature(torch.compiler.disable).parameters else {}
-    cls.step = torch.compiler.disable(cls.step, **reason)  # type: ignore[method-assign]
+    step = torch.compiler.disable(cls.step, **reason)
+    step.outside_graphs = True
+    cls.step = step  # type: ignore[method-assign]

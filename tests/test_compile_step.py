@@ -126,7 +126,16 @@ def test_copies_stay_out_of_graphs_too(monkeypatch):
     kept = []
     monkeypatch.setattr(outside_graphs, "keep", kept.append)
     pickle.loads(pickle.dumps(optimizer))
-    assert kept
+    assert kept == [AdamW]
+
+
+def test_hooks_stay_out_of_graphs_too():
+    model = Net()
+    optimizer = AdamW(model.parameters())
+    compiling = []
+    optimizer.register_step_pre_hook(lambda *_: compiling.append(torch.compiler.is_compiling()))
+    torch.compile(optimizer.step, backend=COMPILER)()
+    assert compiling == [False]
 
 
 @pytest.mark.parametrize("autograd", [False, True], ids=["compiled_model", "compiled_backward"])
