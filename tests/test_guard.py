@@ -177,7 +177,7 @@ def test_copies_keep_the_options_and_the_counts():
 
 
 def test_two_clippings_exclude_each_other():
-    with pytest.raises(ValueError, match="global_clipnorm=1.0 and max_grad_norm=2.0"):
+    with pytest.raises(ValueError, match=r"global_clipnorm=1\.0 and max_grad_norm=2\.0"):
         AdamWeightDecay([torch.nn.Parameter(torch.ones(1))], global_clipnorm=1.0, max_grad_norm=2.0)
 
 
