@@ -21,6 +21,7 @@ def variants(target):
         found.append(
             {
                 "name": name,
+                "fusion": launch.code.metadata.enable_fp_fusion,
                 "threads": launch.code.metadata.num_warps * TARGETS[target].warp_size,
                 "bytes": {"reads": elements * read, "writes": elements * written},
                 "multiplications_in_32_bits": len(re.findall(r"arith\.muli.*i32\b", launch.code.asm["ttir"])),

@@ -74,10 +74,11 @@ def test_a_gpu_gets_the_kernels(device):
 
 @pytest.mark.parametrize("lr", ["float", "on the device"])
 def test_a_step_waits_for_nothing(lr, two):
-    """Gradients move, one is missing, the rate changes."""
+    """Gradients move, also to odd addresses, one is missing, the rate changes."""
     optimizer, params, rate = two[0]
     steps = [gradients(params, seed) for seed in range(3)]
     steps[1][0] = None
+    steps[2] = [torch.cat([g[:1], g])[1:] for g in steps[2]]
     with no_synchronisation():
         for grads, value in zip(steps, RATES):
             if lr == "float":
