@@ -198,14 +198,17 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _update(self, grads: list[list[Tensor | None]], control: Control) -> None:
         for group, row in zip(self.param_groups, grads):
             _check_gradients(group["params"], row)
+        there_are_any = any(g is not None for row in grads for g in row)
+        if there_are_any:
+            # Before they are prepared: clipping by value would make an infinite gradient a finite one.
+            control = self._guarded(grads, control)
         grads, control = self.prepare(grads, control)
-        if all(g is None for row in grads for g in row):
+        if not there_are_any:
             return
         homes = [p.device for group in self.param_groups for p in group["params"]]
         if homes != self._homes:
             checkpoint.follow_parameters(self)
             self._homes = homes
-        control = self._guarded(grads, control)
         devices = list(dict.fromkeys(homes))
         steppers = [self._stepper(device) for device in devices]
         self._init_states(grads)

@@ -292,6 +292,8 @@ class AdamWeightDecay(AdamW):
         return {
             "name": self.name,
             **{field: bound for field, bound in self.clipping._asdict().items() if bound is not None},
+            **({} if self.guard.max_grad_norm is None else {"max_grad_norm": self.guard.max_grad_norm}),
+            **({"skip_nonfinite": True} if self.guard.skip_nonfinite else {}),
             "learning_rate": rate.item() if isinstance(rate, Tensor) else describe(rate),
             "decay": self.decay,
             "beta_1": beta_1,
