@@ -17,8 +17,8 @@ def register_step_in_backward(optimizer: FusedOptimizer, model: torch.nn.Module)
     hooks and shared step counts, and has to follow every `backward()`.
 
     What looks at gradients after `backward()` finds none: `clip_grad_norm_` clips nothing, a `GradScaler` cannot
-    unscale (the next `step()` says so), `AdafactorSchedule` reports its initial rate. Parameters that require no
-    gradient now, and later do, are updated by `step()` as ever.
+    unscale (the next `step()` says so). Parameters that require no gradient now, and later do, are updated by `step()`
+    as ever.
 
     Args:
         optimizer: an optimizer of this package, or Accelerate's or Lightning's wrapper around one.

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from fusedopt import AdamW
 from fusedopt.adafactor import Adafactor
+from fusedopt.adafactor_schedule import AdafactorSchedule
 from fusedopt.backends import has_triton
 from fusedopt.base import FusedOptimizer
 from fusedopt.keras import AdamWeightDecay, PolynomialDecay, WarmUp
@@ -40,8 +42,15 @@ OPTIMIZERS: dict[str, MakeOptimizer] = {
     "Adafactor-lr-beta1": lambda m, **kw: Adafactor(m.parameters(), lr=0.01, beta1=0.9, relative_step=False, **kw),
 }
 
-HAS_OWN_RATE = {"AdamWeightDecay-function", "Adafactor", "Adafactor-warmup"}
-"""Those on which no scheduler may lay its hand, or where it has no effect."""
+
+def scheduler_for(name: str, optimizer: Any) -> LambdaLR | None:
+    """A schedule that goes with the optimizer of this name; None where the rate is a function of the step already."""
+    if name == "AdamWeightDecay-function":
+        return None
+    if name in ("Adafactor", "Adafactor-warmup"):
+        return AdafactorSchedule(optimizer)
+    return LambdaLR(optimizer, lambda step: 1 / (1 + step))
+
 
 BACKENDS = [
     "eager",

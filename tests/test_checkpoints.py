@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from loop_cases import BACKENDS, HAS_OWN_RATE, OPTIMIZERS, Net, same, same_weights, sharded, train, whole
+from loop_cases import BACKENDS, OPTIMIZERS, Net, same, same_weights, scheduler_for, sharded, train, whole
 from schedule_cases import EVERY_NAME, advance, by_name
 from torch.distributed.checkpoint import state_dict as dcp
-from torch.optim.lr_scheduler import LambdaLR
 
 from fusedopt import AdamW, checkpoint
 from fusedopt.adafactor import Adafactor
@@ -28,7 +27,7 @@ def through_a_file(saved: Any) -> Any:
 def runs(name: str, backend: str, device: torch.device, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
     model = Net(seed).to(device, dtype)
     optimizer = OPTIMIZERS[name](model, backend=backend)
-    return model, optimizer, None if name in HAS_OWN_RATE else LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    return model, optimizer, scheduler_for(name, optimizer)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

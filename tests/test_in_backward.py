@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from loop_cases import BACKENDS, HAS_OWN_RATE, OPTIMIZERS, Net, same, same_weights, sharded, train, whole
+from loop_cases import BACKENDS, OPTIMIZERS, Net, same, same_weights, scheduler_for, sharded, train, whole
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.optim.lr_scheduler import LambdaLR
@@ -19,7 +19,7 @@ from fusedopt.keras import AdamWeightDecay
 def run(name, backend, device, steps=6, in_backward=True, dtype=torch.float32):
     model = Net().to(device, dtype)
     optimizer = OPTIMIZERS[name](model, backend=backend)
-    scheduler = None if name in HAS_OWN_RATE else LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    scheduler = scheduler_for(name, optimizer)
     if in_backward:
         register_step_in_backward(optimizer, model)
     train(model, optimizer, steps, scheduler)
@@ -204,7 +204,7 @@ def test_fsdp2_sums_the_gradients_before():
     with sharded(Net()) as model:
         optimizer = OPTIMIZERS["AdamW"](model)
         register_step_in_backward(optimizer, model)
-        train(model, optimizer, 6, LambdaLR(optimizer, lambda step: 1 / (1 + step)))
+        train(model, optimizer, 6, scheduler_for("AdamW", optimizer))
         assert same(whole(model), whole(plain))
 
 

@@ -10,6 +10,7 @@ from loop_cases import OPTIMIZERS, Net, rate_of_the_step, same, same_weights
 
 from fusedopt import AdamW
 from fusedopt.adafactor import Adafactor
+from fusedopt.adafactor_schedule import AdafactorSchedule
 from fusedopt.in_backward import register_step_in_backward
 from fusedopt.keras import AdamWeightDecay
 
@@ -80,12 +81,11 @@ def counting_trainer(example, folder, model=None, **options):
 
 def test_adafactor_schedule_in_the_transformers_trainer_with_lr_none(example, tmp_path):
     """As the documentation of the original shows it: the rates that are logged are those that Adafactor makes."""
-    schedule = pytest.importorskip("fusedopt.adafactor_schedule").AdafactorSchedule
     trainer = counting_trainer(example, tmp_path)
     optimizer = Adafactor(
         trainer.model.parameters(), scale_parameter=True, relative_step=True, warmup_init=True, lr=None
     )
-    trainer = counting_trainer(example, tmp_path, trainer.model, optimizers=(optimizer, schedule(optimizer)))
+    trainer = counting_trainer(example, tmp_path, trainer.model, optimizers=(optimizer, AdafactorSchedule(optimizer)))
     trainer.train()
     logged = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
     first = next(iter(optimizer.param_groups[0]["params"]))
