@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -82,11 +83,13 @@ def exists(need: str) -> bool:
     if not names:
         return True
     try:
-        target: Any = importlib.import_module(package)
-        for depth, name in enumerate(names):
-            if not hasattr(target, name):
-                importlib.import_module(".".join([package, *names[: depth + 1]]))
-            target = getattr(target, name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what other packages say when they are imported is no result
+            target: Any = importlib.import_module(package)
+            for depth, name in enumerate(names):
+                if not hasattr(target, name):
+                    importlib.import_module(".".join([package, *names[: depth + 1]]))
+                target = getattr(target, name)
     except (ImportError, AttributeError):
         return False
     return not option or option in inspect.signature(target).parameters
