@@ -2,6 +2,10 @@
 
 import os
 
+# Before torch is imported, here and in every process that a test starts: tests run side by side, one per core, and
+# threads that wait for each other by spinning make that many times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
