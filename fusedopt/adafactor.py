@@ -239,18 +239,25 @@ class Adafactor(FusedOptimizer):
         raise ValueError(f"a tensor of shape {tuple(p.shape)} is not a parameter of this optimizer")
 
     def rate_in(self, group: dict[str, Any], p: Tensor, before: float) -> float | Tensor:
+        """`effective_lr` of a parameter whose group is known."""
         state = self.state.get(p)
         if not state:
             return before
-        hyper, step, rms = self.hyper(group), state["step"], state["RMS"]
-        if p.device.type == "cpu":
-            return float(hyper.rate(step.item(), rms.item())) if step.item() else before
-        rate = hyper.rate(step, rms, torch.sqrt, torch.minimum, _number_maximum)
-        return torch.where(step > 0, torch.as_tensor(rate, device=p.device).reshape(()), before)
+        hyper = self.hyper(group)
+        if p.device.type != "cpu":
+            return rate_on_device(hyper, state["step"], state["RMS"], before)
+        step = state["step"].item()
+        return float(hyper.rate(step, state["RMS"].item())) if step > 0.0 else before
 
 
-def _number_maximum(floor: float, rms: Tensor) -> Tensor:
-    return torch.where(rms > floor, rms, floor)
+def rate_on_device(hyper: AdafactorHyper, step: Tensor, rms: Tensor, before: float) -> Tensor:
+    """The rate of update number `step` as a 0-d tensor, `before` if it is 0. Waits for no device."""
+
+    def number_maximum(floor: float, rms: Tensor) -> Tensor:
+        return torch.where(rms > floor, rms, floor)
+
+    rate = torch.as_tensor(hyper.rate(step, rms, torch.sqrt, torch.minimum, number_maximum), device=step.device)
+    return torch.where(step > 0.0, rate.reshape(()), before)
 
 
 def _check_lr_is_meant(options: dict[str, Any]) -> None:

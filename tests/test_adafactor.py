@@ -1,0 +1,376 @@
+"""Adafactor's numbers: the recorded runs, the rules, and gradients and tensors of every kind."""
+
+import copy
+import math
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from golden_cases import Tolerance, assert_close, cases, replay
+from hypothesis import given, settings
+
+from fusedopt.adafactor import Adafactor
+from fusedopt.backends import adafactor_tiles, eager_adafactor
+from fusedopt.reference import ReferenceAdafactor
+from fusedopt_kernels import rules
+
+BACKENDS = ["eager"]
+REFUSED = ("weight_decay_negative",)  # a departure: see test_adafactor_options.py
+GOLDEN = cases("adafactor", without=REFUSED)
+
+PATHS = {
+    "stacked": {"SMALL": 1 << 40},
+    "tiled": {"SMALL": 0},
+    "tiles_of_20": {"SMALL": 0, "TILE": 20},
+    "tiles_of_1": {"SMALL": 0, "TILE": 1},
+}
+"""Constants of the eager backend that send small tensors through each of its paths, and across borders of tiles."""
+
+
+@pytest.fixture
+def path(monkeypatch, request):
+    for name, value in PATHS[request.param].items():
+        for module in (eager_adafactor, adafactor_tiles):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
+
+
+every_path = pytest.mark.parametrize("path", PATHS, indirect=True)
+
+
+def normal(*shapes, seed=0, dtype=torch.float32, size=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return [(size * torch.randn(s, generator=generator, dtype=torch.float64)).to(dtype) for s in shapes]
+
+
+def parameters(tensors):
+    return [torch.nn.Parameter(t.clone()) for t in tensors]
+
+
+def run(optimizer, steps):
+    """`steps[k][i]` is the gradient of parameter i at step k, or None."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for grads in steps:
+        for p, g in zip(params, grads):
+            p.grad = g
+        optimizer.step()
+    return [p.detach() for p in params]
+
+
+def after(make, start, steps, **options):
+    """Parameters and states after `steps` of `make(params, **options)` from `start`."""
+    params = parameters(start)
+    optimizer = make(params, **options)
+    run(optimizer, steps)
+    return [p.detach() for p in params], [optimizer.state[p] for p in params]
+
+
+def uses_rms(case):
+    return all({**case.kwargs, **group}.get("scale_parameter", True) for group in case.groups)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", GOLDEN, ids=str)
+def test_golden(case, backend):
+    records = replay(
+        case,
+        lambda groups, **kwargs: Adafactor(groups, backend=backend, **kwargs),
+        observe=lambda optimizer, params: [optimizer.effective_lr(p, before=None) for p in params],
+    )
+    assert_close(case, records, skip_state=() if uses_rms(case) else ("RMS",))
+    assert [group["lr"] for group in records.optimizer.param_groups] == case.raw["group_lr_at_end"]
+    if case.finite and case.lr_per_step is None:
+        for rates, expected in zip(records.observed, case.raw["lr_effective"]):
+            # The RMS of 16-bit parameters is one of rounded numbers.
+            assert rates == [None if e is None else pytest.approx(e, rel=1e-5) for e in expected]
+
+
+@every_path
+@pytest.mark.parametrize("case", GOLDEN, ids=str)
+def test_golden_on_every_path_of_the_eager_backend(case, path):
+    assert_close(case, replay(case, Adafactor), skip_state=() if uses_rms(case) else ("RMS",))
+
+
+# The rules, on numpy: what both backends are built from.
+
+
+def by_the_rules(p, g, state, k, lr=None, beta1=None, weight_decay=0.0, clip_threshold=1.0, maximize=False):
+    """One update in float64; the state is a dict that it changes."""
+    rms = math.sqrt(np.mean(p * p))
+    rate = rules.relative_step(k, *rules.RELATIVE_STEP_CEILINGS[False], math.sqrt, min) if lr is None else lr
+    rate = rules.scaled_rate(rate, rms, 1e-3, max)
+    weight = rules.square_weight(k, -0.8, math.exp, math.log)
+    q = g * g + 1e-30
+    if p.ndim >= 2:
+        r = state["r"] = rules.running_average(state.get("r", 0.0), q.mean(-1), weight)
+        c = state["c"] = rules.running_average(state.get("c", 0.0), q.mean(-2), weight)
+        of_row = rules.row_factor(r, r.mean(-1, keepdims=True), np.sqrt, np.divide)[..., None]
+        u = rules.factored_update(g, of_row, rules.column_factor(c, np.sqrt, np.divide)[..., None, :])
+    else:
+        v = state["v"] = rules.running_average(state.get("v", 0.0), q, weight)
+        u = rules.unfactored_update(g, v, np.sqrt, np.divide)
+    u = u / rules.clip_divisor(math.sqrt(np.mean(u * u)), clip_threshold, max) * (-rate if maximize else rate)
+    if beta1 is not None:
+        u = state["m"] = rules.running_average(state.get("m", 0.0), u, 1 - beta1)
+    return rules.adafactor_apply(p, u, rate * weight_decay)
+
+
+OPTIONS = [
+    {},
+    {"beta1": 0.9},
+    {"weight_decay": 0.1},
+    {"maximize": True, "beta1": 0.5, "weight_decay": 0.1},
+    {"lr": 0.1},
+    {"clip_threshold": 0.1},
+    {"clip_threshold": math.inf},
+]
+SHAPES = [(3, 4), (5,), (), (0,), (2, 0), (2, 3, 4), (5, 1), (1, 6), (2, 3, 2, 2), (30, 15), (1, 70), (70,)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@every_path
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_optimizer_does_what_the_rules_say(options, dtype, path, backend):
+    start = normal(*SHAPES, dtype=dtype)
+    steps = [normal(*SHAPES, seed=k, dtype=dtype) for k in (1, 2, 3)]
+    exact = [p.double().numpy() for p in start]
+    states = [{} for _ in start]
+    for k, grads in enumerate(steps, start=1):
+        for i, g in enumerate(grads):
+            if g.numel():
+                exact[i] = np.asarray(by_the_rules(exact[i], g.double().numpy(), states[i], k, **options))
+                if dtype.itemsize == 2:
+                    exact[i] = torch.from_numpy(exact[i]).to(dtype).double().numpy()
+    ours, _ = after(Adafactor, start, steps, relative_step="lr" not in options, backend=backend, **options)
+    tolerance = {
+        torch.float64: Tolerance("the same formula", rtol=1e-12, atol=1e-14),
+        torch.float32: Tolerance("a few roundings per step, three steps", rtol=1e-6, atol=1e-6),
+    }.get(dtype, Tolerance("rounded once per step, but a tie may fall to the other side", ulps=1))
+    for actual, expected in zip(ours, exact):
+        expected = torch.from_numpy(expected).to(dtype)
+        error = (actual.double() - expected.double()).abs()
+        assert (error <= tolerance.allowed(expected)).all(), (actual.shape, error.max())
+
+
+def test_a_decay_below_half_a_unit_is_not_lost_in_the_factor():
+    """1 - 1e-9 is 1 in float32; p - (1e-9 * p + u) adds the decay to the update before it meets p."""
+    (p,) = normal((64,), dtype=torch.float64)
+    args = p.float().numpy(), np.float32(1e-8) * np.sign(p.float().numpy()), np.float32(1e-8)
+    exact = rules.adafactor_apply(*(np.float64(a) for a in args)).astype(np.float32)
+    assert (rules.adafactor_apply(*args) == exact).all()
+
+
+# Transposition and layout.
+
+
+@every_path
+@pytest.mark.parametrize("shape", [(12, 5), (1, 9), (40, 33)], ids=str)
+def test_a_matrix_and_its_transpose_agree(shape, path):
+    (w,), steps = normal(shape), [normal(shape, seed=k) for k in (1, 2, 3)]
+    options = {"weight_decay": 0.1, "beta1": 0.9}
+    (ours,), _ = after(Adafactor, [w], steps, **options)
+    (turned,), _ = after(Adafactor, [w.t().contiguous()], [[g.t().contiguous()] for (g,) in steps], **options)
+    # The factors of rows and of columns change places, and with them the order of roundings.
+    torch.testing.assert_close(ours, turned.t(), rtol=2e-6, atol=2e-6)
+
+
+LAYOUTS = {
+    "contiguous": lambda t: t.contiguous(),
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+    "column_slice": lambda t: torch.cat([t, t[..., :3]], dim=-1)[..., : t.shape[-1]],
+    "misaligned": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
+}
+
+
+@every_path
+@pytest.mark.parametrize("of_gradient", LAYOUTS)
+@pytest.mark.parametrize("of_parameter", LAYOUTS)
+def test_layouts_give_the_same_numbers(of_parameter, of_gradient, path):
+    shape = (4, 3, 5, 2)
+    (w,), steps = normal(shape), [normal(shape, seed=k) for k in (1, 2)]
+    (expected,), _ = after(Adafactor, [w], steps, beta1=0.9)
+    p = torch.nn.Parameter(LAYOUTS[of_parameter](w.clone()))
+    strides = p.stride()
+    optimizer = Adafactor([p], beta1=0.9)
+    run(optimizer, [[LAYOUTS[of_gradient](g)] for (g,) in steps])
+    torch.testing.assert_close(p.detach(), expected, rtol=1e-6, atol=1e-6)
+    assert p.stride() == strides
+    assert optimizer.state[p]["exp_avg"].shape == p.shape
+
+
+def test_a_matrix_that_is_a_slice_leaves_its_neighbours_alone():
+    storage = torch.full((40, 50), 5.0)
+    p = torch.nn.Parameter(storage[5:35, 10:40])
+    run(Adafactor([p]), [normal(p.shape)])
+    inside = torch.zeros(40, 50, dtype=torch.bool)
+    inside[5:35, 10:40] = True
+    assert ((storage != 5.0) == inside).all()
+
+
+# Gradients of every size. Where the original stays finite, so do we, at the same numbers.
+
+HARD_GRADIENTS = {
+    "zero": lambda g: g * 0,
+    "tiny": lambda g: g * 1e-25,
+    "denormal": lambda g: g * 1e-41,
+    "huge": lambda g: g * 1e18,
+    "one_row": lambda g: g * (torch.arange(len(g)) == 1).view(-1, *[1] * (g.dim() - 1)),
+    "spike": lambda g: torch.where(g == g.max(), 1e6 * g, g * 1e-6),
+    "nan": lambda g: torch.where(g == g.max(), math.nan, g),
+    "inf": lambda g: torch.where(g == g.max(), math.inf, g),
+    "squares_overflow": lambda g: g * 1e30,
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@every_path
+@pytest.mark.parametrize("options", [{}, {"beta1": 0.9, "weight_decay": 0.1}], ids=str)
+@pytest.mark.parametrize("kind", HARD_GRADIENTS)
+def test_hard_gradients_do_what_they_do_in_the_original(kind, options, path, backend):
+    shapes = [(6,), (9, 4), (2, 5, 3)]
+    start = normal(*shapes)
+    steps = [normal(*shapes, seed=k) for k in range(1, 5)]
+    steps[1] = [HARD_GRADIENTS[kind](g) for g in steps[1]]
+    ours, states = after(Adafactor, start, steps, backend=backend, **options)
+    theirs, original = after(ReferenceAdafactor, start, steps, **options)
+    for p, q, s, t in zip(ours, theirs, states, original):
+        torch.testing.assert_close(p, q, rtol=2e-5, atol=2e-6, equal_nan=True)
+        for name in t.keys() - {"step"}:
+            expected = torch.as_tensor(t[name])
+            # Sums of products that may nearly cancel: relative to the largest.
+            atol = 5e-5 * float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max())
+            torch.testing.assert_close(s[name], expected, rtol=5e-5, atol=atol, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@every_path
+def test_the_mean_square_of_an_update_whose_squared_gradient_underflows(path, backend):
+    """Two blocks on the diagonal, one at 1e-23: its squares are 0 in float32, its updates are the largest."""
+    g = torch.zeros(32, 32)
+    g[:16, :16], g[16:, 16:] = normal((16, 16))[0], 1e-23 * normal((16, 16), seed=1)[0]
+    (w,) = normal((32, 32), seed=2)
+    (ours,), _ = after(Adafactor, [w], [[g]], backend=backend)
+    expected = by_the_rules(w.double().numpy(), g.double().numpy(), {}, 1)
+    torch.testing.assert_close(ours.double(), torch.from_numpy(expected), rtol=1e-6, atol=1e-7)
+    changed = (ours - w)[16:, 16:].double()
+    # Clipping has brought the whole update to RMS 1, and all of it is in this block.
+    rate = 0.01 * w.double().square().mean().sqrt()
+    assert float((changed.square().sum() / g.numel()).sqrt() / rate) == pytest.approx(1.0, rel=1e-4)
+
+
+@every_path
+def test_factors_whose_product_overflows_leave_a_zero_gradient_at_zero(path):
+    """A departure: the original multiplies the factors first, and inf * 0 makes the parameter NaN."""
+    g = torch.zeros(4, 4)
+    g[:2, :2] = 1e10 * torch.ones(2, 2)
+    start = normal((4, 4))
+    (ours,), _ = after(Adafactor, start, [[g]])
+    (theirs,), _ = after(ReferenceAdafactor, start, [[g]])
+    assert ours.isfinite().all() and torch.equal(ours[2:], start[0][2:])
+    assert theirs.isnan().any()
+
+
+# Independence and determinism.
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float64]
+small_shapes = st.lists(st.integers(1, 9), max_size=3).map(tuple)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(small_shapes, st.sampled_from(FLOATS)), min_size=2, max_size=6),
+    st.integers(1, 4),
+    st.randoms(use_true_random=False),
+)
+def test_a_tensor_neither_sees_its_neighbours_nor_their_order_or_dtype(entries, repeats, random):
+    entries = entries * repeats
+    random.shuffle(entries)
+    start = [normal(shape, seed=i, dtype=dtype)[0] for i, (shape, dtype) in enumerate(entries)]
+    steps = [[normal(shape, seed=i + k, dtype=d)[0] for i, (shape, d) in enumerate(entries)] for k in (100, 200)]
+    together, states = after(Adafactor, start, steps, beta1=0.9)
+    for i in {0, len(entries) // 2, len(entries) - 1}:
+        (alone,), (state,) = after(Adafactor, start[i : i + 1], [grads[i : i + 1] for grads in steps], beta1=0.9)
+        assert torch.equal(alone, together[i])
+        assert all(torch.equal(value, states[i][name]) for name, value in state.items())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_runs_give_the_same_bits(backend):
+    shapes = [(700, 600), (40_000,), (30, 30), (17,)]
+    start, steps = normal(*shapes), [normal(*shapes, seed=k) for k in (1, 2)]
+    one, other = (after(Adafactor, start, steps, beta1=0.9, backend=backend) for _ in range(2))
+    assert all(torch.equal(p, q) for p, q in zip(one[0], other[0]))
+    assert all(torch.equal(s[name], t[name]) for s, t in zip(one[1], other[1]) for name in s)
+
+
+def test_a_large_matrix_is_as_exact_as_its_rules():
+    """Several tiles, and sums over many elements."""
+    shape = (800, 400)
+    (w,), steps = normal(shape, size=0.02), [normal(shape, seed=k, size=1e-3) for k in (1, 2)]
+    (ours,), _ = after(Adafactor, [w], steps, weight_decay=0.1)
+    exact, state = w.double().numpy(), {}
+    for k, (g,) in enumerate(steps, start=1):
+        exact = by_the_rules(exact, g.double().numpy(), state, k, weight_decay=0.1)
+    moved = np.abs(exact - w.double().numpy()).max()
+    assert np.abs(ours.double().numpy() - exact).max() < 1e-5 * moved
+
+
+# Scaled, skipped and given gradients.
+
+
+@every_path
+def test_gradients_that_are_given_with_a_scale(path):
+    start, steps = normal((6, 5), (7,)), [normal((6, 5), (7,), seed=k) for k in (1, 2)]
+    expected, _ = after(Adafactor, start, steps, eps=(1e-3, 1e-3))
+    params = parameters(start)
+    optimizer = Adafactor(params, eps=(1e-3, 1e-3))
+    for grads in steps:
+        optimizer.apply_gradients([(4.0 * g, p) for p, g in zip(params, grads)], scale=0.25)
+    assert all(torch.equal(p.detach(), q) for p, q in zip(params, expected))
+
+
+@every_path
+@pytest.mark.parametrize("found", [0.0, 1.0])
+def test_the_numbers_of_a_grad_scaler(found, path):
+    """`grad_scale` divides the gradients on their way in; with `found_inf` nothing changes, the counts included."""
+    start, (grads,) = normal((6, 5), (7,)), [normal((6, 5), (7,), seed=1)]
+    (params, theirs) = parameters(start), parameters(start)
+    optimizer, plain = Adafactor(params, eps=(1e-3, 1e-3)), Adafactor(theirs, eps=(1e-3, 1e-3))
+    run(optimizer, [grads])
+    run(plain, [grads])
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor([8.0]), torch.tensor([found])
+    run(optimizer, [[8.0 * g for g in grads]])
+    if found:
+        after_it = optimizer.state_dict()["state"]
+        assert all(
+            torch.equal(after_it[i][name], value) for i, state in before.items() for name, value in state.items()
+        )
+    else:
+        run(plain, [grads])
+    assert all(torch.equal(p, q) for p, q in zip(params, theirs))
+
+
+@every_path
+def test_gradients_of_another_dtype(path):
+    start, steps = normal((30, 20), (7,)), [normal((30, 20), (7,), seed=k, dtype=torch.bfloat16) for k in (1, 2)]
+    expected, _ = after(Adafactor, start, [[g.float() for g in grads] for grads in steps])
+    for dtype in (torch.bfloat16, torch.float64):
+        params = parameters(start)
+        optimizer = Adafactor(params)
+        for grads in steps:
+            optimizer.apply_gradients([(g.to(dtype), p) for p, g in zip(params, grads)])
+        assert all(torch.equal(p.detach(), q) for p, q in zip(params, expected))
+
+
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1, dtype=torch.float64), torch.tensor([0.1], dtype=torch.float64)])
+def test_a_rate_may_be_a_tensor(lr):
+    start, steps = normal((6, 5), (7,)), [normal((6, 5), (7,), seed=k) for k in (1, 2)]
+    options = {"relative_step": False, "weight_decay": 0.1}
+    expected, _ = after(Adafactor, start, steps, lr=0.1, **options)
+    ours, _ = after(Adafactor, start, steps, lr=lr, **options)
+    for p, q in zip(ours, expected):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
