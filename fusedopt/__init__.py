@@ -5,7 +5,8 @@ from fusedopt.adafactor import Adafactor
 from fusedopt.adamw import AdamW
 from fusedopt.decay_groups import decay_groups
 from fusedopt.in_backward import register_step_in_backward
-from fusedopt.keras import AdamWeightDecay, create_optimizer
+from fusedopt.keras import AdamWeightDecay
+from fusedopt.keras_recipe import create_optimizer
 from fusedopt.keras_schedules import PolynomialDecay, WarmUp
 from fusedopt.plotting import plot_gallery, plot_schedule, plot_verification
 from fusedopt.recorder import LRRecorder

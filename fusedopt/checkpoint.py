@@ -37,6 +37,8 @@ def prepare(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
             )
         merged = {**group, **{key: value for key, value in saved.items() if key not in _FOREIGN_GROUP_KEYS}}
         merged["params"] = saved["params"]
+        if "param_names" in group:  # Those of the model that is here, which may have been renamed or wrapped.
+            merged["param_names"] = group["param_names"]
         optimizer.check_group(merged)
         loaded_groups.append(merged)
         for index, p in zip(saved["params"], group["params"]):

@@ -114,3 +114,12 @@ def keras_cases(family: str) -> list[KerasCase]:
 def recorded(family: str) -> Any:
     """A family that is one JSON file."""
     return json.loads((GOLDEN / f"{family}.json").read_text())
+
+
+def parameter(*values, dtype=torch.float32, device="cpu"):
+    return torch.nn.Parameter(torch.tensor(values or (1.0, -2.0), dtype=dtype, device=device))
+
+
+def step(optimizer, *grads):
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer.apply_gradients([(torch.full_like(p, g), p) for p, g in zip(params, grads or [1.0] * len(params))])

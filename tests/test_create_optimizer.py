@@ -7,7 +7,8 @@ import torch
 from golden_cases import assert_close, replay
 from keras_cases import BACKENDS, TOLERANCES, device_of, keras_cases, recorded
 
-from fusedopt.keras import AdamWeightDecay, create_optimizer
+from fusedopt.keras import AdamWeightDecay
+from fusedopt.keras_recipe import create_optimizer
 from fusedopt.keras_schedules import PolynomialDecay, WarmUp, revive
 
 REFUSED = ("weight_decay_negative",)  # the original returns its Adam without decay
