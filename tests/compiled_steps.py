@@ -21,6 +21,7 @@ def variants(target):
         found.append(
             {
                 "name": name,
+                "drops_nan": "maxnumf" in launch.code.asm["ttir"],
                 "fusion": launch.code.metadata.enable_fp_fusion,
                 "threads": launch.code.metadata.num_warps * TARGETS[target].warp_size,
                 "bytes": {"reads": elements * read, "writes": elements * written},

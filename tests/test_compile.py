@@ -33,6 +33,7 @@ def test_every_variant(target):
         what = f"{kernel['name']} on {target}: {kernel}"
         assert kernel["spilled"] == 0, what
         assert kernel["fusion"] is False, what  # Or the numbers would not be those of the interpreter and of numpy.
+        assert not kernel["drops_nan"], what
         assert kernel["shared"] == 0, what  # Each thread keeps its elements from the reads to the writes.
         if kernel["name"] == "prologue":
             continue

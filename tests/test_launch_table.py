@@ -116,7 +116,7 @@ def placed(row, where, numel=None):
     return POOL[start : start + size * dtype.itemsize].view(dtype)
 
 
-CHANGES = st.tuples(st.integers(0, 3), st.sampled_from(("param", "grad", "no grad", "state", "nothing")), WHERE)
+CHANGES = st.tuples(st.integers(0, 3), st.sampled_from(("param", "grad", "no grad", "state", "state's data")), WHERE)
 
 
 @settings(deadline=None, max_examples=50)
@@ -138,6 +138,8 @@ def test_rows_never_remember_what_is_no_longer_so(changes):
             grads[row] = None
         elif what == "state":
             states[row] = placed(row, where, params[row].numel())
+        else:
+            states[row].data = placed(row, where, params[row].numel())
         rows.look(params, grads, states)
         assert rows.addresses.T.tolist() == [addresses(column) for column in (params, grads, states)]
         assert rows.numel.tolist() == [p.numel() for p in params]

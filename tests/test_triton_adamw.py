@@ -50,6 +50,16 @@ def test_a_parameter_without_gradient_is_left_alone(convention, device):
     assert counts == ([4.0] * 4 if convention == "keras" else [2.0, 2.0, 4.0, 3.0])
 
 
+@pytest.mark.parametrize(("convention", "counts"), [("torch", [0.0, 0.0]), ("keras", [1.0, 1.0])])
+def test_shared_counts_go_on_where_this_device_has_no_gradient(convention, counts, device):
+    """All gradients of the step may belong to parameters of another device."""
+    params = parameters(device, (7, 48))
+    optimizer = AdamW(params, convention=convention, backend="triton")
+    optimizer.init_state()
+    backends.create("adamw", device, "triton")(optimizer.batches([[None, None]]), Control())
+    assert [float(optimizer.state[p]["step"]) for p in params] == counts
+
+
 def test_hyper_parameters_are_those_of_the_group(device):
     def make(own, backend):
         groups = [
