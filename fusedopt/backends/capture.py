@@ -43,6 +43,11 @@ class Tables:
         """Whether there may be a graph that reads these tables."""
         return bool(self._kept)
 
+    @property
+    def workspace(self) -> int:
+        """Bytes on the device that eager steps hold, besides the tables."""
+        return self._eager.workspace
+
     def filled(self, rows: np.ndarray, hyper: np.ndarray, keep: Callable[[], object]) -> LaunchTable:
         """The table for this step, with these contents; `keep` says what must live as long as a captured step.
 

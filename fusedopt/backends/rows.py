@@ -6,7 +6,7 @@ from a tensor is derived again where it is another one. Lists and arrays, no obj
 what thousands of small parameters cost.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import is_
 
 import numpy as np
@@ -20,6 +20,10 @@ Column = Sequence[Tensor | None]
 """One tensor per row, or None."""
 
 _ITEMSIZES = np.array([0, 2, 2, 4, 8])  # by dtype code
+
+
+def _without_gaps(p: Tensor) -> Tensor:
+    return p if is_dense(p) else torch.empty_like(p)
 
 
 class Rows:
@@ -36,7 +40,9 @@ class Rows:
     numel: np.ndarray
     keys: np.ndarray
 
-    def __init__(self) -> None:
+    def __init__(self, like: Callable[[Tensor], Tensor] = _without_gaps) -> None:
+        """`like`: for a parameter, a tensor that lies in memory as the kernel wants the row to: itself if possible."""
+        self._like = like
         self._seen: list[list[Tensor | None]] = []  # parameters and states
         self._lay_at = np.empty((0, 0), np.int64)
         self._dtypes: list[list[torch.dtype | None]] = []
@@ -74,6 +80,10 @@ class Rows:
         self.keys = launch_keys(self._codes, are_even(np.vstack([at, self.numel]).T))
         self._refuse_shared_memory()
 
+    def dtype_classes(self, columns: int) -> np.ndarray:
+        """As `keys`, from the dtypes of so many columns alone."""
+        return launch_keys(self._codes[:columns], np.zeros(len(self.numel), bool))
+
     def copy_back(self) -> None:
         """Brings what the kernel wrote into copies to where it belongs."""
         for original, copy in self._copies:
@@ -96,8 +106,8 @@ class Rows:
             self._dtypes = dtypes
 
     def _laid_out(self, p: Tensor, row: list[Tensor | None]) -> list[Tensor | None]:
-        """The row of parameter p, with copies of what does not lie as p does, or would do without gaps."""
-        like = p if is_dense(p) else torch.empty_like(p)
+        """The row of parameter p, with copies of what does not lie as the kernel wants it to."""
+        like = self._like(p)
         for column, t in enumerate(row):
             if t is not None and not same_layout(t, like):
                 row[column] = copy = torch.empty_like(like, dtype=t.dtype).copy_(t)

@@ -133,6 +133,12 @@ class LaunchTable:
             known = self._scratch[name] = torch.empty(shape, dtype=dtype, device=self.device)
         return known
 
+    @property
+    def workspace(self) -> int:
+        """Bytes that the scratch memory and the chunks take on the device."""
+        chunks = [t for _, _, launches in self._chunks.values() for t in launches.values()]
+        return sum(t.nbytes for t in (*self._scratch.values(), *chunks))
+
     def _forget(self) -> None:
         self._stream = _stream(self.device)
         self._host = np.empty(0, np.int64)
