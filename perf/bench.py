@@ -20,7 +20,7 @@ class Contest(NamedTuple):
     rule: str
     share: float
     names: tuple[str, ...] | None = None
-    """Which providers; None for all of the rule."""
+    """Which providers; None for all of the rule, but for those that must be compiled for minutes."""
 
 
 _BELOW, _CLIPPED = "adamw, norm below the limit", "adamw, clipped"
@@ -72,6 +72,11 @@ PLANS: dict[str, tuple[Contest, ...]] = {
         Contest("gpt2", _CLIPPED, 0.1),
         Contest("llama2_7b", "adafactor", 0.1, ("fusedopt", "torch foreach")),
     ),
+    "cuda-compiled": (
+        Contest("gpt2", "adafactor", 0.4, ("fusedopt", "torch compiled")),
+        Contest("gpt2", "adamw", 0.2, ("fusedopt", "torch fused", "torch compiled")),
+        Contest("gpt2", "adafactor", 0.4, ("fusedopt", "transformers 4.34 loop, compiled")),
+    ),
     "smoke": (
         Contest("smoke", "adamw", 0.4),
         Contest("smoke", "adafactor", 0.3),
@@ -106,7 +111,7 @@ def run(
             # A comparison that took longer than its share (a busy machine's first round) takes from those after it.
             share = max(0.0, end - time.perf_counter()) * contest.share / left
             left -= contest.share
-            records = measure.compare(workload, rows, device, share)
+            records = measure.compare(workload, rows, device, share, compiled=contest.names is not None)
             keep(records)
             print(report.table(records, report.copy_bandwidth(sink)), flush=True)
             if device.type == "cuda":

@@ -64,6 +64,7 @@ GPU_PARTS = (
     Part("sweeps", "{python} -m perf.sweeps --out {out}/sweeps.jsonl --seconds {seconds}", 180),
     Part("kernel tests on the device", "{python} -m pytest -q -m 'not gpu' tests -k 'triton or kernel'", 150),
     Part("more benchmarks", f"{_BENCH} --plan cuda-rest", 300),
+    Part("compiled eager loops", f"{_BENCH} --plan cuda-compiled", 400, enough=120.0),
     Part("memcheck", _SANITIZE.format(tool="memcheck", rule="adamw"), 60, "compute-sanitizer"),
     Part("memcheck, adafactor", _SANITIZE.format(tool="memcheck", rule="adafactor"), 60, "compute-sanitizer"),
     Part("racecheck, adafactor", _SANITIZE.format(tool="racecheck", rule="adafactor"), 90, "compute-sanitizer"),
@@ -73,9 +74,11 @@ GPU_PARTS = (
 )
 """In the order of their importance: what is not reached in time is what is missed least."""
 
+_SMOKE = "--smoke --backend triton --workloads smoke --providers 'fusedopt;torch fused'"
+
 SMOKE_PARTS = (
     Part("steps on the device", "{python} -m perf.one_step smoke adamw", 60),
-    Part("benchmarks", "{python} -m perf.bench --out {out}/results.jsonl --smoke --backend triton", 60),
+    Part("benchmarks", f"{{python}} -m perf.bench --out {{out}}/results.jsonl {_SMOKE}", 60),
     Part("static report", "{python} -m perf.static_report --out {out}/static.jsonl --smoke", 60),
     Part("sweeps", "{python} -m perf.sweeps --out {out}/sweeps.jsonl --smoke --backend triton", 60),
     Part("counters", f"{_NCU} smoke adamw", 60, "no-such-profiler"),

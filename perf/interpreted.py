@@ -62,7 +62,8 @@ class Books:
         launch = self.launches[-1]
         column = launch.written if write else launch.read
         addresses = np.broadcast_to(pointers, np.broadcast_shapes(pointers.shape, mask.shape))
-        addresses = addresses[np.broadcast_to(mask, addresses.shape)].astype(np.uint64)
+        # A mask may be made of integers, which would choose by index.
+        addresses = addresses[np.broadcast_to(mask, addresses.shape).astype(bool)].astype(np.uint64)
         if not len(addresses) or not len(self._starts):
             column["else"] += size * len(addresses)
             return

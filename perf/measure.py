@@ -161,7 +161,7 @@ def compare(
     device: torch.device,
     seconds: float,
     clock: Clock | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    compiled: bool = True,
 ) -> list[Record]:
     """One record per provider: a provider that is missing, wrong or fails gets a record that says so, and no time.
 
@@ -171,23 +171,23 @@ def compare(
         device: where.
         seconds: how long the rounds may last in all, beyond one round.
         clock: how a step is timed; default by the device.
-        say: gets a line per provider that is not measured.
+        compiled: whether to measure what torch.compile makes of a step too, which takes minutes to compile.
     """
     records: dict[str, Record] = {}
     ready: list[Provider] = []
     for provider in providers:
         record = records[provider.name] = _head(workload, provider, device)
+        if provider.mode == "compiled" and not compiled and provider.missing(device) is None:
+            record["status"] = "skipped: takes minutes to compile, has a plan of its own"
+            continue
         status = _gate(record, provider, workload, device)
         if status is None:
             ready.append(provider)
         else:
             record["status"] = status
-            say(f"{provider.name}: {status}")
     if ready:
         for record in _timed(workload, ready, device, seconds, clock or default_clock(device)):
             records[record["provider"]] |= record
-            if record["status"] != "measured":
-                say(f"{record['provider']}: {record['status']}")
     return list(records.values())
 
 
@@ -236,8 +236,6 @@ def _gate(record: Record, provider: Provider, workload: Workload, device: torch.
     missing = provider.missing(device)
     if missing:
         return f"missing: {missing}"
-    if provider.mode == "compiled" and workload.tensors > 500:
-        return "skipped: compiling a step of this many tensors takes longer than the benchmark"
     try:
         verdict = gate.check(provider, workload, device)
     except Exception as error:

@@ -19,7 +19,7 @@ import torch
 from perf import roofline
 from perf.results import ROOT, Record
 
-SHAPES = ((64, 96), (128, 32), (2048,), (48, 64))
+SHAPES = ((64, 96), (128, 32), (256,), (48, 64))
 """Of the parameters that bytes are counted on: sizes that are multiples of 16, as almost all tensors of models are."""
 
 

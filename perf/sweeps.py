@@ -40,9 +40,12 @@ class Sweep(NamedTuple):
     rule: str
     workloads: tuple[str, ...]
     knobs: tuple[Knob, ...]
+    provider: str = "fusedopt"
 
 
-_ADAMW = "fusedopt_kernels.adamw"
+_ADAMW, _NORM, _ADAFACTOR, _PLAN = (f"fusedopt_kernels.{n}" for n in ("adamw", "norm", "adafactor", "adafactor_plan"))
+_MB = 1_000_000
+_L2 = (Knob(_PLAN, "L2_BATCH_BYTES", (0, 10 * _MB, 20 * _MB, 30 * _MB, 40 * _MB, 50 * _MB)),)
 
 SWEEPS = (
     Sweep(
@@ -51,6 +54,15 @@ SWEEPS = (
         ("llama_1g", "llama_1g:bfloat16", "gpt2"),
         (Knob(_ADAMW, "BLOCK", (1024, 2048, 4096, 8192)), Knob(_ADAMW, "THREADS", (128, 256, 512))),
     ),
+    Sweep(
+        "adafactor tiles",
+        "adafactor",
+        ("llama_1g", "gpt2"),
+        (Knob(_PLAN, "BLOCK", (1024, 2048, 4096)), Knob(_PLAN, "TILE_HEIGHT", (128, 256, 512))),
+    ),
+    Sweep("L2 batches", "adafactor", ("llama_1g", "gpt2", "llama_1g:bfloat16"), _L2),
+    Sweep("L2 batches, captured", "adafactor", ("llama_1g", "gpt2"), _L2, "fusedopt, captured"),
+    Sweep("norm blocks", "adamw, norm below the limit", ("llama_1g",), (Knob(_NORM, "BLOCK", (2048, 4096, 8192)),)),
 )
 
 
@@ -79,7 +91,7 @@ class Configured(Provider):
 
 def configurations(sweep: Sweep) -> list[Configured]:
     """One provider per combination of values; the first is the code as it stands."""
-    (ours,) = providers.of(sweep.rule, ["fusedopt"])
+    (ours,) = providers.of(sweep.rule, [sweep.provider])
     fields = {name: getattr(ours, name) for name in Provider.__dataclass_fields__}
     made = []
     for values in itertools.product(*(knob.all_values() for knob in sweep.knobs)):
@@ -110,12 +122,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=90.0, help="for all sweeps together (%(default)s)")
     parser.add_argument("--only", choices=[s.name for s in SWEEPS], help="one sweep")
     parser.add_argument("--out", type=Path, help="append the results to this file, as JSON lines")
-    parser.add_argument("--smoke", action="store_true", help="two configurations on tiny tensors")
+    parser.add_argument("--smoke", action="store_true", help="two configurations of one sweep on tiny tensors")
     parser.add_argument("--backend", default="auto", help="of our providers: auto, eager, triton")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     providers.BACKEND = options.backend
-    chosen = [s for s in SWEEPS if options.only in (None, s.name)]
+    chosen = [s for s in SWEEPS if options.only in (None, s.name)][: 1 if options.smoke else None]
     end = time.perf_counter() + options.seconds
     for index, sweep in enumerate(chosen):
         seconds = 0.0 if options.smoke else max(0.0, end - time.perf_counter()) / (len(chosen) - index)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -447,7 +448,10 @@ def test_goals_name_what_exists():
 
 
 def test_every_goal_is_in_a_plan_of_its_device():
-    plans = {"cpu": bench.PLANS["cpu"], "cuda": (*bench.PLANS["cuda"], *bench.PLANS["cuda-rest"])}
+    plans = {
+        "cpu": bench.PLANS["cpu"],
+        "cuda": [c for name in bench.PLANS if name.startswith("cuda") for c in bench.PLANS[name]],
+    }
     for g in goals.GOALS:
         contests = [c for c in plans[g.device] if (c.workload, c.rule) == (g.workload, g.rule)]
         assert contests, g
@@ -512,15 +516,25 @@ def test_committed_results_can_be_shown():
 
 
 @pytest.mark.parametrize("sweep", sweeps.SWEEPS, ids=lambda sweep: sweep.name)
-def test_sweeps_turn_knobs_that_exist_and_put_them_back(sweep, monkeypatch):
-    monkeypatch.setattr(measure, "ROUND_SECONDS", 0.0)
-    monkeypatch.setattr(providers, "BACKEND", "triton")
-    before = [knob.all_values()[0] for knob in sweep.knobs]
+def test_sweeps_turn_knobs_that_exist(sweep, monkeypatch):
+    monkeypatch.setattr(providers, "BACKEND", "auto" if torch.cuda.is_available() else "triton")
+    for knob in sweep.knobs:  # puts them back after the test
+        monkeypatch.setattr(f"{knob.module}.{knob.name}", knob.all_values()[0])
     rows = sweeps.configurations(sweep)
     assert len({row.name for row in rows}) == len(rows) > 1
-    if not torch.cuda.is_available():
-        records = sweeps.run(sweep, CPU, 0.0, smoke=True)
-        assert [r["status"] for r in records] == ["measured"] * 2, records
+    p = torch.ones(33, 17, requires_grad=True)
+    p.grad = torch.ones_like(p)
+    step, _ = replace(rows[-1], mode="eager").start([p])
+    step()
+    assert (p < 1).all()
+    assert [knob.all_values()[0] for knob in sweep.knobs] == [value for _, _, value in rows[-1].knobs]
+
+
+def test_a_sweep_leaves_the_constants_as_they_were(monkeypatch):
+    monkeypatch.setattr(measure, "compare", lambda *args: args[1][-1].start([torch.ones(2, requires_grad=True)]) and [])
+    (sweep, *_) = sweeps.SWEEPS
+    before = [knob.all_values()[0] for knob in sweep.knobs]
+    sweeps.run(sweep, CPU, 0.0)
     assert [knob.all_values()[0] for knob in sweep.knobs] == before
 
 
