@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 @cache
 def compiled(what):
     """Output of compiled_steps.py for a target, or for "launches"."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *sys.path])}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, str(ROOT / "tests" / "compiled_steps.py"), what]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)

@@ -151,6 +151,16 @@ def test_rows_never_remember_what_is_no_longer_so(changes):
             assert even == (p.numel() % 16 == 0 and all(t.data_ptr() % 16 == 0 for t in present))
 
 
+def test_a_state_that_did_not_follow_its_parameter_is_refused():
+    """Its kernel would read and write beyond it."""
+    p, state = torch.nn.Parameter(torch.zeros(16)), torch.zeros(16)
+    rows = Rows()
+    rows.look([p], [torch.zeros(16)], [state])
+    p.data = torch.zeros(8, 4)
+    with pytest.raises(RuntimeError, match=r"a state of shape \(16,\) belongs to a parameter of shape \(8, 4\)"):
+        rows.look([p], [torch.zeros(8, 4)], [state])
+
+
 def test_a_gradient_is_not_kept_alive():
     p, g = torch.nn.Parameter(torch.zeros(16)), torch.zeros(16)
     here = weakref.ref(g)

@@ -59,13 +59,20 @@ class Rows:
         In the place of states that do not exist yet there may be any tensor of their dtype, such as the parameter.
 
         Raises:
-            RuntimeError: a dtype is not supported, or two parameters that would be updated share memory.
+            RuntimeError: a dtype is not supported, a state is not of its parameter's size, or two parameters that
+                would be updated share memory.
         """
         columns: list[Column] = [params, grads, *states]
         lay_at = np.array([addresses(column) for column in columns], np.int64)
-        self._look_at_dtypes(columns, lay_at)
+        numel = np.array([p.numel() for p in params], np.int64)
+        self._look_at_dtypes(columns)
+        if not self._are_as_before(columns, lay_at, numel):
+            _check_sizes(params, states)
+            self._contiguous_states = [
+                all(t is None or t.is_contiguous() for t in row[1:]) for row in zip(params, *states)
+            ]
         # Without the gradients: whoever drops them after the step wants their memory for the next backward pass.
-        self._seen, self._lay_at = [list(params), *map(list, states)], lay_at
+        self._seen, self._lay_at, self.numel = [list(params), *map(list, states)], lay_at, numel
         self._copies, self._grad_copies = [], []
         strided = [
             i
@@ -76,7 +83,6 @@ class Rows:
         for i in strided:
             at[:, i] = addresses(self._laid_out(params[i], [column[i] for column in columns]))
         self.addresses = at.T
-        self.numel = np.array([p.numel() for p in params], np.int64)
         self.keys = launch_keys(self._codes, are_even(np.vstack([at, self.numel]).T))
         self._refuse_shared_memory()
 
@@ -90,20 +96,22 @@ class Rows:
             original.copy_(copy)
         self._copies, self._grad_copies = [], []
 
-    def _look_at_dtypes(self, columns: list[Column], lay_at: np.ndarray) -> None:
-        param_dtypes: list[torch.dtype | None] = [t.dtype for t in columns[0] if t is not None]
-        grads, states = columns[1], columns[2:]
-        known = bool(self._seen) and _same(columns[0], self._seen[0])
-        last_seen = self._dtypes[1] if known else param_dtypes
-        dtypes = [param_dtypes, [last if g is None else g.dtype for g, last in zip(grads, last_seen)]]
-        if known and all(map(_same, states, self._seen[1:])) and np.array_equal(lay_at[2:], self._lay_at[2:]):
-            dtypes += self._dtypes[2:]
-        else:
-            dtypes += [[None if t is None else t.dtype for t in column] for column in states]
-            self._contiguous_states = [all(t is None or t.is_contiguous() for t in row) for row in zip(*states)]
+    def _look_at_dtypes(self, columns: list[Column]) -> None:
+        dtypes = [[None if t is None else t.dtype for t in column] for column in columns]
+        last_seen = self._dtypes[1] if self._seen and _same(columns[0], self._seen[0]) else dtypes[0]
+        dtypes[1] = [last if dtype is None else dtype for dtype, last in zip(dtypes[1], last_seen)]
         if dtypes != self._dtypes:
             self._codes = [dtype_codes(column) for column in dtypes]
             self._dtypes = dtypes
+
+    def _are_as_before(self, columns: list[Column], lay_at: np.ndarray, numel: np.ndarray) -> bool:
+        """Whether sizes and strides of the states need not be looked at again."""
+        return (
+            bool(self._seen)
+            and all(map(_same, [columns[0], *columns[2:]], self._seen))
+            and np.array_equal(lay_at[2:], self._lay_at[2:])
+            and np.array_equal(numel, self.numel)
+        )
 
     def _laid_out(self, p: Tensor, row: list[Tensor | None]) -> list[Tensor | None]:
         """The row of parameter p, with copies of what does not lie as the kernel wants it to."""
@@ -132,6 +140,17 @@ class Rows:
                 "updated twice, in any order; give the optimizer one of them, and add the gradients"
             )
         self._updated = updated
+
+
+def _check_sizes(params: Sequence[Tensor], states: Sequence[Column]) -> None:
+    """A parameter may have been given other data, and its states left as they were."""
+    for column in states:
+        for p, t in zip(params, column):
+            if t is not None and t.numel() != p.numel():
+                raise RuntimeError(
+                    f"a state of shape {tuple(t.shape)} belongs to a parameter of shape {tuple(p.shape)}: after a "
+                    "change of shape delete optimizer.state[parameter], or make the state fit as well"
+                )
 
 
 def _same(a: Column, b: Column) -> bool:
