@@ -21,8 +21,7 @@ import fusedopt
 from fusedopt import backends, demo_checkpoint
 from fusedopt.demo_model import GPT
 from fusedopt.demo_text import Text, read_text
-from fusedopt.keras import AdamWeightDecay
-from fusedopt.reference import ReferenceAdamW, ReferenceAdamWeightDecay
+from fusedopt.reference import ReferenceAdafactor, ReferenceAdamW, ReferenceAdamWeightDecay
 from fusedopt.schedules import SchedulerType, example_arguments, get_scheduler, needs_metric
 
 CONTEXT = 64
@@ -54,8 +53,13 @@ class Choice(NamedTuple):
 
 OPTIMIZERS = {
     "adamw": Choice(fusedopt.AdamW, ReferenceAdamW, 2e-3, {"betas": (0.9, 0.99), "weight_decay": 0.1}),
+    # The settings that T5 was fine-tuned with, then the original's defaults: rates relative to the parameters' size.
+    "adafactor": Choice(
+        fusedopt.Adafactor, ReferenceAdafactor, 1e-3, {"scale_parameter": False, "relative_step": False}
+    ),
+    "adafactor_relative": Choice(fusedopt.Adafactor, ReferenceAdafactor, None, {}),
     "adam_weight_decay": Choice(
-        AdamWeightDecay,
+        fusedopt.AdamWeightDecay,
         ReferenceAdamWeightDecay,
         2e-3,
         {"beta_2": 0.99, "weight_decay_rate": 0.1},

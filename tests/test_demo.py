@@ -160,7 +160,7 @@ RESUMED = {
     "greedy": {"schedule": "greedy"},
     "bfloat16": {"dtype": "bfloat16"},
     "accumulated": {"accumulate": 2},
-    "adam_weight_decay": {"optimizer": "adam_weight_decay"},
+    **{name: {"optimizer": name} for name in demo.OPTIMIZERS if name != "adamw"},
 }
 
 
@@ -287,6 +287,12 @@ OUT_OF_RANGE = [
 def test_settings_out_of_range(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         replace(TINY, **changes)
+
+
+@pytest.mark.parametrize("changes", [{"lr": 1e-3}, {"schedule": "linear"}], ids=str)
+def test_relative_steps_leave_no_rate_to_set(changes):
+    with pytest.raises(ValueError, match="has a learning rate of its own"):
+        replace(TINY, optimizer="adafactor_relative", **changes)
 
 
 def test_device_cuda_without_a_gpu(monkeypatch):
