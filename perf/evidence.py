@@ -79,7 +79,9 @@ _SMOKE = "--smoke --backend triton --workloads smoke --providers 'fusedopt;torch
 SMOKE_PARTS = (
     Part("steps on the device", "{python} -m perf.one_step smoke adamw", 60),
     Part("benchmarks", f"{{python}} -m perf.bench --out {{out}}/results.jsonl {_SMOKE}", 60),
-    Part("static report", "{python} -m perf.static_report --out {out}/static.jsonl --smoke", 60),
+    Part(
+        "static report", "env -u TRITON_INTERPRET {python} -m perf.static_report --out {out}/static.jsonl --smoke", 60
+    ),
     Part("sweeps", "{python} -m perf.sweeps --out {out}/sweeps.jsonl --smoke --backend triton", 60),
     Part("counters", f"{_NCU} smoke adamw", 60, "no-such-profiler"),
 )
