@@ -157,8 +157,30 @@ def test_a_state_that_did_not_follow_its_parameter_is_refused():
     rows = Rows()
     rows.look([p], [torch.zeros(16)], [state])
     p.data = torch.zeros(8, 4)
-    with pytest.raises(RuntimeError, match=r"a state of shape \(16,\) belongs to a parameter of shape \(8, 4\)"):
+    with pytest.raises(RuntimeError, match=r"a state of shape \(16,\) on cpu belongs to a parameter of shape \(8, 4\)"):
         rows.look([p], [torch.zeros(8, 4)], [state])
+
+
+@pytest.mark.parametrize("state", [torch.zeros(16, device="meta"), torch.zeros(17)], ids=["device", "size"])
+def test_a_state_elsewhere_is_refused_whenever_it_is_put_there(state):
+    p, g = torch.nn.Parameter(torch.zeros(16)), torch.zeros(16)
+    rows = Rows()
+    rows.look([p], [g], [torch.zeros(16)])
+    with pytest.raises(RuntimeError, match="let it follow its parameter"):
+        rows.look([p], [g], [state])
+
+
+@pytest.mark.parametrize(
+    "step", [torch.tensor(1), torch.tensor(1.0).double(), torch.tensor(1.0, device="meta")], ids=str
+)
+def test_a_step_count_that_kernels_cannot_read_is_refused(step):
+    p = torch.nn.Parameter(torch.zeros(16))
+    rows = Rows()
+    rows.look([p], [torch.zeros(16)])
+    good = torch.tensor(1.0)
+    assert rows.counts([good]) == rows.counts([good]) == [good.data_ptr()]
+    with pytest.raises(RuntimeError, match=f"a step count is {step.dtype} on {step.device}"):
+        rows.counts([step])
 
 
 def test_a_gradient_is_not_kept_alive():

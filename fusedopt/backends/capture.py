@@ -56,8 +56,8 @@ class Tables:
         """
         if capturing(self._device):
             table = self._eager.for_capture(self._copy_at_every_replay)
-            self._kept.append((table, keep()))
             table.update(rows, hyper)
+            self._kept.append((table, keep()))
             return table
         self._eager.update(rows, hyper)
         # Twice the table, since a captured step may have to bring chunks of its own.

@@ -48,6 +48,8 @@ class Rows:
         self._dtypes: list[list[torch.dtype | None]] = []
         self._codes: list[np.ndarray] = []
         self._contiguous_states: list[bool] = []
+        self._counts: list[Tensor | None] = []
+        self._counts_at: list[int] = []
         self._updated = np.empty((0, 0), np.int64)
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._grad_copies: list[Tensor] = []  # held until the kernel is queued: their memory must not be given away
@@ -59,15 +61,15 @@ class Rows:
         In the place of states that do not exist yet there may be any tensor of their dtype, such as the parameter.
 
         Raises:
-            RuntimeError: a dtype is not supported, a state is not of its parameter's size, or two parameters that
-                would be updated share memory.
+            RuntimeError: a dtype is not supported, a state is not of its parameter's size or on another device, or two
+                parameters that would be updated share memory.
         """
         columns: list[Column] = [params, grads, *states]
         lay_at = np.array([addresses(column) for column in columns], np.int64)
         numel = np.array([p.numel() for p in params], np.int64)
         self._look_at_dtypes(columns)
         if not self._are_as_before(columns, lay_at, numel):
-            _check_sizes(params, states)
+            _check_states(params, states)
             self._contiguous_states = [
                 all(t is None or t.is_contiguous() for t in row[1:]) for row in zip(params, *states)
             ]
@@ -89,6 +91,23 @@ class Rows:
     def dtype_classes(self, columns: int) -> np.ndarray:
         """As `keys`, from the dtypes of so many columns alone."""
         return launch_keys(self._codes[:columns], np.zeros(len(self.numel), bool))
+
+    def counts(self, steps: Column) -> list[int]:
+        """Addresses of step counts, one per row.
+
+        Raises:
+            RuntimeError: a count is not a float32 tensor on its parameter's device.
+        """
+        at = addresses(steps)
+        if at != self._counts_at or not _same(steps, self._counts):
+            for p, step in zip(self._seen[0], steps):
+                if step is not None and p is not None and (step.dtype, step.device) != (torch.float32, p.device):
+                    raise RuntimeError(
+                        f"a step count is {step.dtype} on {step.device}: it must be a float32 tensor on {p.device}, as "
+                        "init_state() and load_state_dict() make it"
+                    )
+            self._counts, self._counts_at = list(steps), at
+        return at
 
     def copy_back(self) -> None:
         """Brings what the kernel wrote into copies to where it belongs."""
@@ -142,14 +161,14 @@ class Rows:
         self._updated = updated
 
 
-def _check_sizes(params: Sequence[Tensor], states: Sequence[Column]) -> None:
-    """A parameter may have been given other data, and its states left as they were."""
+def _check_states(params: Sequence[Tensor], states: Sequence[Column]) -> None:
+    """A parameter may have been given other data, or have moved, and its states been left as they were."""
     for column in states:
         for p, t in zip(params, column):
-            if t is not None and t.numel() != p.numel():
+            if t is not None and (t.numel() != p.numel() or t.device != p.device):
                 raise RuntimeError(
-                    f"a state of shape {tuple(t.shape)} belongs to a parameter of shape {tuple(p.shape)}: after a "
-                    "change of shape delete optimizer.state[parameter], or make the state fit as well"
+                    f"a state of shape {tuple(t.shape)} on {t.device} belongs to a parameter of shape "
+                    f"{tuple(p.shape)} on {p.device}: let it follow its parameter, or delete optimizer.state[parameter]"
                 )
 
 

@@ -12,7 +12,7 @@ from fusedopt.backends.rows import Rows
 from fusedopt.batch import AdamWHyper, Batch, Control
 from fusedopt_kernels import adamw as kernels
 from fusedopt_kernels import rules
-from fusedopt_kernels.table import addresses, float_bits
+from fusedopt_kernels.table import float_bits
 
 
 class TritonAdamW:
@@ -49,11 +49,11 @@ class TritonAdamW:
         self._rows.look(
             params,
             [g for batch in batches for g in batch.grads],
-            [s.get("exp_avg", p) for s, p in zip(states, params)],
-            [s.get("exp_avg_sq", p) for s, p in zip(states, params)],
-            [s.get("max_exp_avg_sq", p) if a else None for s, p, a in zip(states, params, amsgrad)],
+            [s["exp_avg"] if s else p for s, p in zip(states, params)],
+            [s["exp_avg_sq"] if s else p for s, p in zip(states, params)],
+            [(s["max_exp_avg_sq"] if s else p) if a else None for s, p, a in zip(states, params, amsgrad)],
         )
-        steps = addresses([s.get("step") for s in states])
+        steps = self._rows.counts([s.get("step") for s in states])
         batch_of = np.repeat(np.arange(len(batches)), [len(batch.params) for batch in batches])
         return np.column_stack([self._rows.addresses, steps, self._rows.numel, batch_of])
 
