@@ -12,8 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader, TensorDataset
 
-import fusedopt
-from fusedopt.schedules import get_linear_schedule_with_warmup
+from fusedopt import AdamW, get_linear_schedule_with_warmup
 
 
 def main(arguments: list[str] | None = None) -> tuple[torch.nn.Module, list[float]]:
@@ -28,7 +27,7 @@ def main(arguments: list[str] | None = None) -> tuple[torch.nn.Module, list[floa
     x = torch.linspace(-3, 3, 256).unsqueeze(1)
     loader = DataLoader(TensorDataset(x, x.sin()), batch_size=16, shuffle=True)
     model = torch.nn.Sequential(torch.nn.Linear(1, 64), torch.nn.GELU(), torch.nn.Linear(64, 1))
-    optimizer = fusedopt.AdamW(model.parameters(), lr=1e-2, weight_decay=0.01)
+    optimizer = AdamW(model.parameters(), lr=1e-2, weight_decay=0.01)
     scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=5, num_training_steps=8 * options.epochs)
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
     first, losses = 0, []

@@ -12,8 +12,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-import fusedopt
-from fusedopt.schedules import get_cosine_schedule_with_warmup
+from fusedopt import AdamW, get_cosine_schedule_with_warmup
 
 
 class Sine(pl.LightningModule):
@@ -23,7 +22,7 @@ class Sine(pl.LightningModule):
         self.net = torch.nn.Sequential(torch.nn.Linear(1, 64), torch.nn.GELU(), torch.nn.Linear(64, 1))
 
     def configure_optimizers(self) -> Any:
-        optimizer = fusedopt.AdamW(self.parameters(), lr=1e-2, weight_decay=0.01)
+        optimizer = AdamW(self.parameters(), lr=1e-2, weight_decay=0.01)
         scheduler = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=5, num_training_steps=self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

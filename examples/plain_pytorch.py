@@ -9,9 +9,7 @@ from pathlib import Path
 
 import torch
 
-import fusedopt
-from fusedopt.decay_groups import decay_groups
-from fusedopt.schedules import get_cosine_schedule_with_warmup
+from fusedopt import AdamW, decay_groups, get_cosine_schedule_with_warmup
 
 
 def main(arguments: list[str] | None = None) -> tuple[torch.nn.Module, list[float]]:
@@ -26,7 +24,7 @@ def main(arguments: list[str] | None = None) -> tuple[torch.nn.Module, list[floa
     torch.manual_seed(0)
     x = torch.linspace(-3, 3, 64).unsqueeze(1)
     model = torch.nn.Sequential(torch.nn.Linear(1, 64), torch.nn.LayerNorm(64), torch.nn.GELU(), torch.nn.Linear(64, 1))
-    optimizer = fusedopt.AdamW(decay_groups(model, weight_decay=0.01, report=None), lr=1e-2)
+    optimizer = AdamW(decay_groups(model, weight_decay=0.01, report=None), lr=1e-2)
     scheduler = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=5, num_training_steps=options.steps)
     first, losses = 0, []
     if options.resume:

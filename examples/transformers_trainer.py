@@ -11,11 +11,8 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 
-import fusedopt
-from fusedopt.adafactor import Adafactor
+from fusedopt import Adafactor, AdamW, decay_groups, get_linear_schedule_with_warmup
 from fusedopt.adafactor_schedule import AdafactorSchedule
-from fusedopt.decay_groups import decay_groups
-from fusedopt.schedules import get_linear_schedule_with_warmup
 
 
 def counting(number: int, length: int = 16, vocabulary: int = 32) -> list[dict[str, torch.Tensor]]:
@@ -41,7 +38,7 @@ def main(arguments: list[str] | None = None) -> tuple[torch.nn.Module, list[dict
         optimizer = Adafactor(model.parameters(), scale_parameter=True, relative_step=True, warmup_init=False, lr=None)
         scheduler = AdafactorSchedule(optimizer)
     else:
-        optimizer = fusedopt.AdamW(decay_groups(model, weight_decay=0.01, report=None), lr=1e-2)
+        optimizer = AdamW(decay_groups(model, weight_decay=0.01, report=None), lr=1e-2)
         scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=5, num_training_steps=options.steps)
     settings = TrainingArguments(
         options.folder,

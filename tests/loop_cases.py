@@ -9,12 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from fusedopt import AdamW
-from fusedopt.adafactor import Adafactor
+from fusedopt import Adafactor, AdamW, AdamWeightDecay, PolynomialDecay, WarmUp
 from fusedopt.adafactor_schedule import AdafactorSchedule
 from fusedopt.backends import has_triton
 from fusedopt.base import FusedOptimizer
-from fusedopt.keras import AdamWeightDecay, PolynomialDecay, WarmUp
 
 MakeOptimizer = Callable[..., FusedOptimizer]
 
@@ -52,9 +50,16 @@ def scheduler_for(name: str, optimizer: Any) -> LambdaLR | None:
     return LambdaLR(optimizer, lambda step: 1 / (1 + step))
 
 
-BACKENDS = [
-    "eager",
-    pytest.param("triton", marks=pytest.mark.skipif(not has_triton(), reason="triton is not installed")),
+_NEEDS_TRITON = pytest.mark.skipif(not has_triton(), reason="triton is not installed")
+
+BACKENDS = ["eager", pytest.param("triton", marks=_NEEDS_TRITON)]
+
+# Every optimizer on every backend. A step of Adafactor takes the interpreter half a second, and its options for rates
+# are the same scalars of the same kernels, so they are spared.
+ROWS = [pytest.param(name, "eager", id=f"{name}-eager") for name in OPTIMIZERS] + [
+    pytest.param(name, "triton", id=f"{name}-triton", marks=_NEEDS_TRITON)
+    for name in OPTIMIZERS
+    if name != "Adafactor-warmup"
 ]
 
 

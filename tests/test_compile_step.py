@@ -7,8 +7,7 @@ import pytest
 import torch
 from loop_cases import BACKENDS, OPTIMIZERS, Net, same, same_weights, train
 
-from fusedopt import AdamW, outside_graphs
-from fusedopt.in_backward import register_step_in_backward
+from fusedopt import AdamW, outside_graphs, register_step_in_backward
 
 # Traces and checks everything that inductor gets, without the minute that a C++ compiler needs.
 COMPILER = "aot_eager"
@@ -21,7 +20,7 @@ def forget_graphs():
     torch._dynamo.reset()
 
 
-def plain(name, backend, device, steps=4):
+def plain(name, backend, device, steps=3):
     model = Net().to(device)
     optimizer = OPTIMIZERS[name](model, backend=backend)
     train(model, optimizer, steps)
@@ -33,7 +32,7 @@ def test_a_compiled_model(name):
     model, _ = plain(name, "eager", "cpu")
     compiled = torch.compile(Net(), backend=COMPILER)
     other = OPTIMIZERS[name](compiled, backend="eager")
-    train(compiled, other, 4)
+    train(compiled, other, 3)
     assert same_weights(model, compiled)
 
 
@@ -52,7 +51,7 @@ def test_a_compiled_training_step(name, backend, device):
         other.zero_grad()
 
     generator = torch.Generator().manual_seed(1)
-    for number in range(4):
+    for number in range(3):
         step(torch.randn(4, 5, generator=generator).to(device), skip=number % 3 == 2)
     assert same_weights(model, other_model)
     assert same(optimizer.state_dict(), other.state_dict())
@@ -146,5 +145,5 @@ def test_a_step_in_the_backward_of_a_compiled_model(autograd):
     register_step_in_backward(other, other_model)
     with torch._dynamo.config.patch(compiled_autograd=autograd):
         compiled = torch.compile(other_model, backend=COMPILER)
-        train(compiled, other, 4)
+        train(compiled, other, 3)
     assert same_weights(model, other_model)

@@ -8,11 +8,8 @@ import pytest
 import torch
 from loop_cases import OPTIMIZERS, Net, rate_of_the_step, same, same_weights
 
-from fusedopt import AdamW
-from fusedopt.adafactor import Adafactor
+from fusedopt import Adafactor, AdamW, AdamWeightDecay, register_step_in_backward
 from fusedopt.adafactor_schedule import AdafactorSchedule
-from fusedopt.in_backward import register_step_in_backward
-from fusedopt.keras import AdamWeightDecay
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning"),
