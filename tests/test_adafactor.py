@@ -154,12 +154,14 @@ def test_the_optimizer_does_what_the_rules_say(options, dtype, path, backend):
         assert (error <= tolerance.allowed(expected)).all(), (actual.shape, error.max())
 
 
-def test_a_decay_below_half_a_unit_is_not_lost_in_the_factor():
-    """1 - 1e-9 is 1 in float32; p - (1e-9 * p + u) adds the decay to the update before it meets p."""
-    (p,) = normal((64,), dtype=torch.float64)
-    args = p.float().numpy(), np.float32(1e-8) * np.sign(p.float().numpy()), np.float32(1e-8)
-    exact = rules.adafactor_apply(*(np.float64(a) for a in args)).astype(np.float32)
-    assert (rules.adafactor_apply(*args) == exact).all()
+@pytest.mark.parametrize("backend", BACKENDS)
+@every_path
+def test_a_decay_of_less_than_half_a_unit_counts(path, backend):
+    """1.5 - (3e-8 + 4e-8) is the next number below 1.5; 1 - 2e-8 would be 1, and 1.5 - 4e-8 would be 1.5."""
+    start, grads = [torch.full((4, 6), 1.5), torch.full((9,), 1.5)], [torch.ones(4, 6), torch.ones(9)]
+    options = {"lr": 4e-8, "weight_decay": 0.5, "relative_step": False, "scale_parameter": False}
+    ours, _ = after(Adafactor, start, [grads], backend=backend, **options)
+    assert all((p == np.nextafter(np.float32(1.5), np.float32(0.0))).all() for p in ours)
 
 
 # Transposition and layout.
@@ -243,6 +245,20 @@ def test_hard_gradients_do_what_they_do_in_the_original(kind, options, path, bac
             # Sums of products that may nearly cancel: relative to the largest.
             atol = 5e-5 * float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max())
             torch.testing.assert_close(s[name], expected, rtol=5e-5, atol=atol, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@every_path
+def test_a_parameter_with_nan_moves_at_the_smallest_rate(path, backend):
+    """Its root mean square is NaN, and counts as eps[1], as in the original."""
+    start, grads = normal((6, 5), (7,)), normal((6, 5), (7,), seed=1)
+    for p in start:
+        p.view(-1)[3] = math.nan
+    ours, _ = after(Adafactor, start, [grads], backend=backend)
+    theirs, _ = after(ReferenceAdafactor, start, [grads])
+    for p, q in zip(ours, theirs):
+        assert p.isnan().sum() == 1
+        torch.testing.assert_close(p, q, rtol=2e-5, atol=2e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
