@@ -258,7 +258,7 @@ def test_a_checkpoint_with_other_state_is_refused():
 
 
 def test_the_rate_of_the_last_update_can_be_read():
-    params, optimizer, go_on = trained(Adafactor, steps=1, scale_parameter=False, warmup_init=True)
+    _, optimizer, go_on = trained(Adafactor, steps=1, scale_parameter=False, warmup_init=True)
     p = optimizer.param_groups[0]["params"][0]
     assert optimizer.effective_lr(p) == pytest.approx(1e-6)
     go_on(2)

@@ -1,4 +1,4 @@
-"""AdafactorSchedule shows what the optimizer uses: the recorded runs, where it departs from them, and the life of a schedule."""
+"""AdafactorSchedule: the recorded runs, where it departs from them and why, and the life of a schedule."""
 
 import copy
 import io
