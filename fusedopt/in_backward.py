@@ -54,7 +54,7 @@ def register_step_in_backward(optimizer: FusedOptimizer, model: torch.nn.Module)
         raise ValueError(
             f"the optimizer must be one of fusedopt's, got {type(optimizer).__name__}: take AdamW, for instance"
         )
-    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+    if any(isinstance(module, torch.nn.parallel.DistributedDataParallel) for module in model.modules()):
         raise ValueError(
             "a step in backward would come before DistributedDataParallel has summed the gradients over the processes: "
             "use fully_shard (FSDP2), or leave the update to step()"

@@ -172,6 +172,20 @@ def test_frozen_parameters_have_no_state_to_look_at():
     }
 
 
+def test_init_state_lets_torch_set_what_never_had_a_gradient():
+    model = Net()
+    optimizer = AdamW(model.parameters())
+    optimizer.init_state()
+    model(torch.ones(2, 5), skip=True).sum().backward()
+    optimizer.step()
+    saved = dcp.get_optimizer_state_dict(model, optimizer)
+    assert {float(state["step"]) for state in saved["state"].values()} == {0.0, 1.0}
+    other_model = Net()
+    other = AdamW(other_model.parameters())
+    dcp.set_optimizer_state_dict(other_model, other, saved)
+    assert same(other.state_dict(), optimizer.state_dict())
+
+
 def test_a_compiled_models_checkpoint_is_the_plain_ones():
     model = Net()
     compiled = torch.compile(model, backend="eager")

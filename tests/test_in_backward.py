@@ -277,6 +277,8 @@ def test_refuses_what_it_cannot_serve():
 
 def test_refuses_distributed_data_parallel():
     model = Net()
-    wrapped = object.__new__(nn.parallel.DistributedDataParallel)  # a real one needs a process group
+    wrapped = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(wrapped)  # the rest of a constructor needs processes
+    wrapped.module = model
     with refusal(ValueError, "before DistributedDataParallel has summed the gradients"):
-        register_step_in_backward(AdamW(model.parameters()), wrapped)
+        register_step_in_backward(AdamW(model.parameters()), nn.Sequential(wrapped))
