@@ -1,5 +1,6 @@
 """Where kernels run in the tests: on a GPU where there is one, elsewhere in Triton's interpreter, on CPU tensors."""
 
+import importlib.util
 import os
 
 # Before torch is imported, here and in every process that a test starts: tests run side by side, one per core, and
@@ -14,6 +15,17 @@ GPU = torch.cuda.is_available()
 if not GPU:
     # Before anything imports triton. Compile-only tests run in processes of their own, without it.
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+if importlib.util.find_spec("triton") is None:  # as on macOS and Windows
+    collect_ignore_glob = [
+        "compiled_*.py",
+        "test_kernels*.py",
+        "test_triton*.py",
+        "test_capture.py",
+        "test_compile.py",
+        "test_gpu.py",
+    ]
 
 
 @pytest.fixture(scope="session")
