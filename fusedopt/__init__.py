@@ -2,6 +2,7 @@
 
 from fusedopt.accumulate import GradientAccumulator
 from fusedopt.adafactor import Adafactor
+from fusedopt.adafactor_schedule import AdafactorSchedule, get_adafactor_schedule
 from fusedopt.adamw import AdamW
 from fusedopt.decay_groups import decay_groups
 from fusedopt.in_backward import register_step_in_backward
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adafactor",
+    "AdafactorSchedule",
     "AdamW",
     "AdamWeightDecay",
     "GradientAccumulator",
@@ -28,6 +30,7 @@ __all__ = [
     "__version__",
     "create_optimizer",
     "decay_groups",
+    "get_adafactor_schedule",
     "plot_gallery",
     "plot_schedule",
     "plot_verification",
