@@ -101,9 +101,7 @@ def run(
 
     try:
         for contest in contests:
-            gigabytes = 0.001 if contest.workload == "smoke" else None
-            bandwidth = roofline.copy_bandwidth(device, gigabytes)
-            keep([{"kind": "copy", "device": device.type, "bytes_per_second": bandwidth}])
+            keep([_copy(contest, device)])
             workload = workloads.get(contest.workload)
             rows = providers.of(contest.rule, list(contest.names) if contest.names else None)
             kind = str(workload.dtype).removeprefix("torch.")
@@ -112,13 +110,19 @@ def run(
             share = max(0.0, end - time.perf_counter()) * contest.share / left
             left -= contest.share
             records = measure.compare(workload, rows, device, share, compiled=contest.names is not None)
-            keep(records)
+            keep([*records, _copy(contest, device)])
             print(report.table(records, report.copy_bandwidth(sink)), flush=True)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     finally:
         if file:
             file.close()
+
+
+def _copy(contest: Contest, device: torch.device) -> Record:
+    """The bandwidth of a copy just before or after a comparison; the best of them is the ceiling of a run."""
+    bandwidth = roofline.copy_bandwidth(device, 0.001 if contest.workload == "smoke" else None)
+    return {"kind": "copy", "device": device.type, "bytes_per_second": bandwidth}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -131,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rules", default="adamw", help="with --workloads: rules separated by semicolons")
     parser.add_argument("--providers", help="with --workloads: names separated by semicolons; default: all of the rule")
     parser.add_argument(
-        "--seconds", type=float, default=85.0, help="time for the rounds of all comparisons together (%(default)s)"
+        "--seconds", type=float, default=95.0, help="time for the rounds of all comparisons together (%(default)s)"
     )
     parser.add_argument(
         "--threads", type=int, default=min(2, torch.get_num_threads()), help="of torch on the CPU (%(default)s)"
@@ -169,8 +173,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run(contests, device, 0.0 if options.smoke else options.seconds, records, options.out)
     bandwidth = report.copy_bandwidth(records)
     print(f"\ncopy: {(bandwidth or 0.0) / 1e9:.1f} GB/s, bytes read plus bytes written")
-    if not options.smoke:
-        print("\n" + report.goal_table(goals.judge(records, device.type)))
+    run_here = {(contest.workload, contest.rule) for contest in contests}
+    outcomes = [o for o in goals.judge(records, device.type) if (o.goal.workload, o.goal.rule) in run_here]
+    if outcomes:
+        print("\n" + report.goal_table(outcomes))
     print(f"\n{time.perf_counter() - start:.0f} s")
     return 0
 

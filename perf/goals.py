@@ -144,7 +144,7 @@ def _ratio(goal: Goal, ours: Record, theirs: Record) -> Outcome:
     if goal.clock == "host":
         ratios = [up[key][q] / down[key][q] for q in ("p25", "median", "p75")]
     else:
-        ratios = [a / b for a, b in zip(up[rounds], down[rounds])]
+        ratios = [a / b for a, b in zip(up[rounds], down[rounds]) if a and b]
     value = statistics.median(ratios)
     low, high = (statistics.quantiles(ratios, n=4)[i] if len(ratios) > 1 else value for i in (0, 2))
     return Outcome(

@@ -9,7 +9,7 @@ import gc
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,6 +24,9 @@ from perf.workloads import Workload
 
 ROUND_SECONDS = 0.12
 """A provider's share of a round; at least `MIN_STEPS` steps, of which the first only warms up."""
+
+SLOW, RARELY = 2.0, 4
+"""Who takes more than so many times the fastest's time is in every so many-th round: close ratios need many rounds."""
 
 MIN_STEPS = 3
 
@@ -145,6 +148,9 @@ class Contestant:
             samples.append(self._one_step(clock))
         self.rounds.append(samples)
 
+    def median_ms(self) -> float:
+        return statistics.median([s.step for samples in self.rounds for s in samples] or [0.0])
+
     def _one_step(self, clock: Clock) -> Sample:
         assert self.step is not None
         if self.provider.mode != "captured":
@@ -257,7 +263,11 @@ def _timed(
     number = 0
     while number == 0 or (contestants and time.perf_counter() < end):
         turn = number % len(contestants)
+        bound = SLOW * min(contestant.median_ms() for contestant in contestants)
         for contestant in [*contestants[turn:], *contestants[:turn]]:
+            if number > 1 and number % RARELY and contestant.median_ms() > bound:
+                contestant.rounds.append([])
+                continue
             try:
                 contestant.burst(clock, ROUND_SECONDS)
             except Exception as error:
@@ -280,16 +290,20 @@ def _record(contestant: Contestant, gradient_sets: int) -> Record:
         "step_ms": quantiles([s.step for s in samples]),
         "host_ms": quantiles([s.host for s in samples]),
         # Ratios are taken round by round: what disturbs the machine disturbs neighbours alike.
-        "rounds_ms": [round(statistics.median(s.step for s in r), 6) for r in contestant.rounds],
+        "rounds_ms": [_median(s.step for s in samples) for samples in contestant.rounds],
         **contestant.facts,
     }
     device = [s.device for s in samples if s.device is not None]
     if device:
         record["device_ms"] = quantiles(device)
-        record["rounds_device_ms"] = [
-            round(statistics.median(s.device or 0.0 for s in r), 6) for r in contestant.rounds
-        ]
+        record["rounds_device_ms"] = [_median(s.device or 0.0 for s in samples) for samples in contestant.rounds]
     return record
+
+
+def _median(times: Iterable[float]) -> float | None:
+    """None for a round that a provider sat out."""
+    listed = list(times)
+    return round(statistics.median(listed), 6) if listed else None
 
 
 def _gradient_sets(workload: Workload, device: torch.device) -> int:

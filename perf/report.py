@@ -99,22 +99,56 @@ def text(records: Sequence[Record], markdown: bool = False) -> str:
             f"{'### ' if markdown else ''}{rule}: {r['workload']}, {r['params']:,} {r['dtype']} parameters "
             f"in {r['tensors']:,} tensors\n{chr(10) * markdown}{table(group, bandwidth, markdown)}"
         )
-    outcomes = goals.judge(records, head["device"]) if head else []
+    outcomes = goals.judge(records, device_of(records))
     if outcomes:
         parts.append(goal_table(outcomes, markdown))
     return "\n\n".join(parts)
+
+
+BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
+
+
+def between_marks(document: str, records: Sequence[Record]) -> str:
+    """The document with machine and goals of a run between its marks, instead of what stood there.
+
+    Raises:
+        ValueError: the document has no marks.
+
+    Example:
+        >>> between_marks(f"a {BEGIN} old {END} b", []).split()[:3]
+        ['a', '<!--', 'measured']
+    """
+    before, begin, rest = document.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"the document needs the marks {BEGIN} and {END}")
+    head = next((results.machine(r) for r in records if r.get("kind") == "environment"), "")
+    table_of_goals = goal_table(goals.judge(records, device_of(records)), markdown=True)
+    return f"{before}{begin}\n\n{head}\n\n{table_of_goals}\n\n{end}{after}"
+
+
+def device_of(records: Iterable[Record]) -> str:
+    """ "cpu" or "cuda"."""
+    return next((r["device"] for r in records if r.get("kind") == "environment"), "cpu")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m perf.report", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, help="JSON lines of perf.bench or perf.evidence")
     parser.add_argument("--markdown", action="store_true", help="tables as Markdown")
+    parser.add_argument("--goals", action="store_true", help="only the goals and what was measured")
     parser.add_argument("--picture", type=Path, help="also draw the bars into this file")
+    parser.add_argument("--into", type=Path, help="also put machine and goals between the marks in this Markdown file")
     options = parser.parse_args(arguments)
     from perf import pictures
 
     records = [record for path in options.files for record in results.read(path)]
-    print(text(records, options.markdown))
+    if options.goals:
+        print(goal_table(goals.judge(records, device_of(records)), options.markdown))
+    else:
+        print(text(records, options.markdown))
+    if options.into:
+        options.into.write_text(between_marks(options.into.read_text(), records))
     if options.picture:
         options.picture.parent.mkdir(parents=True, exist_ok=True)
         pictures.steps(records).savefig(options.picture, dpi=130)

@@ -16,7 +16,7 @@ Record = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMITTED = ROOT / "perf" / "results"
-"""One folder per GPU, with the files that `python -m perf.evidence` wrote there."""
+"""One folder per GPU, with the files that `python -m perf.evidence` wrote there, and one for the CPU."""
 
 
 def environment(device: torch.device) -> Record:
@@ -85,11 +85,9 @@ def read(path: Path) -> list[Record]:
 
 
 def committed() -> dict[str, list[Record]]:
-    """The committed results: name of the GPU to all records of its files, each behind its environment's."""
-    found: dict[str, list[Record]] = {}
-    for path in sorted(COMMITTED.glob("*/*.jsonl")):
-        found.setdefault(path.parent.name, []).extend(read(path))
-    return found
+    """The committed results of GPUs: name of the folder to the records in its `results.jsonl`."""
+    found = {path.parent.name: read(path) for path in sorted(COMMITTED.glob("*/results.jsonl"))}
+    return {name: records for name, records in found.items() if records and records[0].get("gpu")}
 
 
 def _commit() -> str | None:

@@ -415,6 +415,32 @@ def test_goals_compare_round_by_round(goal, value, verdict):
     assert result.verdict == verdict
 
 
+def test_rounds_that_one_sat_out_are_not_compared():
+    sat_out = step_record("torch fused", [20.0, 40.0], rounds_ms=[20.0, None, None, 60.0])
+    result = outcome(goal(1.9), step_record("fusedopt", [10.0], rounds_ms=[10.0, 1.0, 1.0, 30.0]), sat_out)
+    assert (result.value, result.low, result.high) == (2.0, 2.0, 2.0)
+
+
+def test_who_is_slow_takes_part_more_rarely(monkeypatch):
+    monkeypatch.setattr(measure, "_gate", lambda *args: None)
+    monkeypatch.setattr(measure, "_cpu_facts", lambda *args: {})
+    monkeypatch.setattr(measure, "ROUND_SECONDS", 0.0)
+
+    class Slow(torch.optim.SGD):
+        def step(self, closure=None):
+            time.sleep(0.002)
+
+    class Fast(torch.optim.SGD):
+        def step(self, closure=None):
+            time.sleep(0.0002)
+
+    rows = [Provider(make.__name__, "adamw", make, "torch adamw") for make in (Fast, Slow)]
+    fast, slow = measure.compare(SMOKE, rows, CPU, seconds=0.5)
+    assert None not in fast["rounds_ms"]
+    present = [i for i, ms in enumerate(slow["rounds_ms"]) if ms is not None]
+    assert present == [0, 1, *range(measure.RARELY, len(fast["rounds_ms"]), measure.RARELY)]
+
+
 def test_a_goal_of_bandwidth():
     # 28 MB in 20 ms are 1.4 GB/s.
     copy = {"kind": "copy", "bytes_per_second": 2e9}
@@ -590,3 +616,12 @@ def test_the_evidence_wants_a_gpu(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         evidence.main(["--out", "nowhere"])
     assert "there is no GPU here" in capsys.readouterr().err
+
+
+def test_the_documented_numbers_are_those_of_the_committed_run():
+    root = Path(__file__).parent.parent
+    document = (root / "docs" / "performance.md").read_text()
+    records = results.read(root / "perf" / "results" / "cpu" / "results.jsonl")
+    assert report.between_marks(document, records) == document, "run the command that stands below the table"
+    with pytest.raises(ValueError, match="needs the marks"):
+        report.between_marks("no marks", records)
