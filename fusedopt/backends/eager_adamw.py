@@ -12,8 +12,9 @@ from fusedopt.batch import AdamWHyper, Batch, Control
 from fusedopt_kernels import rules
 from fusedopt_kernels.layout import is_dense, same_layout
 
-_SCALED_PART = 1 << 17
-"""Elements whose scaled gradients are copied at a time: 512 KiB of float32 stay in the caches of two cores."""
+_SCALED_PART = 1 << 19
+"""Elements whose scaled gradients are copied at a time: 2 MiB of float32 stay in a cache. Clipping and step of 50M
+parameters took 1.09, 1.00, 0.98 and 1.08 times as long as clip_grad_norm_ and torch's fused step with 2^17 to 2^20."""
 
 _WIDE = {torch.float32, torch.float64}
 
