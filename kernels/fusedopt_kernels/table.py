@@ -26,7 +26,7 @@ Upload = Callable[[np.ndarray, torch.device], Tensor]
 
 
 def upload(host: np.ndarray, device: torch.device) -> Tensor:
-    """Copies through a pinned block used for this alone: the host runs ahead of the copy, after which torch frees it."""
+    """Copies through a pinned block used for this alone: the host runs ahead of the copy, after which it is free."""
     staging = torch.empty(host.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
     staging.numpy()[...] = host
     return torch.empty(host.shape, dtype=torch.int64, device=device).copy_(staging, non_blocking=True)
