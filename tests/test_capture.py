@@ -14,9 +14,10 @@ from fusedopt import AdamW
 from fusedopt.backends.capture import Tables
 from fusedopt.backends.numbers import DeviceNumbers
 from fusedopt.backends.triton_adamw import TritonAdamW
-from fusedopt_kernels import adamw as kernels
+from fusedopt_kernels import adafactor, adamw
 
 CPU = torch.device("cpu")
+KERNELS = {adamw: ("prologue", "update"), adafactor: ("prologue", "sums", "averages", "update", "finish")}
 SIZES = (7, 48, 1025)
 OPTIONS = {"weight_decay": 0.1, "amsgrad": True, "backend": "triton"}
 
@@ -74,8 +75,9 @@ def capture(monkeypatch):
     capturing: list[Graph] = []
     for module in ("fusedopt.base", "fusedopt.backends.capture", "fusedopt.backends.numbers"):
         monkeypatch.setattr(f"{module}.capturing", lambda device: bool(capturing))
-    for name in ("prologue", "update"):
-        monkeypatch.setattr(kernels, name, Kernel(getattr(kernels, name), capturing))
+    for kernels, names in KERNELS.items():
+        for name in names:
+            monkeypatch.setattr(kernels, name, Kernel(getattr(kernels, name), capturing))
     copy_at_every_replay = Tables._copy_at_every_replay
 
     def copied(self, host, device):

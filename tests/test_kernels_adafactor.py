@@ -1,0 +1,288 @@
+"""The Triton Adafactor's numbers: the recorded runs and the rules, across all borders between its programs."""
+
+import dataclasses
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from golden_cases import Tolerance, assert_close, replay
+from test_adafactor import GOLDEN, HARD_GRADIENTS, LAYOUTS, by_the_rules, normal, parameters, run, uses_rms
+from triton.runtime.interpreter import interpreter_builder
+
+from fusedopt import Adafactor
+from fusedopt.reference import ReferenceAdafactor
+from fusedopt_kernels import adafactor as kernels
+from fusedopt_kernels import adafactor_plan, rules
+
+# The interpreter computes with numpy, which warns about what it is given here on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+TritonAdafactor = partial(Adafactor, backend="triton")
+
+ONE_PROGRAM = {"LINES": 16, "STRIP": 16, "SHARE": 256}
+TINY = {
+    **{"BLOCK": 16, "TILE_BYTES": 16, "TILE_HEIGHT": 8, "ENTRIES": 4, "PARTIALS": 2, "MEANS": 2, "SQUARES": 4},
+    **{"LINES": 4, "STRIP": 2, "SHARE": 8},
+}
+CUTS = {"as on a GPU": {}, "small matrices in pieces": TINY, "tiles of 4 columns": {**TINY, "SMALL_SIDE": 2}}
+"""Constants that send tensors of a few elements through every kind of piece, and across borders of pieces."""
+
+
+def set_constants(monkeypatch, constants):
+    for name, value in constants.items():
+        for module in (adafactor_plan, kernels):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
+
+
+@pytest.fixture(autouse=True)
+def unchecked(device, monkeypatch):
+    """Without the interpreter's checks for overflow, which take as long again: nothing here is that large."""
+    if device.type == "cpu":
+        unchecked = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
+        monkeypatch.setattr(interpreter_builder, "options", unchecked)
+
+
+@pytest.fixture
+def cut(monkeypatch, request):
+    set_constants(monkeypatch, CUTS[request.param])
+
+
+every_cut = pytest.mark.parametrize("cut", CUTS, indirect=True)
+
+
+def after(make, start, steps, device, **options):
+    """Parameters and states, on the CPU, after `steps` of `make(params, **options)` from `start`."""
+    params = parameters([p.to(device) for p in start])
+    optimizer = make(params, **options)
+    run(optimizer, [[None if g is None else g.to(device) for g in grads] for grads in steps])
+    states = [{name: torch.as_tensor(value).cpu() for name, value in optimizer.state[p].items()} for p in params]
+    return [p.detach().cpu() for p in params], states
+
+
+IN_FULL = ("grad_none", "lr_schedule", "bfloat16_manual")
+
+
+def shortened(case, device):
+    """The first two steps alone, where the interpreter runs them: it takes a quarter of a second per step."""
+    if device.type == "cuda" or case.name in IN_FULL:
+        return case
+    return dataclasses.replace(case, steps=2, record_steps=(1, 2))
+
+
+@pytest.mark.parametrize("case", GOLDEN, ids=str)
+def test_golden(case, device, monkeypatch):
+    if device.type == "cpu":
+        set_constants(monkeypatch, ONE_PROGRAM)
+    short = shortened(case, device)
+    records = replay(short, TritonAdafactor, device=device)
+    if short.steps == case.steps:
+        assert_close(short, records, skip_state=() if uses_rms(case) else ("RMS",))
+    else:
+        # The recorded states are those of the end.
+        recorded = {name for p in case.parameters for name in p.state or ()}
+        assert [int(state["step"]) for state in records.states] == [2] * len(case.parameters)
+        assert_close(short, records, skip_state=recorded)
+
+
+# The rules.
+
+SHAPES = [(), (0,), (2, 0), (19,), (2, 3, 4), (5, 1), (1, 6), (2, 2, 3, 3), (9, 11), (17, 8), (2, 33)]
+MOMENTUM = "momentum, decay, maximize"
+OPTIONS = {
+    "defaults": {},
+    MOMENTUM: {"maximize": True, "beta1": 0.5, "weight_decay": 0.1},
+    "given rate, low threshold": {"lr": 0.1, "clip_threshold": 0.1},
+}
+TOLERANCES = {
+    torch.float64: Tolerance("the same formula", rtol=1e-12, atol=1e-14),
+    torch.float32: Tolerance("a few roundings per step, two steps", rtol=1e-6, atol=1e-6),
+    torch.bfloat16: Tolerance("rounded once per step, but a tie may fall to the other side", ulps=1),
+    torch.float16: Tolerance("rounded once per step, but a tie may fall to the other side", ulps=1),
+}
+
+
+AS_ON_A_GPU, *IN_PIECES = CUTS
+RUNS = [
+    *((AS_ON_A_GPU, options, torch.float32) for options in OPTIONS),
+    *((AS_ON_A_GPU, MOMENTUM, dtype) for dtype in (torch.float64, torch.float16)),
+    *((cut, MOMENTUM, dtype) for cut in IN_PIECES for dtype in (torch.float32, torch.bfloat16)),
+]
+
+
+@pytest.mark.parametrize(("cut", "options", "dtype"), RUNS, indirect=["cut"], ids=str)
+def test_the_kernels_do_what_the_rules_say(options, dtype, cut, device):
+    start = normal(*SHAPES, dtype=dtype)
+    steps = [normal(*SHAPES, seed=k, dtype=dtype) for k in (1, 2)]
+    exact = [p.double().numpy() for p in start]
+    states = [{} for _ in start]
+    options = OPTIONS[options]
+    for k, grads in enumerate(steps, start=1):
+        for i, g in enumerate(grads):
+            if g.numel():
+                exact[i] = np.asarray(by_the_rules(exact[i], g.double().numpy(), states[i], k, **options))
+                exact[i] = torch.from_numpy(exact[i]).to(dtype).double().numpy() if dtype.itemsize == 2 else exact[i]
+    ours, kept = after(TritonAdafactor, start, steps, device, relative_step="lr" not in options, **options)
+    for actual, expected in zip(ours, exact):
+        expected = torch.from_numpy(expected).to(dtype)
+        error = (actual.double() - expected.double()).abs()
+        assert (error <= TOLERANCES[dtype].allowed(expected)).all(), (actual.shape, error.max())
+    for state, expected in zip(kept, states):
+        for name, letter in (("exp_avg_sq_row", "r"), ("exp_avg_sq_col", "c"), ("exp_avg_sq", "v"), ("exp_avg", "m")):
+            if letter in expected:
+                exact_state = torch.from_numpy(np.asarray(expected[letter]))
+                error = (state[name].double() - exact_state).abs()
+                assert (error <= 2e-6 * exact_state.abs().max()).all(), (name, state[name].shape)
+
+
+@every_cut
+@pytest.mark.parametrize("shape", [(12, 5), (1, 9)], ids=str)
+def test_a_matrix_and_its_transpose_agree(shape, cut, device):
+    (w,), (g,) = normal(shape), normal(shape, seed=1)
+    (ours, turned), _ = after(TritonAdafactor, [w, w.t().contiguous()], [[g, g.t().contiguous()]], device, beta1=0.9)
+    # The factors of rows and of columns change places, and with them the order of roundings.
+    torch.testing.assert_close(ours, turned.t(), rtol=2e-6, atol=2e-6)
+
+
+NEIGHBOURS = [((7, 9), torch.float32), ((3, 2, 3), torch.bfloat16), ((19,), torch.float32), ((6, 4), torch.float64)]
+
+
+@every_cut
+def test_a_tensor_neither_sees_its_neighbours_nor_their_order_or_dtype(cut, device):
+    start = [normal(shape, seed=i, dtype=dtype)[0] for i, (shape, dtype) in enumerate(NEIGHBOURS)]
+    grads = [normal(shape, seed=i + 9, dtype=dtype)[0] for i, (shape, dtype) in enumerate(NEIGHBOURS)]
+    together, states = after(TritonAdafactor, start, [grads], device, beta1=0.9)
+    turned, _ = after(TritonAdafactor, start[::-1], [grads[::-1]], device, beta1=0.9)
+    assert all(torch.equal(p, q) for p, q in zip(together, turned[::-1]))
+    for i, (p, g) in enumerate(zip(start, grads)):
+        (alone,), (state,) = after(TritonAdafactor, [p], [[g]], device, beta1=0.9)
+        assert torch.equal(alone, together[i])
+        assert all(torch.equal(value, states[i][name]) for name, value in state.items())
+
+
+def test_two_runs_give_the_same_bits(device):
+    shapes = [(300, 130), (2100,), (50, 9, 3, 3)]
+    start, steps = normal(*shapes), [normal(*shapes, seed=1)]
+    one, other = (after(TritonAdafactor, start, steps, device, beta1=0.9) for _ in range(2))
+    assert all(torch.equal(p, q) for p, q in zip(one[0], other[0]))
+    assert all(torch.equal(s[name], t[name]) for s, t in zip(one[1], other[1]) for name in s)
+    for p, g, new in zip(start, steps[0], one[0]):
+        expected = by_the_rules(p.double().numpy(), g.double().numpy(), {}, 1, beta1=0.9)
+        torch.testing.assert_close(new.double(), torch.from_numpy(np.asarray(expected)), rtol=1e-6, atol=1e-7)
+
+
+HARD_IN_TILES = ("denormal", "spike", "nan", "inf")
+
+
+@pytest.mark.parametrize(
+    ("cut", "kind"),
+    [*((AS_ON_A_GPU, kind) for kind in HARD_GRADIENTS), *((IN_PIECES[1], kind) for kind in HARD_IN_TILES)],
+    indirect=["cut"],
+)
+def test_hard_gradients_do_what_they_do_in_the_original(kind, cut, device):
+    """Small matrices by the constants of a GPU, tiles by the other ones."""
+    shapes = [(6,), (9, 4), (2, 5, 3)]
+    start, steps = normal(*shapes), [normal(*shapes, seed=k) for k in (1, 2, 3)]
+    steps[1] = [HARD_GRADIENTS[kind](g) for g in steps[1]]
+    options = {"beta1": 0.9, "weight_decay": 0.1}
+    ours, states = after(TritonAdafactor, start, steps, device, **options)
+    theirs, original = after(ReferenceAdafactor, start, steps, torch.device("cpu"), **options)
+    for p, q, s, t in zip(ours, theirs, states, original):
+        torch.testing.assert_close(p, q, rtol=2e-5, atol=2e-6, equal_nan=True)
+        for name in t.keys() - {"step"}:
+            expected = torch.as_tensor(t[name])
+            # Sums of products that may nearly cancel: relative to the largest.
+            atol = 5e-5 * float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max())
+            torch.testing.assert_close(s[name], expected, rtol=5e-5, atol=atol, equal_nan=True)
+
+
+@pytest.mark.parametrize("cut", [AS_ON_A_GPU, IN_PIECES[1]], indirect=True)
+def test_the_mean_square_of_an_update_whose_squared_gradient_underflows(cut, device):
+    """Two blocks on the diagonal, one at 1e-23: its squares are 0 in float32, its updates are the largest."""
+    g = torch.zeros(16, 16)
+    g[:8, :8], g[8:, 8:] = normal((8, 8))[0], 1e-23 * normal((8, 8), seed=1)[0]
+    (w,) = normal((16, 16), seed=2)
+    (ours,), _ = after(TritonAdafactor, [w], [[g]], device)
+    expected = by_the_rules(w.double().numpy(), g.double().numpy(), {}, 1)
+    torch.testing.assert_close(ours.double(), torch.from_numpy(expected), rtol=1e-6, atol=1e-7)
+    changed = (ours - w)[8:, 8:].double()
+    rate = 0.01 * w.double().square().mean().sqrt()
+    assert float((changed.square().sum() / g.numel()).sqrt() / rate) == pytest.approx(1.0, rel=1e-4)
+
+
+IMAGE, VOLUME, LARGE = (4, 3, 5, 2), (2, 3, 2, 3, 2), (2, 40, 3)
+LAID_OUT = {
+    **{name: (IMAGE, lay_out) for name, lay_out in LAYOUTS.items()},
+    "channels_last_3d": (VOLUME, lambda t: t.contiguous(memory_format=torch.channels_last_3d)),
+    "a slice of both sides": (IMAGE, lambda t: torch.nn.functional.pad(t, (1, 2, 3, 4))[..., 3:-4, 1:-2]),
+    "matrices transposed": (LARGE, lambda t: t.mT.contiguous().mT),
+    "matrices as channels": (LARGE, lambda t: t.permute(1, 2, 0).contiguous().permute(2, 0, 1)),
+    "rows far apart": (LARGE, lambda t: torch.cat([t, t], dim=-1)[..., : t.shape[-1]]),
+}
+
+
+@pytest.mark.parametrize(("shape", "lay_out"), LAID_OUT.values(), ids=LAID_OUT)
+def test_layouts_give_the_same_numbers(shape, lay_out, device):
+    """Of parameter and, in the second step, gradient."""
+    (w,), (first, second) = normal(shape), normal(shape, shape, seed=1)
+    (expected,), (state,) = after(TritonAdafactor, [w], [[first], [second]], device, beta1=0.9)
+    p = torch.nn.Parameter(lay_out(w.clone().to(device)))
+    strides = p.stride()
+    optimizer = TritonAdafactor([p], beta1=0.9)
+    run(optimizer, [[first.to(device)], [lay_out(second.to(device))]])
+    torch.testing.assert_close(p.detach().cpu(), expected, rtol=1e-6, atol=1e-6)
+    assert p.stride() == strides
+    for name, value in state.items():
+        torch.testing.assert_close(optimizer.state[p][name].cpu(), value, rtol=1e-6, atol=1e-6)
+
+
+@every_cut
+@pytest.mark.parametrize("offset", [1, 16])
+def test_nothing_beside_the_tensors_is_read_or_written(offset, cut, device):
+    """Neighbouring elements are NaN before and after, those of the workspace included."""
+    shapes = [(8, 16), (5, 7), (33,), (2, 3, 3)]
+    start, (grads,) = normal(*shapes), [normal(*shapes, seed=1)]
+    expected, expected_states = after(TritonAdafactor, start, [grads], device, beta1=0.9)
+    wholes = []
+
+    def in_the_middle(t):
+        whole = torch.full((t.numel() + 64,), torch.nan, dtype=t.dtype, device=device)
+        wholes.append((part := whole[offset : offset + t.numel()].view(t.shape).copy_(t), whole))
+        return part
+
+    params = [torch.nn.Parameter(in_the_middle(p)) for p in start]
+    optimizer = TritonAdafactor(params, beta1=0.9)
+    optimizer.init_state()
+    for p in params:
+        optimizer.state[p] = {name: in_the_middle(value) for name, value in optimizer.state[p].items()}
+    optimizer.apply_gradients([(in_the_middle(g), p) for p, g in zip(params, grads)])
+    for part, whole in wholes:
+        assert torch.cat([whole[:offset], whole[offset + part.numel() :]]).isnan().all()
+        assert not part.isnan().any()
+    for p, q, state in zip(params, expected, expected_states):
+        # On a GPU, what is read 128 bits at a time is added up in another order.
+        torch.testing.assert_close(p.detach().cpu(), q, rtol=1e-6, atol=1e-6)
+        for name, value in state.items():
+            torch.testing.assert_close(optimizer.state[p][name].cpu(), value, rtol=1e-6, atol=1e-6)
+
+
+def test_the_scalars_of_a_step_are_right_in_float64(device):
+    """Rates and weights, over many step counts at once."""
+    counts = [1, 2, 3, 10, 99, 100, 12345, 10**6]
+    options = [{}, {"warmup_init": True, "decay_rate": -0.5}, {"relative_step": False, "lr": 0.3, "decay_rate": 0.0}]
+    for given in options:
+        params = parameters([torch.ones(1, device=device)] * len(counts))
+        optimizer = TritonAdafactor(params, **given)
+        optimizer.init_state()
+        for p, count in zip(params, counts):
+            optimizer.state[p]["step"].fill_(count - 1)
+        run(optimizer, [[torch.ones_like(p) for p in params]])
+        (stepper,) = optimizer._steppers.values()
+        scalars = stepper._tables._eager.scratch("scalars", 128, 10, dtype=torch.float64)[: len(counts)].cpu().numpy()
+        hyper = optimizer.hyper(optimizer.param_groups[0])._replace(scale_parameter=False)
+        expected = [hyper.rate(float(count), 1.0) for count in counts]
+        np.testing.assert_allclose(scalars[:, 2], expected, rtol=1e-14)
+        weights = [rules.square_weight(float(count), hyper.decay_rate, math.exp, math.log) for count in counts]
+        np.testing.assert_allclose(scalars[:, 3], weights, rtol=1e-13)

@@ -1,0 +1,335 @@
+"""The Triton Adafactor as an optimizer: launches, workspace, what a step skips, checkpoints, graphs."""
+
+import copy
+import math
+from collections import Counter
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_adafactor import normal, parameters, run
+from test_capture import capture  # noqa: F401
+from test_kernels_adafactor import TINY, TritonAdafactor, after, set_constants, unchecked  # noqa: F401
+
+from fusedopt import Adafactor
+from fusedopt_kernels import adafactor as kernels
+from fusedopt_kernels import adafactor_plan
+from fusedopt_kernels.adafactor_cells import MATRIX, SMALL, VECTOR
+from fusedopt_kernels.table import dtype_codes, launch_keys
+from perf import workloads
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+SHAPES = [(33,), (40, 3), (2, 3, 3), (16, 64)]  # a vector, an odd matrix, small matrices, an even one
+SIX = Counter(prologue=1, sums=1, averages=1, update=2, finish=1)
+
+
+@contextmanager
+def counted(monkeypatch):
+    """Names of the kernels that are launched inside."""
+    names = []
+
+    class Counted:
+        def __init__(self, name, kernel):
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid):
+            names.append(self.name)
+            return self.kernel[grid]
+
+    with monkeypatch.context() as patch:
+        for name in ("prologue", "sums", "averages", "update", "finish"):
+            patch.setattr(kernels, name, Counted(name, getattr(kernels, name)))
+        yield names
+
+
+def launches(monkeypatch, start, device, grads=None, groups=1, **options):
+    params = parameters([p.to(device) for p in start])
+    rates = [{"lr": 0.1 * (i + 1), "beta1": 0.9 if i else None, "scale_parameter": i > 1} for i in range(groups)]
+    optimizer = TritonAdafactor(
+        [{"params": params[i::groups], **rates[i]} for i in range(groups)], relative_step=False, **options
+    )
+    with counted(monkeypatch) as names:
+        optimizer.apply_gradients((g if grads else p.detach(), p) for p, g in zip(params, grads or params))
+    return Counter(names)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_six_launches_for_all_tensors(groups, monkeypatch, device):
+    """Vectors, matrices and convolutions, even and odd, in groups with and without momentum and parameter scale."""
+    assert launches(monkeypatch, normal(*SHAPES * 3), device, groups=groups) == SIX
+
+
+def test_six_launches_for_many_tensors(monkeypatch, device):
+    assert launches(monkeypatch, normal(*[(1 + i % 5,) for i in range(60)], (40, 2)), device) == SIX
+
+
+def test_classes_share_what_does_not_read_gradients(monkeypatch, device):
+    """A second dtype adds the three launches that do; float64 is averaged by itself."""
+    start = [normal(shape, dtype=d)[0] for d in (torch.float32, torch.bfloat16) for shape in SHAPES]
+    assert launches(monkeypatch, start, device) == SIX + Counter(sums=1, update=2)
+    start += normal((40, 3), dtype=torch.float64)
+    assert launches(monkeypatch, start, device) == SIX + Counter(sums=2, update=4, averages=1)
+
+
+def test_less_launches_where_there_is_less_to_do(monkeypatch, device):
+    assert launches(monkeypatch, normal((2, 3, 3), (7,)), device) == SIX - Counter(averages=1)
+    assert launches(monkeypatch, normal((7,)), device) == SIX - Counter(averages=1, update=1)
+
+
+def test_batches_for_the_cache_change_no_bit(monkeypatch, device):
+    start, steps = normal(*SHAPES), [normal(*SHAPES, seed=k) for k in (1, 2)]
+    expected, states = after(TritonAdafactor, start, steps, device, beta1=0.9)
+    monkeypatch.setattr(adafactor_plan, "L2_BATCH_BYTES", 600)
+    ours, others = after(TritonAdafactor, start, steps, device, beta1=0.9)
+    assert all(torch.equal(p, q) for p, q in zip(ours, expected))
+    assert all(torch.equal(s[name], t[name]) for s, t in zip(others, states) for name in t)
+    # The first three tensors, and the fourth.
+    assert launches(monkeypatch, start, device) == SIX + SIX - Counter(prologue=1)
+
+
+# The workspace.
+
+
+def plan_for(tensors):
+    shapes = adafactor_plan.Shapes(*np.array([adafactor_plan.shape_of(t) for t in tensors], np.int64).T)
+    keys = launch_keys([dtype_codes([t.dtype for t in tensors])] * 2, np.zeros(len(tensors), bool))
+    return shapes, adafactor_plan.plan_of(shapes, keys)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("name", ["gpt2", "llama_1g", "bert_base", "vit_l", "resnet50"])
+def test_the_workspace_is_at_most_2_percent_of_the_parameters(name, dtype):
+    workload = workloads.get(f"{name}:{dtype}")
+    tensors = [workload.empty_like(shape, torch.device("meta")) for shape in workload.shapes]
+    _, plan = plan_for(tensors)
+    scalars = 8 * 10 * (len(tensors) + 127)
+    chunks = 8 * sum(int(n.sum()) for n in (plan.pieces, plan.matrix_pieces, plan.averages, plan.whole))
+    workspace = 4 * plan.work[0] + 8 * (plan.work[1] + plan.squares) + scalars + chunks
+    assert workspace <= 0.02 * sum(t.nbytes for t in tensors)
+
+
+def test_the_workspace_is_reported_and_made_once(device):
+    params = parameters([p.to(device) for p in normal(*SHAPES, (300, 200))])
+    optimizer = TritonAdafactor(params)
+    assert optimizer.workspace_bytes() == 0
+    addresses = set()
+    for seed in range(3):
+        run(optimizer, [[g.to(device) for g in normal(*SHAPES, (300, 200), seed=seed)]])
+        (stepper,) = optimizer._steppers.values()
+        addresses.add(tuple(t.data_ptr() for t in stepper._tables._eager._scratch.values()))
+    assert len(addresses) == 1
+    _, plan = plan_for(params)
+    sums = 4 * plan.work[0] + 8 * plan.squares
+    assert sums <= optimizer.workspace_bytes() <= sums + 8 * 10 * 128 + 8 * 60
+    assert Adafactor(params, backend="eager").workspace_bytes() == 0
+
+
+def tensors():
+    sides = st.integers(0, 40)
+    shapes = st.one_of(st.tuples(sides), st.tuples(sides, sides), st.tuples(st.integers(0, 4), sides, sides))
+    dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float64])
+    return st.lists(
+        st.builds(lambda s, d: torch.empty(s, dtype=d, device="meta"), shapes, dtypes), min_size=1, max_size=8
+    )
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(tensors(), st.sampled_from([{}, TINY, {**TINY, "SMALL_SIDE": 2}]))
+def test_every_tensor_has_a_place_of_its_own_and_is_cut_the_same_among_others(tensors, constants):
+    with pytest.MonkeyPatch.context() as patch:
+        set_constants(patch, constants)
+        shapes, plan = plan_for(tensors)
+        alone = [plan_for([t])[1] for t in tensors]
+    across, down, span, shares, pieces, sums, means, squares = plan.columns.T
+    taken = {False: [], True: []}
+    for i, t in enumerate(tensors):
+        assert pieces[i] == alone[i].pieces[0] and (pieces[i] == 0) == (t.numel() == 0)
+        assert (plan.columns[i, :5] == alone[i].columns[0, :5]).all() or t.numel() == 0
+        if shapes.kind[i] == MATRIX.value and t.numel():
+            matrices, (height, width) = math.prod(t.shape[:-2]), t.shape[-2:]
+            wide = t.dtype is torch.float64
+            taken[wide].append((sums[i], sums[i] + matrices * (across[i] * height + down[i] * width)))
+            taken[wide].append((means[i], means[i] + matrices * shares[i]))
+            assert shares[i] * span[i] >= height > (shares[i] - 1) * span[i]
+            assert pieces[i] == matrices * across[i] * down[i]
+    for places, size in ((taken[False], plan.work[0]), (taken[True], plan.work[1])):
+        borders = [0, *(border for place in sorted(places) for border in place), size]
+        assert borders == sorted(borders)
+    assert (squares == np.cumsum(2 * pieces) - 2 * pieces).all() and plan.squares == 2 * pieces.sum()
+
+
+def test_what_a_tensor_is():
+    def shape_of(*shape, layout=torch.contiguous_format):
+        return adafactor_plan.shape_of(torch.empty(shape, device="meta").contiguous(memory_format=layout))
+
+    last = torch.channels_last
+    assert shape_of() == (VECTOR.value, 1, 1, 1, 1, 1)
+    assert shape_of(7) == (VECTOR.value, 7, 1, 1, 1, 1)
+    assert shape_of(40, 3) == (MATRIX.value, 120, 1, 40, 3, 1)
+    assert shape_of(32, 32) == (SMALL.value, 1024, 1, 32, 32, 1)
+    assert shape_of(8, 4, 3, 5) == (SMALL.value, 480, 32, 3, 5, 1)
+    assert shape_of(8, 4, 3, 5, layout=last) == (SMALL.value, 480, 32, 3, 5, 4)
+    assert shape_of(8, 4, 1, 1, layout=last) == (SMALL.value, 32, 32, 1, 1, 1)
+    assert shape_of(2, 4, 40, 5, layout=last) is None
+    assert adafactor_plan.shape_of(torch.empty(40, 5, device="meta").t()) is None
+
+
+# What a step reads, and what it leaves alone.
+
+
+def state_of(optimizer):
+    return copy.deepcopy(optimizer.state_dict()["state"])
+
+
+def assert_same(states, others):
+    assert all(torch.equal(others[i][name], value) for i, state in states.items() for name, value in state.items())
+
+
+@pytest.mark.parametrize("found", [0.0, 1.0, math.nan])
+def test_a_step_with_found_inf_changes_nothing_and_is_not_counted(found, device):
+    start, first, second = normal(*SHAPES), normal(*SHAPES, seed=1), normal(*SHAPES, seed=2)
+    options = {"beta1": 0.9, "weight_decay": 0.1}
+    params = parameters([p.to(device) for p in start])
+    optimizer = TritonAdafactor(params, **options)
+    run(optimizer, [[g.to(device) for g in first]])
+    before, weights = state_of(optimizer), [p.detach().clone() for p in params]
+    optimizer.grad_scale = torch.tensor([8.0], device=device)
+    optimizer.found_inf = torch.tensor([found], device=device)
+    run(optimizer, [[8.0 * g.to(device) for g in second]])
+    if found == 0.0:
+        expected, _ = after(TritonAdafactor, start, [first, second], device, **options)
+        assert all(torch.equal(p.detach().cpu(), q) for p, q in zip(params, expected))
+    else:
+        assert all(torch.equal(p.detach(), q) for p, q in zip(params, weights))
+        assert_same(before, state_of(optimizer))
+
+
+def test_learning_rate_on_the_device_is_read_at_every_step(device):
+    options = {"relative_step": False, "weight_decay": 0.1}
+    params, others = (parameters([p.to(device) for p in normal(*SHAPES)]) for _ in range(2))
+    lr = torch.tensor(1.0, device=device)
+    by_tensor, by_value = TritonAdafactor(params, lr=lr, **options), TritonAdafactor(others, lr=1.0, **options)
+    for k, rate in enumerate((0.5, 0.0)):
+        lr.fill_(rate)
+        by_value.param_groups[0]["lr"] = rate
+        for optimizer in (by_tensor, by_value):
+            run(optimizer, [[g.to(device) for g in normal(*SHAPES, seed=k)]])
+        assert all(torch.equal(p, q) for p, q in zip(params, others))
+
+
+def test_groups_and_missing_gradients_are_as_on_the_eager_backend(device):
+    def make(params, **options):
+        groups = [
+            {"params": params[:2], "beta1": 0.5, "weight_decay": 0.3},
+            {"params": params[2:3], "relative_step": False, "lr": 0.3, "eps": (1e-3, 0.1), "maximize": True},
+            {"params": params[3:], "scale_parameter": False, "warmup_init": True, "decay_rate": -0.5},
+        ]
+        return Adafactor(groups, clip_threshold=0.5, **options)
+
+    start, steps = normal(*SHAPES), [normal(*SHAPES, seed=k) for k in (1, 2, 3)]
+    for k, i in [(0, 0), (0, 1), (1, 1), (1, 3), (2, 2)]:
+        steps[k][i] = None
+    ours, states = after(make, start, steps, device, backend="triton")
+    expected, others = after(make, start, steps, torch.device("cpu"), backend="eager")
+    assert [int(s["step"]) for s in states] == [2, 1, 2, 2]
+    for p, q, s, t in zip(ours, expected, states, others):
+        torch.testing.assert_close(p, q, rtol=2e-6, atol=2e-6)
+        assert s.keys() == t.keys()
+        for name, value in t.items():
+            torch.testing.assert_close(s[name], value, rtol=2e-6, atol=2e-6 * float(value.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_gradients_of_another_dtype(dtype, device):
+    start, grads = normal(*SHAPES), [g.bfloat16() for g in normal(*SHAPES, seed=1)]
+    expected, _ = after(TritonAdafactor, start, [[g.float() for g in grads]], device)
+    params = parameters([p.to(device) for p in start])
+    TritonAdafactor(params).apply_gradients([(g.to(device, dtype), p) for p, g in zip(params, grads)])
+    for p, q in zip(params, expected):
+        torch.testing.assert_close(p.detach().cpu(), q, rtol=1e-6, atol=1e-7)
+
+
+# Checkpoints.
+
+
+@pytest.mark.parametrize("in_turn", [("eager", "triton"), ("triton", "eager")], ids="->".join)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_checkpoint_moves_between_the_backends(in_turn, dtype, device):
+    shapes = SHAPES[:3]
+    start, steps = normal(*shapes, dtype=dtype), [normal(*shapes, seed=k, dtype=dtype) for k in (1, 2, 3)]
+    steps = [[g.to(device) for g in grads] for grads in steps]
+    options = {"beta1": 0.9, "weight_decay": 0.1}
+    stayed, _ = after(TritonAdafactor, start, steps, device, **options)
+    params = parameters([p.to(device) for p in start])
+    first = Adafactor(params, backend=in_turn[0], **options)
+    run(first, steps[:2])
+    second = Adafactor(params, backend=in_turn[1], **options)
+    second.load_state_dict(first.state_dict())
+    run(second, steps[2:])
+    for p, q in zip(params, stayed):
+        tolerance = {"rtol": 2e-6, "atol": 2e-6} if dtype is torch.float32 else {"rtol": 2**-7, "atol": 0.0}
+        torch.testing.assert_close(p.detach().cpu(), q, **tolerance)
+
+
+def test_states_of_another_dtype_or_layout_are_converted(device):
+    """As in a checkpoint of the same model in float64."""
+    shapes, steps = SHAPES[1:3], [normal(*SHAPES[1:3], seed=k) for k in (1, 2)]
+    expected, _ = after(TritonAdafactor, normal(*shapes), steps, device, beta1=0.9)
+    params = parameters([p.to(device) for p in normal(*shapes)])
+    optimizer = TritonAdafactor(params, beta1=0.9)
+    run(optimizer, [[g.to(device) for g in steps[0]]])
+    for state in optimizer.state.values():
+        for name in state.keys() - {"step"}:
+            state[name] = state[name].double()
+            if state[name].dim() == 2:
+                state[name] = state[name].t().contiguous().t()
+    run(optimizer, [[g.to(device) for g in steps[1]]])
+    assert all(torch.equal(p.detach().cpu(), q) for p, q in zip(params, expected))
+    assert {value.dtype for state in optimizer.state.values() for value in state.values()} == {torch.float32}
+
+
+# CUDA graphs, as test_capture.py stands in for them.
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU; see test_gpu.py")
+def test_captured_steps_and_eager_ones_in_turn(capture, device):  # noqa: F811
+    """The rate changes between replays; eager steps in between have other gradients, at other addresses."""
+    start = [p.to(device) for p in normal(*SHAPES)]
+    steps = [[g.to(device) for g in normal(*SHAPES, seed=k)] for k in range(3)]
+    pairs = []
+    for _ in range(2):
+        params, lr = parameters(start), torch.tensor(0.1, device=device)
+        optimizer = TritonAdafactor(params, lr=lr, relative_step=False, beta1=0.9, weight_decay=0.1)
+        run(optimizer, [steps[0]])
+        pairs.append((optimizer, params, lr))
+    (ours, params, rate), (theirs, others, other_rate) = pairs
+    with capture() as graph:
+        run(ours, [steps[1]])
+    assert graph.launches == SIX.total()
+    for g in steps[2]:
+        g.neg_()
+    for value in (0.3, 0.0, 0.2):
+        rate.fill_(value)
+        other_rate.fill_(value)
+        graph.replay()
+        run(theirs, [steps[1]])
+        run(ours, [[g.clone() for g in steps[2]]])
+        run(theirs, [steps[2]])
+        assert all(torch.equal(p, q) for p, q in zip(params, others))
+        assert_same(state_of(ours), state_of(theirs))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU; see test_gpu.py")
+def test_a_capture_of_kernels_that_never_ran_is_refused(capture, device):  # noqa: F811
+    params = parameters([p.to(device) for p in normal((40, 3), (7,))])
+    optimizer = TritonAdafactor(params)
+    run(optimizer, [[torch.ones_like(p) for p in params]])
+    before = [p.detach().clone() for p in params]
+    message = "take one step like the captured one before the capture"
+    with capture() as graph, pytest.raises(RuntimeError, match=message):
+        optimizer.apply_gradients([(torch.ones_like(p).bfloat16(), p) for p in params])
+    assert graph.launches == 0 and all(torch.equal(p.detach(), q) for p, q in zip(params, before))
