@@ -172,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"other programs keep {load:.1f} cores busy: times are too long and ratios less sure")
     run(contests, device, 0.0 if options.smoke else options.seconds, records, options.out)
     bandwidth = report.copy_bandwidth(records)
-    print(f"\ncopy: {(bandwidth or 0.0) / 1e9:.1f} GB/s, bytes read plus bytes written")
+    print(f"\nroofline: {(bandwidth or 0.0) / 1e9:.1f} GB/s, bytes read plus bytes written")
     run_here = {(contest.workload, contest.rule) for contest in contests}
     outcomes = [o for o in goals.judge(records, device.type) if (o.goal.workload, o.goal.rule) in run_here]
     if outcomes:

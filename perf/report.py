@@ -7,7 +7,16 @@ from pathlib import Path
 from perf import goals, results
 from perf.results import Record
 
-COLUMNS = ("provider", "ms per step", "quartiles", "times ours", "of copy", "launches", "state B/param", "temporary")
+COLUMNS = (
+    "provider",
+    "ms per step",
+    "quartiles",
+    "times ours",
+    "of roofline",
+    "launches",
+    "state B/param",
+    "temporary",
+)
 
 
 def comparisons(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
@@ -92,7 +101,7 @@ def text(records: Sequence[Record], markdown: bool = False) -> str:
     bandwidth = copy_bandwidth(records)
     parts = [results.machine(head)] if head else []
     if bandwidth:
-        parts.append(f"copy: {bandwidth / 1e9:.1f} GB/s, bytes read plus bytes written")
+        parts.append(f"roofline: {bandwidth / 1e9:.1f} GB/s, bytes read plus bytes written")
     for (_, rule), group in comparisons(records).items():
         r = group[0]
         parts.append(

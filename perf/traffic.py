@@ -114,7 +114,7 @@ def count(provider: Provider, workload: Workload, device: torch.device | None = 
         >>> from perf import providers, workloads
         >>> loop = next(p for p in providers.of("adamw") if p.name == "transformers 4.34 loop")
         >>> count(loop, workloads.get("smoke")).operations // workloads.get("smoke").tensors
-        7
+        8
     """
     device = device or torch.device("cpu")
     params = [workload.empty_like(shape, device).normal_(std=0.02).requires_grad_() for shape in workload.shapes]

@@ -1,5 +1,6 @@
 """The benchmarks measure what they say: no number for a wrong result, nothing dropped, goals judged rightly."""
 
+import doctest
 import json
 import os
 import subprocess
@@ -48,6 +49,14 @@ def loop(**changes):
         lr=providers.LR, betas=providers.BETAS, eps=providers.EPS, weight_decay=providers.DECAY, foreach=False
     )
     return lambda params: torch.optim.AdamW(params, **{**options, **changes})
+
+
+DOCUMENTED = [goals, measure, pictures, providers, report, results, roofline, traffic, workloads]
+
+
+@pytest.mark.parametrize("module", DOCUMENTED, ids=lambda module: module.__name__)
+def test_examples_in_docstrings(module):
+    assert doctest.testmod(module).failed == 0
 
 
 # Workloads.
@@ -509,7 +518,7 @@ def test_the_benchmark_writes_what_it_prints(tmp_path, capsys, monkeypatch):
     assert {"min", "p25", "median", "p75", "n"} <= steps[0]["step_ms"].keys()
     assert steps[0]["error"] <= steps[0]["error_allowed"]
     assert "missing: does not run on cpu (torch fused, captured)" in printed
-    assert "copy:" in printed
+    assert "roofline:" in printed
     pictures.steps([head, *records]).savefig(tmp_path / "bars.png")
     assert "| fusedopt |" in report.text([head, *records], markdown=True)
 
