@@ -1,5 +1,6 @@
 """Goals: what the benchmarks are to show, as ratios of providers that were measured side by side in one run."""
 
+import math
 import statistics
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -49,7 +50,7 @@ class Outcome(NamedTuple):
     Attributes:
         goal: the goal.
         value: the median over rounds of the ratio that the goal limits, None where it could not be measured.
-        low, high: quartiles of that ratio over the rounds.
+        low, high: between them lies the true median with a probability of 95 %, if rounds are independent.
         fastest: the ratio of the fastest steps of both.
         verdict: "met", "missed" or "not measured: why".
     """
@@ -142,18 +143,31 @@ def _ratio(goal: Goal, ours: Record, theirs: Record) -> Outcome:
     rounds = "rounds_device_ms" if goal.clock == "device" else "rounds_ms"
     key = f"{goal.clock}_ms"
     if goal.clock == "host":
-        ratios = [up[key][q] / down[key][q] for q in ("p25", "median", "p75")]
+        ratios = [up[key][q] / down[key][q] for q in ("p10", "p25", "median", "p75", "p90")]
     else:
         ratios = [a / b for a, b in zip(up[rounds], down[rounds]) if a and b]
     value = statistics.median(ratios)
-    low, high = (statistics.quantiles(ratios, n=4)[i] if len(ratios) > 1 else value for i in (0, 2))
+    low, high = interval(ratios)
     return Outcome(
         goal, value, low, high, up[key]["min"] / down[key]["min"], _verdict(goal, value, low, high, len(ratios))
     )
 
 
+def interval(values: list[float]) -> tuple[float, float]:
+    """Two of the values that enclose the median of what they were drawn from, with a probability of 95 %.
+
+    Example:
+        >>> interval([float(i) for i in range(100)])
+        (40.0, 59.0)
+    """
+    ordered = sorted(values)
+    reach = 0.98 * math.sqrt(len(ordered))
+    low = math.floor(len(ordered) / 2 - reach)
+    return ordered[max(0, low)], ordered[min(len(ordered) - 1, len(ordered) - 1 - low)]
+
+
 def _verdict(goal: Goal, value: float, low: float, high: float, rounds: int) -> str:
-    """Met or missed; unsure where half of the rounds do not say the same, or too few were there to say anything."""
+    """Met or missed; unsure where chance could have made it so, or where too few rounds were there to say anything."""
     met = value <= goal.limit if goal.kind == "time" else value >= goal.limit
-    unsure = rounds < 3 or low <= goal.limit <= high
+    unsure = rounds < 5 or low <= goal.limit <= high
     return ("met" if met else "missed") + ", unsure" * unsure

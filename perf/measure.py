@@ -22,10 +22,10 @@ from perf.providers import Provider, Step
 from perf.results import Record
 from perf.workloads import Workload
 
-ROUND_SECONDS = 0.12
+ROUND_SECONDS = 0.05
 """A provider's share of a round; at least `MIN_STEPS` steps, of which the first only warms up."""
 
-SLOW, RARELY = 2.0, 4
+SLOW, RARELY = 2.0, 6
 """Who takes more than so many times the fastest's time is in every so many-th round: close ratios need many rounds."""
 
 MIN_STEPS = 3

@@ -92,7 +92,7 @@ def goal_table(outcomes: Sequence[goals.Outcome], markdown: bool = False) -> str
             form = "{:.1%}" if o.goal.kind == "bandwidth" else "{:.3f}" if o.goal.kind == "time" else "{:.2f}"
             value, low, high, fastest = (form.format(x) for x in (o.value, o.low, o.high, o.fastest))
             rows.append((str(o.goal), value, f"{low} - {high}", fastest, o.verdict))
-    return grid(("goal", "measured", "quartiles", "by fastest", "verdict"), rows, markdown)
+    return grid(("goal", "measured", "95 % interval", "by fastest", "verdict"), rows, markdown)
 
 
 def text(records: Sequence[Record], markdown: bool = False) -> str:

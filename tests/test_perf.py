@@ -404,7 +404,8 @@ def goal(limit, kind="speedup", theirs="torch fused", clock="step"):
     return goals.Goal("cpu", "gpt_50m", "adamw", "fusedopt", theirs, limit, kind, clock)
 
 
-OURS, THEIRS = step_record("fusedopt", [10.0, 20.0, 30.0]), step_record("torch fused", [20.0, 40.0, 66.0])
+OURS = step_record("fusedopt", [10.0, 20.0, 30.0, 10.0, 20.0])
+THEIRS = step_record("torch fused", [20.0, 40.0, 66.0, 20.0, 44.0])
 
 
 @pytest.mark.parametrize(
@@ -460,11 +461,11 @@ def test_a_goal_of_bandwidth():
 
 
 def test_a_verdict_that_the_rounds_do_not_carry_is_unsure():
-    one = outcome(goal(1.9), step_record("fusedopt", [10.0]), step_record("torch fused", [20.0]))
-    assert one.verdict == "met, unsure"
-    mixed = outcome(
-        goal(2.0), step_record("fusedopt", [10.0] * 4), step_record("torch fused", [10.0, 19.0, 22.0, 40.0])
-    )
+    few = outcome(goal(1.9), step_record("fusedopt", [10.0] * 4), step_record("torch fused", [20.0] * 4))
+    assert few.verdict == "met, unsure"
+    spread = [19.0, 19.5, 21.0, 22.0, 23.0, 24.0]
+    mixed = outcome(goal(2.0), step_record("fusedopt", [10.0] * 6), step_record("torch fused", spread))
+    assert (mixed.low, mixed.high) == (1.9, 2.4)
     assert mixed.verdict == "met, unsure"
 
 
