@@ -263,18 +263,22 @@ def test_a_parameter_with_nan_moves_at_the_smallest_rate(path, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @every_path
-def test_the_mean_square_of_an_update_whose_squared_gradient_underflows(path, backend):
-    """Two blocks on the diagonal, one at 1e-23: its squares are 0 in float32, its updates are the largest."""
+@pytest.mark.parametrize(("large", "small"), [(1.0, 1e-23), (1e9, 3e-38)], ids=str)
+def test_the_mean_square_of_an_update_whose_squares_underflow(large, small, path, backend):
+    """Two blocks on the diagonal; the small one's updates are the largest, and their squares on the way there are 0.
+
+    In float32, those of a gradient of 1e-23 are, and those of 3e-38 even where its column factor, 1e15, comes first.
+    """
     g = torch.zeros(32, 32)
-    g[:16, :16], g[16:, 16:] = normal((16, 16))[0], 1e-23 * normal((16, 16), seed=1)[0]
+    g[:16, :16], g[16:, 16:] = large * normal((16, 16))[0], small * normal((16, 16), seed=1)[0]
     (w,) = normal((32, 32), seed=2)
     (ours,), _ = after(Adafactor, [w], [[g]], backend=backend)
     expected = by_the_rules(w.double().numpy(), g.double().numpy(), {}, 1)
     torch.testing.assert_close(ours.double(), torch.from_numpy(expected), rtol=1e-6, atol=1e-7)
     changed = (ours - w)[16:, 16:].double()
-    # Clipping has brought the whole update to RMS 1, and all of it is in this block.
+    # Clipping has brought the whole update to RMS 1, and nearly all of it is in this block.
     rate = 0.01 * w.double().square().mean().sqrt()
-    assert float((changed.square().sum() / g.numel()).sqrt() / rate) == pytest.approx(1.0, rel=1e-4)
+    assert float((changed.square().sum() / g.numel()).sqrt() / rate) == pytest.approx(1.0, rel=0.05)
 
 
 @every_path

@@ -3,6 +3,7 @@
 import math
 import operator
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,8 +11,12 @@ from torch import Tensor
 from fusedopt.batch import AdafactorHyper
 from fusedopt_kernels import rules
 
-TILE = 1 << 18
-"""Elements of a tile (1 MiB in float32), of which one row at least."""
+TILE = 1 << 20
+"""Elements of a tile (4 MiB in float32), of which one row at least.
+
+51.5 M parameters on one thread of an EPYC with 32 MiB of L3: 111 ms with tiles of 2^15, 80 with 2^16, 69 with 2^18, 62
+with 2^20, 84 with 2^22. Larger tiles also wait less often for another thread.
+"""
 
 
 class Scratch:
@@ -43,7 +48,7 @@ class _Tiles:
         _, rows, columns = self.shape
         self._matrices, self._rows = TILE // (rows * columns), max(1, TILE // columns)
         self._p, self._g = self.split(p), self.split(g)
-        self._scale, self._scratch = scale, scratch
+        self._scale, self._scratch, self._of_vector = scale, scratch, p.dim() < 2
         self.dtype = torch.promote_types(p.dtype, torch.float32)
         self.forward = range(len(self._p))
         self.backward = range(len(self._p) - 1, -1, -1)
@@ -72,10 +77,28 @@ class _Tiles:
         """Where the update of a tile is made."""
         return self._scratch.like(self._g[i], "update", self.dtype)
 
+    def norms(self, t: Tensor) -> Tensor:
+        """The norm of each row of a tile, of the whole tile for a vector."""
+        return torch.linalg.vector_norm(t, dim=None if self._of_vector else -1)
+
     def store(self, i: int, p: Tensor) -> None:
         """Rounds what `parameter` returned back into the parameter, unless it is the parameter itself."""
         if p.dtype != self._p[i].dtype:
             self._p[i].copy_(p)
+
+
+class _Update(NamedTuple):
+    """An update before clipping: that of tile i is `made(i) * rows[i]`.
+
+    Attributes:
+        made: makes it but for the row factors, in the room of the tile.
+        factors: the row factors of all tiles, flat, in their order.
+        rows: the row factors of each tile, in a shape that broadcasts; takes the flat ones.
+    """
+
+    made: Callable[[int], Tensor]
+    factors: Tensor
+    rows: Callable[[Tensor], list[Tensor]]
 
 
 def tiled_update(
@@ -84,44 +107,66 @@ def tiled_update(
     """One update of one parameter; more than two dimensions must be contiguous, in the state as well.
 
     Three passes, each in the opposite direction of the last, so that it begins with what is still in the cache: the
-    averages of g², the sums of squares of update and parameter, the new parameter. The update is made twice and never
-    stored. Its square is summed as (g·√c·√r)², where the bilinear form of g² with the factors would lose what g² alone
-    underflows; keeping the row factors out of the sum saved less than the noise of the measurement.
+    averages of g², the norms of update and parameter, the new parameter. The update is made twice and never stored.
     """
     tiles = _Tiles(p, g, scale, scratch)
     weight = rules.square_weight(step, hyper.decay_rate, math.exp, math.log)
     average = _factored if "exp_avg_sq_row" in state else _unfactored
     update = average(tiles, state, weight, hyper.square_floor)
 
-    of_update = of_parameter = 0.0
+    of_update, of_parameter = [], []
     for i in tiles.backward:
-        of_update += _sum_of_squares(update(i))
+        u = update.made(i)
+        of_update.append(tiles.norms(u))
         if hyper.scale_parameter:
-            of_parameter += _sum_of_squares(tiles.parameter(i))
+            of_parameter.append(tiles.norms(tiles.parameter(i)))
     if hyper.scale_parameter:
-        state["RMS"].fill_(math.sqrt(of_parameter / p.numel()))
+        state["RMS"].fill_(math.sqrt(_sum_of_squares(of_parameter) / p.numel()))
     rate = float(hyper.rate(step, state["RMS"].item()))
-    divisor = rules.clip_divisor(math.sqrt(of_update / p.numel()), hyper.clip_threshold, max)
-    step_size = (-rate if hyper.maximize else rate) / divisor
+    rms = math.sqrt(_mean_square(tiles, update, of_update, hyper.clip_threshold))
+    step_size = (-rate if hyper.maximize else rate) / rules.clip_divisor(rms, hyper.clip_threshold, max)
 
+    rows = update.rows(update.factors * step_size)
     averages = tiles.split(state["exp_avg"]) if hyper.beta1 is not None else None
     for i in tiles.forward:
-        change, size, wide_p = update(i), step_size, tiles.parameter(i)
-        room = change
-        if averages is not None and hyper.beta1 is not None:
-            change, size = averages[i].mul_(hyper.beta1).add_(change, alpha=(1.0 - hyper.beta1) * size), 1.0
-        if hyper.weight_decay != 0.0:
-            change, size = torch.mul(change, size, out=room).add_(wide_p, alpha=rate * hyper.weight_decay), 1.0
-        tiles.store(i, wide_p.sub_(change, alpha=size))
+        if i > 0:  # that of the first tile was made last
+            u = update.made(i)
+        wide_p = tiles.parameter(i)
+        if averages is None and hyper.weight_decay == 0.0:
+            wide_p.addcmul_(u, rows[i], value=-1.0)
+        else:
+            if averages is None or hyper.beta1 is None:
+                change = u.mul_(rows[i])
+            else:
+                change = averages[i].mul_(hyper.beta1).addcmul_(u, rows[i], value=1.0 - hyper.beta1)
+            wide_p.sub_(torch.add(change, wide_p, alpha=rate * hyper.weight_decay, out=u))
+        tiles.store(i, wide_p)
 
 
-def _sum_of_squares(t: Tensor) -> float:
-    norm = torch.linalg.vector_norm(t).item()
-    return norm * norm
+def _sum_of_squares(norms: list[Tensor], factors: Tensor | float = 1.0) -> float:
+    """Of everything whose norms these are, each multiplied by its factor; in float64, where products do not overflow."""
+    everything = torch.cat([t.flatten() for t in norms]).double()
+    return float(everything.mul_(factors).square_().sum())
 
 
-def _factored(tiles: _Tiles, state: dict[str, Tensor], weight: float, floor: float) -> Callable[[int], Tensor]:
-    """Averages the squares over rows and columns; returns what makes the unclipped update of a tile."""
+def _mean_square(tiles: _Tiles, update: _Update, norms: list[Tensor], threshold: float) -> float:
+    """The mean square of an update, given the norms without row factors: a bilinear form of g² with the factors.
+
+    What is below 1e-19 has no square in float32, and is lost however large its row factor is. Where that could show,
+    the rows are multiplied first, tile by tile.
+    """
+    n, floor = math.prod(tiles.shape), torch.finfo(tiles.dtype).tiny
+    mean_square = _sum_of_squares(norms[::-1], update.factors) / n
+    lost = floor * float(update.factors.double().square().mean())
+    if lost > 1e-6 * max(mean_square, threshold * threshold):
+        rows = update.rows(update.factors)
+        norms = [torch.linalg.vector_norm(update.made(i) * rows[i]) for i in tiles.backward]
+        mean_square = _sum_of_squares(norms) / n
+    return mean_square
+
+
+def _factored(tiles: _Tiles, state: dict[str, Tensor], weight: float, floor: float) -> _Update:
+    """Averages the squares over rows and columns; returns the update."""
     row, column = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
     of_rows, of_columns = [], []
     for i in tiles.forward:
@@ -134,26 +179,26 @@ def _factored(tiles: _Tiles, state: dict[str, Tensor], weight: float, floor: flo
     column_mean = torch.cat(of_columns).view(batch, -1, m).sum(1).view(column.shape) / n
     row.copy_(rules.running_average(row, row_mean + floor, weight))
     column.copy_(rules.running_average(column, column_mean + floor, weight))
-    of_row = rules.row_factor(row, row.mean(-1, keepdim=True), torch.sqrt, operator.truediv).view(batch, n, 1)
-    of_column = rules.column_factor(column, torch.sqrt, operator.truediv).view(batch, 1, m).expand(batch, n, m)
-    row_factors, column_factors = tiles.pieces(of_row), tiles.pieces(of_column)
+    of_row = rules.row_factor(row, row.mean(-1, keepdim=True), torch.sqrt, operator.truediv).flatten()
+    of_column = rules.column_factor(column, torch.sqrt, operator.truediv)
+    columns = tiles.pieces(of_column.view(batch, 1, m).expand(batch, n, m))
 
-    def update(i: int) -> Tensor:
-        return torch.mul(tiles.gradient(i), column_factors[i], out=tiles.room(i)).mul_(row_factors[i])
+    def made(i: int) -> Tensor:
+        return torch.mul(tiles.gradient(i), columns[i], out=tiles.room(i))
 
-    return update
+    return _Update(made, of_row, lambda factors: tiles.pieces(factors.view(batch, n, 1)))
 
 
-def _unfactored(tiles: _Tiles, state: dict[str, Tensor], weight: float, floor: float) -> Callable[[int], Tensor]:
-    """Averages the squares; returns what makes the unclipped update of a tile."""
+def _unfactored(tiles: _Tiles, state: dict[str, Tensor], weight: float, floor: float) -> _Update:
+    """Averages the squares; returns the update, whose only row factor is 1."""
     v = tiles.split(state["exp_avg_sq"])
     for i in tiles.forward:
         g = tiles.gradient(i)
         square = torch.mul(g, g, out=tiles.room(i)).add_(floor)
         v[i].mul_(1.0 - weight).add_(square, alpha=weight)
 
-    def update(i: int) -> Tensor:
+    def made(i: int) -> Tensor:
         room = tiles.room(i)
         return torch.div(tiles.gradient(i), torch.sqrt(v[i], out=room), out=room)
 
-    return update
+    return _Update(made, torch.ones(1, dtype=tiles.dtype), lambda factors: [factors] * len(v))
