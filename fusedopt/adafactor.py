@@ -110,6 +110,7 @@ class Adafactor(FusedOptimizer):
 
     rule = "adafactor"
     elementwise = False
+    state_options = ("beta1",)
     checks = {
         "eps": _eps,
         "clip_threshold": _clip_threshold,

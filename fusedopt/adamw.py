@@ -71,6 +71,7 @@ class AdamW(FusedOptimizer):
     """
 
     rule = "adamw"
+    state_options = ("amsgrad",)
     checks = {
         "lr": checks.learning_rate,
         "betas": checks.betas,

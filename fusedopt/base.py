@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fusedopt import backends, checkpoint, checks, outside_graphs
+from fusedopt import backends, checkpoint, checks, outside_graphs, sharding
 from fusedopt.backends.capture import capturing
 from fusedopt.batch import Batch, Control
 from fusedopt.guard import Guard
@@ -25,11 +25,19 @@ class FusedOptimizer(torch.optim.Optimizer):
     rule: ClassVar[str]
     """Which update the backends run."""
 
+    elementwise: ClassVar[bool] = True
+    """Whether an element's update depends on that element alone, so that shards can be updated by themselves."""
+
     checks: ClassVar[dict[str, checks.Check]]
     """One check per option of a param group."""
 
     _given: tuple[dict[Tensor, Tensor | None], Control] | None
     """Gradients that `apply_gradients` hands to `step`."""
+
+    state_options: ClassVar[tuple[str, ...]] = ()
+    """Options of a group that decide which tensors a state has."""
+
+    _state_options: list[dict[str, Any]] | None
 
     _homes: list[torch.device] | None
     """Where the parameters were at the last step, and with them their states."""
@@ -79,7 +87,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def skipped_steps(self) -> Tensor | None:
-        """How many steps `skip_nonfinite` has skipped: a 0-d tensor on the gradients' device; None before the first."""
+        """How many steps `skip_nonfinite` has skipped in this process: a 0-d tensor; None before the first step.
+
+        It is no part of a checkpoint, which holds what an update needs.
+        """
         return self.guard.skipped_steps
 
     def check_group(self, group: dict[str, Any]) -> None:
@@ -104,13 +115,19 @@ class FusedOptimizer(torch.optim.Optimizer):
             ValueError: an option is out of range or a parameter cannot be updated; the optimizer is as before.
         """
         refuse_unknown("a param group", {k: v for k, v in param_group.items() if k in _TORCH_BACKEND_OPTIONS})
+        for name in (*self.constructor_options, "max_grad_norm", "skip_nonfinite"):
+            if name in param_group:
+                raise TypeError(
+                    f"a param group got {name}={param_group[name]!r}, which goes for the whole optimizer: "
+                    f"pass it to {type(self).__name__}"
+                )
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
             self.check_group(group)
             for p in group["params"]:
                 checks.parameter(p)
-        except ValueError:
+        except Exception:
             self.param_groups.pop()
             raise
         self._forget()
@@ -144,7 +161,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         given, control = self._given or (None, Control())
         control = control._replace(
             grad_scale=getattr(self, "grad_scale", None), found_inf=getattr(self, "found_inf", None)
-        )
+        ).checked()
         if not self.state and checkpoint.torch_looks_at_state():
             self.init_state()
             return loss
@@ -198,6 +215,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _update(self, grads: list[list[Tensor | None]], control: Control) -> None:
         for group, row in zip(self.param_groups, grads):
             _check_gradients(group["params"], row)
+        sharded = self._check_shards(grads)
         there_are_any = any(g is not None for row in grads for g in row)
         if there_are_any:
             # Before they are prepared: clipping by value would make an infinite gradient a finite one.
@@ -210,16 +228,42 @@ class FusedOptimizer(torch.optim.Optimizer):
             checkpoint.follow_parameters(self)
             self._homes = homes
         devices = list(dict.fromkeys(homes))
+        if len({capturing(device) for device in devices if device.type == "cuda"}) > 1:
+            raise RuntimeError(
+                f"a CUDA graph is being captured on some of the devices {', '.join(map(str, devices))} alone: what is "
+                "updated on the others would not be replayed; use one optimizer per device"
+            )
         steppers = [self._stepper(device) for device in devices]
         self._init_states(grads)
-        batches = self.batches(grads)
+        self._complete_states()
+        whole = self.batches(grads)
+        batches = [sharding.local(batch) for batch in whole] if sharded else whole
         for device, stepper in zip(devices, steppers):
             stepper(batches if len(devices) == 1 else [batch.on(device) for batch in batches], control)
+        if sharded:  # The eager backend may have put counts into tensors of its own.
+            for batch, shards in zip(whole, batches):
+                for state, shard in zip(batch.states, shards.states):
+                    state.update({name: shard[name] for name in ("step",) if name in shard})
         # Neither torch's fused kernel nor ours tells autograd that it wrote to the parameters.
         updated = [
             p for group, row in zip(self.param_groups, grads) for p, g in zip(group["params"], row) if g is not None
         ]
         torch.autograd.graph.increment_version(updated)
+
+    def _check_shards(self, grads: list[list[Tensor | None]]) -> bool:
+        """Whether there are sharded parameters; raises where this optimizer cannot update them."""
+        if not any(sharding.any_sharded(group["params"]) for group in self.param_groups):
+            return False
+        option = self.needs_all_gradients()
+        if option or not self.elementwise:
+            what = option or f"{type(self).__name__}, whose sums run over whole tensors,"
+            raise RuntimeError(
+                f"{what} does not work with sharded parameters (DTensor, as fully_shard makes them): "
+                + ("use torch.nn.utils.clip_grad_norm_ instead" if option else "use AdamW, or replicate the parameters")
+            )
+        for group, row in zip(self.param_groups, grads):
+            sharding.check(group["params"], row)
+        return True
 
     def _guarded(self, grads: list[list[Tensor | None]], control: Control) -> Control:
         if not self.guard:
@@ -270,6 +314,23 @@ class FusedOptimizer(torch.optim.Optimizer):
             for (p, group), step in zip(entries, steps.unbind()):
                 self.state[p] = {"step": step, **self.new_state(p, group)}
 
+    def _complete_states(self) -> None:
+        """Adds what states lack since an option was switched on after they were made: amsgrad, beta1."""
+        options = [{k: v for k, v in group.items() if k in self.state_options} for group in self.param_groups]
+        if options == self._state_options:
+            return
+        self._state_options = options
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state.get(p)
+                if state:
+                    new = self.new_state(p, group)
+                    if new.keys() - state.keys() and capturing(p.device):
+                        raise RuntimeError(
+                            "an option that needs more state was set before a capture: take a step first"
+                        )
+                    state.update({name: value for name, value in new.items() if name not in state})
+
     def _forget(self) -> None:
         """Drops what was derived from groups and states: backends, where states are, and gradients in flight."""
         # But not what CUDA graphs that were captured go on reading.
@@ -277,6 +338,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._captured = getattr(self, "_captured", []) + [s for s in steppers if getattr(s, "captured", False)]
         self._steppers: dict[tuple[torch.device, str], Any] = {}
         self._homes = None
+        self._state_options = None
         self._given = None
 
     # Checkpoints and copies.

@@ -89,6 +89,17 @@ class Control(NamedTuple):
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
 
+    def checked(self) -> "Control":
+        """The same with 0-d tensors; raises ValueError for a tensor of more than one element."""
+        values = {}
+        for name, value in self._asdict().items():
+            if isinstance(value, Tensor):
+                if value.numel() != 1:
+                    raise ValueError(f"{name} as a tensor must hold one number, got shape {tuple(value.shape)}")
+                value = value.reshape(())
+            values[name] = value
+        return Control(**values)
+
     def skips(self) -> bool:
         """Whether the step changes nothing; waits for the device that knows it."""
         return self.found_inf is not None and bool(self.found_inf)

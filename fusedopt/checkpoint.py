@@ -25,6 +25,9 @@ class _Saved:
 
 def prepare(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Turns a checkpoint into one of this optimizer, or raises ValueError; a pre-hook of load_state_dict."""
+    for part, kind in (("state", dict), ("param_groups", list)):
+        if not isinstance(state_dict.get(part), kind):
+            raise ValueError(f"this is no optimizer's checkpoint: {part!r} is {type(state_dict.get(part)).__name__}")
     groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
     if len(groups) != len(saved_groups):
         raise ValueError(f"the checkpoint has {len(saved_groups)} param groups, this optimizer {len(groups)}")
@@ -39,7 +42,14 @@ def prepare(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         merged["params"] = saved["params"]
         if "param_names" in group:  # Those of the model that is here, which may have been renamed or wrapped.
             merged["param_names"] = group["param_names"]
-        optimizer.check_group(merged)
+        if saved.get("decoupled_weight_decay") is False and saved.get("weight_decay"):
+            raise ValueError(
+                f"the checkpoint is of an Adam with weight_decay={saved['weight_decay']!r} added to the gradients, "
+                "which is another update: set weight_decay to 0 in its groups to go on with decoupled decay"
+            )
+        lr = merged.get("lr")
+        # A schedule may have brought the rate below 0; what it was made with has been checked.
+        optimizer.check_group({**merged, "lr": abs(lr)} if isinstance(lr, (int, float)) else merged)
         loaded_groups.append(merged)
         for index, p in zip(saved["params"], group["params"]):
             if state_dict["state"].get(index):
@@ -67,7 +77,17 @@ def _fit(
             shape = getattr(saved[name], "shape", None)
             got = f"shape {tuple(shape)}" if shape is not None else repr(saved[name])
             raise ValueError(f"{who} has {name} of {got}, expected shape {tuple(like.shape)}")
+        if not saved[name].is_floating_point():
+            raise ValueError(f"{who} has {name} of dtype {saved[name].dtype}, expected a real floating dtype")
+    if not _is_count(saved["step"]):
+        raise ValueError(f"{who} has step={saved['step']!r}, expected a whole number >= 0")
     return {name: _Saved(value) for name, value in saved.items()}
+
+
+def _is_count(step: Any) -> bool:
+    if isinstance(step, Tensor):
+        step = step.item() if step.numel() == 1 else None
+    return isinstance(step, (int, float)) and step >= 0 and step == int(step)
 
 
 def lay_out(optimizer: "FusedOptimizer") -> None:
@@ -83,6 +103,12 @@ def lay_out(optimizer: "FusedOptimizer") -> None:
             for name, value in values.items():
                 like = p if value.shape == p.shape else value
                 state[name] = torch.empty_like(like, dtype=value.dtype, device=p.device).copy_(value)
+    if optimizer.shares_steps():
+        # Other conventions count the updates of each parameter; here all go on from the most.
+        counts = [state["step"] for state in optimizer.state.values() if state]
+        most = max((float(count) for count in counts), default=0.0)
+        for count in counts:
+            count.fill_(most)
 
 
 def follow_parameters(optimizer: "FusedOptimizer") -> None:

@@ -1,6 +1,7 @@
 """What a user may pass: one function per kind of value, each error naming the argument, its value and the way out."""
 
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ Check = Callable[[str, Any], None]
 
 def number(name: str, value: Any) -> float:
     """The value as a float; refuses what is not a number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):  # NumPy's scalars are
         raise ValueError(f"{name} must be a number, got {value!r}")
     return float(value)
 
@@ -27,12 +28,11 @@ def finite_non_negative(name: str, value: Any) -> None:
 
 
 def learning_rate(name: str, value: Any) -> None:
-    """A finite number >= 0, or a tensor of one real element (read on its device at every step)."""
+    """A finite number >= 0, or a floating tensor of one element (read on its device at every step)."""
     if isinstance(value, Tensor):
-        if value.numel() != 1 or value.is_complex():
-            raise ValueError(
-                f"{name} as a tensor must hold one real number, got shape {tuple(value.shape)}, {value.dtype}"
-            )
+        if value.numel() != 1 or not value.is_floating_point():
+            got = f"shape {tuple(value.shape)}, {value.dtype}"
+            raise ValueError(f"{name} as a tensor must hold one floating-point number, got {got}")
         value = value.item()
     finite_non_negative(name, value)
 

@@ -281,6 +281,8 @@ def train(settings: Settings, *, resume: bool = False) -> Outcome:
             another_total = checkpoint["settings"]["steps"] != settings.steps
             run.load_state_dict(checkpoint["runs"][run.name], replay_schedule=done if another_total else None)
     out.mkdir(parents=True, exist_ok=True)
+    if not resume:  # A checkpoint of an earlier run is none of this one, which may be interrupted before its first.
+        (out / CHECKPOINT).unlink(missing_ok=True)
     demo_checkpoint.write_atomically(out / METRICS, lambda file: file.writelines(map(_line, records)))
 
     with (

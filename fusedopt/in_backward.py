@@ -98,7 +98,8 @@ class StepInBackward:
                     self._handles.append(p.register_post_accumulate_grad_hook(self._update))
 
     def remove(self) -> None:
-        """Takes the hooks away: from now on `backward()` leaves gradients to `step()`."""
+        """Takes the hooks away: from now on `backward()` leaves gradients to `step()`. Closes a step that is open."""
+        self._close(self._optimizer, (), {})
         for handle in self._handles:
             handle.remove()
 

@@ -21,6 +21,7 @@ OPTIONS = [
     ("lr", "0.1"),
     ("lr", torch.tensor(-1.0)),
     ("lr", torch.ones(2)),
+    ("lr", torch.tensor(1)),
     ("eps", -1e-8),
     ("eps", INF),
     ("weight_decay", -0.1),  # a departure: the original accepts and ignores it
@@ -58,6 +59,12 @@ def test_option_out_of_range_in_a_group(name, value):
 def test_torchs_choices_of_implementation_point_to_backend(name):
     with pytest.raises(TypeError, match=rf"{name}=True.*backend="):
         AdamW([weight()], **{name: True})
+
+
+@pytest.mark.parametrize("name", ["convention", "backend", "max_grad_norm", "skip_nonfinite"])
+def test_options_of_the_whole_optimizer_in_a_group(name):
+    with pytest.raises(TypeError, match=rf"{name}='x', which goes for the whole optimizer"):
+        AdamW([{"params": [weight()], name: "x"}])
 
 
 def test_unknown_option():
@@ -167,7 +174,11 @@ def stepped(*shapes, **options):
 
 def broken_checkpoints():
     good = stepped((2, 3), (4,)).state_dict()
-    missing, unknown, negative = (copy.deepcopy(good) for _ in range(3))
+    missing, unknown, negative, count, counts, integers = (copy.deepcopy(good) for _ in range(6))
+    decaying = copy.deepcopy(good)
+    decaying["param_groups"][0].update(decoupled_weight_decay=False, weight_decay=0.5)
+    count["state"][0]["step"], counts["state"][0]["step"] = -1.0, torch.ones(2)
+    integers["state"][0]["exp_avg"] = torch.ones(2, 3, dtype=torch.int64)
     del missing["state"][0]["exp_avg_sq"]
     unknown["state"][1]["momentum_buffer"] = torch.ones(4)
     negative["param_groups"][0]["eps"] = -1.0
@@ -181,6 +192,11 @@ def broken_checkpoints():
             {"state": good["state"], "param_groups": [{**good["param_groups"][0], "amsgrad": True}]},
             "max_exp_avg_sq",
         ),
+        "no checkpoint": ({"model": {}}, "'state' is NoneType"),
+        "Adam that decays its gradients": (decaying, "added to the gradients"),
+        "no count": (count, "step=-1.0"),
+        "no counts": (counts, "step=tensor"),
+        "integer moments": (integers, "exp_avg of dtype torch.int64"),
         "option out of range": (negative, "eps must be"),
     }
 

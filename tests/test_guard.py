@@ -176,6 +176,28 @@ def test_copies_keep_the_options_and_the_counts():
     assert other.skipped_steps is not optimizer.skipped_steps
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [1e20, 1e-25])
+def test_the_norm_of_huge_and_tiny_gradients(backend, size):
+    """Their squares overflow float32, or vanish in it; they are finite all the same."""
+    p = torch.nn.Parameter(torch.ones(4))
+    optimizer = AdamW([p], backend=backend, skip_nonfinite=True, max_grad_norm=math.inf)
+    optimizer.apply_gradients([(torch.full((4,), size), p)])
+    assert optimizer.skipped_steps == 0
+    if size > 1 or backend == "triton":
+        assert optimizer.grad_norm.item() == pytest.approx(2 * size, rel=1e-6)
+
+
+def test_numbers_of_one_element_may_have_any_shape():
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = AdamW([p], max_grad_norm=1.0, skip_nonfinite=True)
+    optimizer.apply_gradients([(torch.ones(2), p)])
+    optimizer.apply_gradients([(torch.ones(2), p)], scale=torch.tensor([0.5]))
+    assert optimizer.grad_norm.shape == optimizer.skipped_steps.shape == ()
+    with pytest.raises(ValueError, match="scale as a tensor must hold one number"):
+        optimizer.apply_gradients([(torch.ones(2), p)], scale=torch.ones(2))
+
+
 def test_two_clippings_exclude_each_other():
     with pytest.raises(ValueError, match=r"global_clipnorm=1\.0 and max_grad_norm=2\.0"):
         AdamWeightDecay([torch.nn.Parameter(torch.ones(1))], global_clipnorm=1.0, max_grad_norm=2.0)

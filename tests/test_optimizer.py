@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -208,6 +209,40 @@ def test_loaded_moments_keep_their_dtype_and_take_the_parameters_layout():
     assert optimizer.state[p]["exp_avg"].stride() == p.stride()
     optimizer.step()
     assert optimizer.state[p]["exp_avg"].dtype == torch.float32
+
+
+def test_counts_of_another_convention_become_one_shared_count():
+    m = model()
+    theirs = AdamW(m.parameters(), convention="torch")
+    train(m, theirs, 2)
+    saved = theirs.state_dict()
+    saved["state"][0]["step"] = torch.tensor(7.0)
+    ours = AdamW(m.parameters(), convention="keras")
+    ours.load_state_dict(saved)
+    train(m, ours, 1)
+    assert all(s["step"] == 8 for s in ours.state.values())
+
+
+def test_a_rate_below_zero_comes_back():
+    """A polynomial schedule may end below 0."""
+    m = model()
+    optimizer = AdamW(m.parameters())
+    optimizer.param_groups[0]["lr"] = -0.5
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.param_groups[0]["lr"] == -0.5
+
+
+def test_amsgrad_switched_on_later_starts_from_zero():
+    m = model()
+    optimizer = AdamW(m.parameters())
+    train(m, optimizer, 1)
+    optimizer.param_groups[0]["amsgrad"] = True
+    train(m, optimizer, 1)
+    assert all((s["max_exp_avg_sq"] == s["exp_avg_sq"]).all() for s in optimizer.state.values())
+
+
+def test_numpy_numbers_are_numbers():
+    assert AdamW(model().parameters(), lr=np.float32(0.5), eps=np.float64(1e-6)).param_groups[0]["lr"] == 0.5
 
 
 def test_a_checkpoint_keeps_the_convention_of_the_constructor():

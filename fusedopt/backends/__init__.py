@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 
 import torch
 
@@ -19,12 +20,15 @@ def check(backend: str) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if backend == "triton" and not has_triton():
-        raise RuntimeError("backend='triton' needs triton, which is not installed: pip install 'fusedopt[triton]'")
+        raise RuntimeError(
+            "backend='triton' needs triton 3.4 or newer, which is not installed: pip install 'fusedopt[triton]'"
+        )
 
 
 def has_triton() -> bool:
-    """Whether triton can be imported."""
-    return importlib.util.find_spec("triton") is not None
+    """Whether triton is installed, in a version that the kernels run on (older ones than 3.4 have no knobs)."""
+    spec = importlib.util.find_spec("triton")
+    return spec is not None and bool(spec.origin) and Path(str(spec.origin)).with_name("knobs.py").exists()
 
 
 def interpreting() -> bool:

@@ -29,7 +29,12 @@ def sum_of_squares(chunks, rows, sums, G: tl.constexpr, COMPUTE: tl.constexpr, E
     offsets = piece * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < load_size(row + _NUMEL, EVEN)
     g = tl.load(load_pointer(row + _GRAD, G, EVEN) + offsets, mask=mask, other=0.0).to(COMPUTE)
-    tl.store(sums + tl.program_id(0).to(tl.int64), tl.sum(g * g, axis=0).to(tl.float64))
+    # Relative to the largest, whose square float32 may not hold. NaN and inf come through as NaN.
+    largest = tl.max(tl.abs(g), axis=0)
+    unit = tl.where(largest > 0.0, largest, 1.0)
+    g = g / unit
+    total = tl.sum(g * g, axis=0).to(tl.float64)
+    tl.store(sums + tl.program_id(0).to(tl.int64), total * unit.to(tl.float64) * unit.to(tl.float64))
 
 
 def squares(table: LaunchTable, keys: np.ndarray, numel: np.ndarray) -> Tensor:

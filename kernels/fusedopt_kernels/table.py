@@ -147,8 +147,18 @@ class LaunchTable:
 
 
 def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    """Where each tensor lies; 0 for None."""
-    return [0 if t is None else t.data_ptr() or _NOWHERE for t in tensors]
+    """Where each tensor lies; 0 for None.
+
+    Raises:
+        RuntimeError: a tensor has elements, but no memory of its own.
+    """
+    return [0 if t is None else t.data_ptr() or _nowhere(t) for t in tensors]
+
+
+def _nowhere(t: Tensor) -> int:
+    if t.numel():
+        raise RuntimeError(f"a {type(t).__name__} of shape {tuple(t.shape)} has no memory that a kernel could reach")
+    return _NOWHERE
 
 
 def dtype_codes(dtypes: Sequence[torch.dtype | None]) -> np.ndarray:
