@@ -144,7 +144,7 @@ def tiled_update(
 
 
 def _sum_of_squares(norms: list[Tensor], factors: Tensor | float = 1.0) -> float:
-    """Of everything whose norms these are, each multiplied by its factor; in float64, where products do not overflow."""
+    """Of everything whose norms these are, times its factor; in float64, where products do not overflow."""
     everything = torch.cat([t.flatten() for t in norms]).double()
     return float(everything.mul_(factors).square_().sum())
 
