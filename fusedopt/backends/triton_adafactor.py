@@ -28,6 +28,7 @@ class TritonAdafactor:
         self._rows = Rows(_like)
         self._tables = Tables(device)
         self._seen: list[Column] = [[]] * len(_STATES)
+        self._shapes: list[torch.Size] = []
         self._cut = _Cut()
 
     @property
@@ -88,8 +89,10 @@ class TritonAdafactor:
     def _state_columns(self, params: list[Tensor], states: list[dict[str, Tensor]]) -> list[Column]:
         """The states, by name. Those that were loaded in another dtype than that of the arithmetic are converted."""
         columns = _columns(states)
-        if not all(map(_same, columns, self._seen)):
+        shapes = [p.shape for p in params]
+        if shapes != self._shapes or not all(map(_same, columns, self._seen)):
             for p, state in zip(params, states):
+                _check_factors(p, state)
                 dtype = torch.promote_types(p.dtype, torch.float32)
                 for name in _STATES:
                     if name in state:
@@ -97,6 +100,7 @@ class TritonAdafactor:
                         # The averages of rows and columns are of no parameter's layout.
                         state[name] = like.contiguous() if name in ("exp_avg_sq_row", "exp_avg_sq_col") else like
             columns = self._seen = _columns(states)
+            self._shapes = shapes
         return columns
 
 
@@ -120,6 +124,23 @@ class _Cut:
 def _like(p: Tensor) -> Tensor:
     """p, if the kernels can walk over it as it lies; else something contiguous of its shape."""
     return p if shape_of(p) else torch.empty(p.shape, dtype=p.dtype, device=p.device)
+
+
+def _check_factors(p: Tensor, state: dict[str, Tensor]) -> None:
+    """Raises where what the kernels would write has another size or place than they take for granted."""
+    if not state:
+        return
+    expected = {"RMS": torch.Size(), "step": torch.Size()}
+    if p.dim() >= 2:
+        expected |= {"exp_avg_sq_row": p.shape[:-1], "exp_avg_sq_col": p.shape[:-2] + p.shape[-1:]}
+    for name, shape in expected.items():
+        t = state.get(name)
+        if t is None or t.shape != shape or t.device != p.device:
+            got = "missing" if t is None else f"of shape {tuple(t.shape)} on {t.device}"
+            raise RuntimeError(
+                f"the state {name} of a parameter of shape {tuple(p.shape)} on {p.device} is {got}, expected shape "
+                f"{tuple(shape)}: was the parameter given another size? Make a new optimizer for it"
+            )
 
 
 def _columns(states: list[dict[str, Tensor]]) -> list[Column]:
