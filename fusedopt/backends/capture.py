@@ -18,6 +18,14 @@ _CAPTURES = 16
 """How many captured steps in a row there is room for, at least: a table is some 100 kB per thousand parameters."""
 
 
+_reserves: dict[torch.device, Tensor] = {}
+"""Pinned memory for the captured steps to come, int64: one block per device, of which each capture takes a piece."""
+
+
+def _reserve(device: torch.device) -> Tensor:
+    return _reserves.get(device, torch.empty(0, dtype=torch.int64))
+
+
 def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Makes `device` the current one: addresses in a table hide from Triton where a kernel has to run."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
@@ -35,7 +43,6 @@ class Tables:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._eager = LaunchTable(device)
-        self._pinned = torch.empty(0, dtype=torch.int64)
         self._kept: list[object] = []
 
     @property
@@ -62,17 +69,18 @@ class Tables:
         self._eager.update(rows, hyper)
         # Twice the table, since a captured step may have to bring chunks of its own.
         size = 2 * _CAPTURES * (hyper.size + self._eager.rows.numel())
-        if 2 * len(self._pinned) < size:
-            self._pinned = torch.empty(size, dtype=torch.int64, pin_memory=self._device.type == "cuda")
+        if 2 * len(_reserve(self._device)) < size:
+            _reserves[self._device] = torch.empty(size, dtype=torch.int64, pin_memory=self._device.type == "cuda")
         return self._eager
 
     def _copy_at_every_replay(self, host: np.ndarray, device: torch.device) -> Tensor:
-        if host.size > len(self._pinned):
+        reserve = _reserve(self._device)
+        if host.size > len(reserve):
             raise RuntimeError(
                 "there is no pinned memory for another captured step, and none can be had during a capture: take one "
                 "step outside of a graph before this one is captured"
             )
-        staging, self._pinned = self._pinned[: host.size].view(host.shape), self._pinned[host.size :]
+        staging, _reserves[self._device] = reserve[: host.size].view(host.shape), reserve[host.size :]
         self._kept.append(staging)
         staging.numpy()[...] = host
         return torch.empty(host.shape, dtype=torch.int64, device=device).copy_(staging, non_blocking=True)
