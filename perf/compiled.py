@@ -1,6 +1,6 @@
 """What a step launches, compiled for GPUs that need not be here: registers, spills, widths of memory accesses.
 
-`python -m perf.compiled` prints it for AdamW. Works without any GPU, and without Triton's interpreter.
+`python -m perf.compiled` prints it for AdamW and Adafactor. Works without any GPU, and without Triton's interpreter.
 """
 
 import re
@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import KernelInterface
 
-from fusedopt import AdamW
+from fusedopt import Adafactor, AdamW
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -160,12 +160,12 @@ AMSGRAD = ("float32", "bfloat16")
 
 
 class Variant(NamedTuple):
-    """A kernel that AdamW launches.
+    """A kernel of a step.
 
     Attributes:
-        name: dtypes, alignment, amsgrad.
+        name: for AdamW dtypes, alignment, amsgrad; for Adafactor phase and dtypes.
         launch: of its code.
-        bytes: that it reads and that it writes, per element; 0 for the prologue.
+        bytes: that it reads and that it writes, per element; 0 for kernels that read no gradients.
     """
 
     name: str
@@ -199,11 +199,48 @@ def _adamw_step(dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], size: int,
     optimizer.apply_gradients([(torch.zeros(size, dtype=grad_dtype), p)])
 
 
+# Of a parameter and its gradient.
+ADAFACTOR_DTYPES = {
+    "float32": (torch.float32, torch.float32),
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "float64": (torch.float64, torch.float64),
+}
+ADAFACTOR_PHASES = ("prologue", "sums", "averages", "squares", "finish", "apply")
+"""In the order of their launches."""
+
+ADAFACTOR_SHAPES = ((64, 64), (256,), (63, 63), (255,), (8, 4, 3, 3))
+"""One of each kind; all of them share the launches."""
+
+
+def adafactor_variants(target: str) -> list[Variant]:
+    """All phases for `ADAFACTOR_DTYPES`, with an average of updates."""
+    variants: list[Variant] = []
+    for name, (dtype, grad_dtype) in ADAFACTOR_DTYPES.items():
+        p_size, g_size = dtype.itemsize, grad_dtype.itemsize
+        m_size = torch.promote_types(dtype, torch.float32).itemsize
+        sizes = {
+            "sums": (p_size + g_size, 0),
+            "squares": (g_size, 0),
+            "apply": (p_size + g_size + m_size, p_size + m_size),
+        }
+        params = [torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in ADAFACTOR_SHAPES]
+        optimizer = Adafactor(params, beta1=0.9, backend="triton")
+        with standing_in(target) as launches:
+            optimizer.apply_gradients((torch.zeros(p.shape, dtype=grad_dtype), p) for p in params)
+        known = {id(variant.launch.code) for variant in variants}
+        variants += [
+            Variant(f"{phase}, {name}", launch, sizes.get(phase, (0, 0)))
+            for phase, launch in zip(ADAFACTOR_PHASES, launches)
+            if id(launch.code) not in known
+        ]
+    return variants
+
+
 def _print_table() -> None:
     head = ("kernel", "registers", "spilled", "reads (bits x number)", "writes (bits x number)", "bytes per element")
     for target in TARGETS:
         print(f"\n{target}: {' | '.join(head)}")
-        for name, launch, (read, written) in adamw_variants(target):
+        for name, launch, (read, written) in (*adamw_variants(target), *adafactor_variants(target)):
             of = resources(launch.code)
             widths = [", ".join(f"{width}x{n}" for width, n in kinds.items()) for kinds in (of.reads, of.writes)]
             print(f"{name} | {of.registers} | {of.spilled} | {widths[0]} | {widths[1]} | {read + written}")

@@ -11,11 +11,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-def compiled(what):
-    """Output of compiled_steps.py. One test each, so that tests in parallel do not compile the same."""
+def compiled(what, script="compiled_steps.py"):
+    """Output of that script. One test each, so that tests in parallel do not compile the same."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *sys.path])}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, str(ROOT / "tests" / "compiled_steps.py"), what]
+    command = [sys.executable, str(ROOT / "tests" / script), what]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -66,5 +66,47 @@ def test_launches_per_step():
 
 def test_nothing_is_compiled_twice():
     changes = compiled("changes")
+    assert len(changes) == 11
+    assert not any(changes.values()), changes
+
+
+ADAFACTOR = "compiled_adafactor.py"
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_every_variant_of_adafactor(target):
+    variants = compiled(target, ADAFACTOR)
+    assert len(variants) == 13  # of three dtypes, where what reads no gradient serves several
+    for kernel in variants:
+        what = f"{kernel['name']} on {target}: {kernel}"
+        assert kernel["spilled"] == 0, what
+        assert kernel["fusion"] is False, what
+        assert not kernel["drops_nan"], what
+        assert kernel["shared"] <= 16384, what
+        if not kernel["per_element"]["reads"]:
+            continue
+        assert kernel["threads"] == 256, what
+        # 65,536 registers to a multiprocessor: three programs of 256 threads fit, or two of the one exception.
+        exception = kernel["name"] == "apply, bfloat16" and target == "sm_100"
+        assert kernel["registers"] <= (168 if "float64" in what else 88 if exception else 80), what
+        # Kernels for all alignments in one: as many wide accesses as an aligned tile takes, 8 elements to a thread.
+        for kind, size in kernel["per_element"].items():
+            wide = sum(int(width) * number for width, number in kernel[kind].items() if int(width) >= 128)
+            assert wide >= 8 * 8 * size, what
+
+
+def test_launches_of_adafactor_per_step():
+    six = ["prologue", "sums", "averages", "update", "finish", "update"]
+    nine = ["prologue", "sums", "sums", "averages", "update", "update", "finish", "update", "update"]
+    assert compiled("launches", ADAFACTOR) == {
+        "one matrix": [six, six],
+        "one of each kind": [six, six],
+        "1,000 of all kinds in 3 groups": [six, six],
+        "two dtypes": [nine, nine],
+    }
+
+
+def test_nothing_of_adafactor_is_compiled_twice():
+    changes = compiled("changes", ADAFACTOR)
     assert len(changes) == 11
     assert not any(changes.values()), changes

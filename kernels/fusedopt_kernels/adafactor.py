@@ -242,17 +242,16 @@ def adafactor(table: LaunchTable, keys: np.ndarray, plan: Plan) -> None:
     scalars = table.scratch("scalars", len(table.rows), cell.SCALARS_LENGTH.value, dtype=torch.float64)
     kept = table.scratch("squares", plan.squares, dtype=torch.float64)
     work = [table.scratch(f"work {d}", n, dtype=d) for d, n in zip((torch.float32, torch.float64), plan.work)]
-    options = {"num_warps": THREADS // warp_size(), "enable_fp_fusion": False}
 
+    options = {"num_warps": THREADS // warp_size(), "enable_fp_fusion": False}
     prologue[(len(table.rows) // ROWS_PER_PROGRAM,)](table.rows, table.hyper, scalars, enable_fp_fusion=False)
     for number in sorted(set(plan.batch.tolist())):
         for key, chunks in _of_batch(pieces, number):
             spec, wide = _spec(key)
             sums[(len(chunks),)](chunks, table.rows, scalars, work[wide], kept, spec, **options)
         for key, chunks in _of_batch(averaged, number):
-            averages[(len(chunks),)](
-                chunks, table.rows, scalars, work[key], (tl.float32, tl.float64)[key], ENTRIES, PARTIALS, **options
-            )
+            compute = tl.float64 if key else tl.float32
+            averages[(len(chunks),)](chunks, table.rows, scalars, work[key], compute, ENTRIES, PARTIALS, **options)
         for key, chunks in _of_batch(matrices, number):
             spec, wide = _spec(key)
             update[(len(chunks),)](chunks, table.rows, scalars, work[wide], kept, spec, False, **options)
