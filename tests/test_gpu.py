@@ -10,7 +10,7 @@ import torch
 from test_kernels_adamw import gradients, parameters
 from test_triton_adamw import RATES, run
 
-from fusedopt import AdamW
+from fusedopt import Adafactor, AdamW, get_cosine_schedule_with_warmup
 
 pytestmark = pytest.mark.gpu
 
@@ -29,14 +29,32 @@ def no_synchronisation():
         torch.cuda.set_sync_debug_mode(before)
 
 
-@pytest.fixture
-def two(device):
+def matrices(params):
+    """The same numbers of elements, three of them as matrices."""
+    shapes = [(7,), (3, 16), (41, 25), (32, 64)]
+    return [torch.nn.Parameter(p.detach().reshape(shape)) for p, shape in zip(params, shapes, strict=True)]
+
+
+MAKERS = {
+    "AdamW": lambda params, lr: (params, AdamW(params, lr=lr, backend="triton", **OPTIONS)),
+    "AdamW-guarded": lambda params, lr: (
+        params,
+        AdamW(params, lr=lr, backend="triton", max_grad_norm=0.5, skip_nonfinite=True, **OPTIONS),
+    ),
+    "Adafactor": lambda params, lr: (
+        params := matrices(params),
+        Adafactor(params, lr=lr, relative_step=False, beta1=0.9, weight_decay=0.1, backend="triton"),
+    ),
+}
+
+
+@pytest.fixture(params=MAKERS)
+def two(device, request):
     """Two equal optimizers with a step behind them: one to capture, one to take the same steps eagerly."""
     pairs = []
     for _ in range(2):
-        params = parameters(device, SIZES)
         lr = torch.tensor(0.1, device=device)
-        optimizer = AdamW(params, lr=lr, backend="triton", **OPTIONS)
+        params, optimizer = MAKERS[request.param](parameters(device, SIZES), lr)
         step(optimizer, params, gradients(params, 0))
         pairs.append((optimizer, params, lr))
     return pairs
@@ -126,6 +144,19 @@ def test_a_learning_rate_on_the_device_changes_between_replays(two):
         graph.replay()
         step(theirs, expected, grads)
         assert_equal(two)
+
+
+def test_fifty_replays_under_a_schedule_equal_fifty_steps(two):
+    (ours, params, _), (theirs, expected, _) = two
+    grads = gradients(params, 1)
+    graph = capture(ours, params, grads)
+    schedules = [get_cosine_schedule_with_warmup(optimizer, 5, 50) for optimizer, _, _ in two]
+    for _ in range(50):
+        graph.replay()
+        step(theirs, expected, grads)
+        for schedule in schedules:
+            schedule.step()
+    assert_equal(two)
 
 
 def test_a_whole_iteration_in_a_graph(device):
@@ -276,3 +307,19 @@ def test_a_gradient_on_another_device(device):
     with pytest.raises(RuntimeError, match=r"on cpu does not fit its parameter .* on cuda:0"):
         optimizer.apply_gradients([(torch.ones(16), p)])
     assert torch.equal(p, torch.ones_like(p))
+
+
+def test_a_scaler_clipping_and_skipping_wait_for_nothing(device):
+    params = parameters(device, SIZES)
+    optimizer = AdamW(params, backend="triton", max_grad_norm=0.5, skip_nonfinite=True)
+    scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
+    scaler.scale(torch.zeros((), device=device))
+    step(optimizer, params, gradients(params, 0))
+    bad = [g * 1024.0 for g in gradients(params, 1)]
+    bad[0][0] = float("inf")
+    before = [p.detach().clone() for p in params]
+    with no_synchronisation():
+        for p, g in zip(params, bad):
+            p.grad = g
+        scaler.step(optimizer)
+    assert optimizer.skipped_steps == 1 and all(torch.equal(p, q) for p, q in zip(params, before))
