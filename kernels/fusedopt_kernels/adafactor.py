@@ -39,6 +39,7 @@ from fusedopt_kernels.device import (
     my_piece,
     piece_of,
     sqrt_rn,
+    walk,
     warp_size,
 )
 from fusedopt_kernels.table import ROWS_PER_PROGRAM, LaunchTable, launch_class
@@ -147,11 +148,11 @@ def averages(chunks, rows, scalars, work, COMPUTE: tl.constexpr, ENTRIES: tl.con
     added = tl.load(scalar + cell.ADDED).to(COMPUTE)
 
     of_averages = tl.zeros([ENTRIES], COMPUTE)
-    for start in range(first, last, ENTRIES):
+    for start in walk(first, last, ENTRIES):
         entries = start + tl.arange(0, ENTRIES)
         mask = entries < last
         total = tl.zeros([PARTIALS, ENTRIES], COMPUTE)
-        for tile in range(0, tiles, PARTIALS):
+        for tile in walk(0, tiles, PARTIALS):
             tile_and_on = tile + tl.arange(0, PARTIALS)
             some = mask[None, :] & (tile_and_on < tiles)[:, None]
             total += tl.load(partial_sums + tile_and_on[:, None] * length + entries[None, :], mask=some, other=0.0)
@@ -165,7 +166,7 @@ def averages(chunks, rows, scalars, work, COMPUTE: tl.constexpr, ENTRIES: tl.con
 @device_function
 def _sum(at, count, BLOCK: tl.constexpr):
     total = tl.zeros([BLOCK], tl.float64)
-    for first in range(0, count, BLOCK):
+    for first in walk(0, count, BLOCK):
         offsets = first + tl.arange(0, BLOCK)
         total += tl.load(at + offsets, mask=offsets < count, other=0.0)
     return tl.sum(total)

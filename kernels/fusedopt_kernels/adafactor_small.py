@@ -21,7 +21,7 @@ from fusedopt_kernels.adafactor_tiles import (
     store_squares,
     store_updated,
 )
-from fusedopt_kernels.device import device_function, div_rn, load_pointer, sqrt_rn
+from fusedopt_kernels.device import device_function, div_rn, load_pointer, sqrt_rn, walk
 
 
 @device_function
@@ -62,7 +62,7 @@ def _strip(start, length, at, stride, mask, SPEC: tl.constexpr):
 def _averaged(scalar, gradient, at, length, stride, average_at, mask, SPEC: tl.constexpr):
     """Brings the averages of squares of some lines up to date."""
     squares = tl.full([SPEC.lines, SPEC.strip], 0.0, SPEC.compute)
-    for start in range(0, length, SPEC.strip):
+    for start in walk(0, length, SPEC.strip):
         offsets, inside = _strip(start, length, at, stride, mask, SPEC)
         g = scaled_gradient(gradient, offsets, inside, SPEC)
         squares += g * g
@@ -84,20 +84,20 @@ def small_sums(row, scalar, kept, piece, SPEC: tl.constexpr):
     p_squares = tl.full([SPEC.lines, SPEC.strip], 0.0, SPEC.compute)
 
     first, last = _share(row, piece, width)
-    for line in range(first, last, SPEC.lines):
+    for line in walk(first, last, SPEC.lines):
         start, outer, y, i, mask = _lines(line, last, height, inner, SPEC)
         at = (outer * height + y) * width * inner + i
         above = start * (height * width * inner)
         average_at = row_at + start * (inner * height) + (outer * inner + i) * height + y
         _averaged(scalar, (g_at + above, factor), at, width, inner, average_at, mask, SPEC)
-        for x in range(0, width, SPEC.strip):
+        for x in walk(0, width, SPEC.strip):
             offsets, inside = _strip(x, width, at, inner, mask & scaled, SPEC)
             p = tl.load(p_at + above + offsets, mask=inside, other=0.0).to(SPEC.compute)
             p_squares += p * p
     store_squares(row, kept, piece, None, tl.sum(p_squares))
 
     first, last = _share(row, piece, height)
-    for line in range(first, last, SPEC.lines):
+    for line in walk(first, last, SPEC.lines):
         start, outer, x, i, mask = _lines(line, last, width, inner, SPEC)
         at = (outer * height * width + x) * inner + i
         above = start * (height * width * inner)
@@ -109,7 +109,7 @@ def small_sums(row, scalar, kept, piece, SPEC: tl.constexpr):
 def _row_factors(row_at, matrix, y, mask, height, SPEC: tl.constexpr):
     """What row y of each matrix is multiplied by."""
     sums = tl.full([SPEC.lines, SPEC.strip], 0.0, SPEC.compute)
-    for start in range(0, height, SPEC.strip):
+    for start in walk(0, height, SPEC.strip):
         offsets, inside = _strip(start, height, matrix * height, 1, mask, SPEC)
         sums += tl.load(row_at + offsets, mask=inside, other=0.0)
     average = tl.load(row_at + matrix * height + y, mask=mask, other=1.0)
@@ -126,12 +126,12 @@ def small_update(row, scalar, kept, piece, SPEC: tl.constexpr, APPLY: tl.constex
     p_at, m_at, averages, scales = load_step(row, scalar, SPEC, False)
     u_squares = tl.full([SPEC.lines, SPEC.strip], 0.0, SPEC.compute)
     first, last = _share(row, piece, width)
-    for line in range(first, last, SPEC.lines):
+    for line in walk(first, last, SPEC.lines):
         start, outer, y, i, mask = _lines(line, last, height, inner, SPEC)
         above = start * (height * width * inner)
         matrix = outer * inner + i
         of_row = _row_factors(row_at + start * (inner * height), matrix, y, mask, height, SPEC)
-        for x in range(0, width, SPEC.strip):
+        for x in walk(0, width, SPEC.strip):
             cols, inside = _strip(x, width, matrix * width, 1, mask, SPEC)
             col = tl.load(col_at + start * (inner * width) + cols, mask=inside, other=1.0)
             at, _ = _strip(x, width, (outer * height + y) * width * inner + i, inner, mask, SPEC)

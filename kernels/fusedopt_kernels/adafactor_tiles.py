@@ -5,7 +5,7 @@ import triton.language as tl
 
 from fusedopt_kernels import adafactor_cells as cell
 from fusedopt_kernels import rules
-from fusedopt_kernels.device import device_function, div_rn, load_pointer, load_size, narrow, sqrt_rn
+from fusedopt_kernels.device import device_function, div_rn, load_pointer, load_size, narrow, sqrt_rn, walk
 
 running_average = device_function(rules.running_average)
 row_factor = device_function(rules.row_factor)
@@ -130,7 +130,7 @@ def matrix_sums(row, scalar, work, kept, piece, SPEC: tl.constexpr, EVEN: tl.con
     scaled = tl.load(scalar + cell.SCALED).to(tl.int32) != 0
     column_sums = tl.full([ROWS, SPEC.tile_width], 0.0, SPEC.compute)
     p_squares = tl.full([ROWS, SPEC.tile_width], 0.0, SPEC.compute)
-    for y in range(first, last, ROWS):
+    for y in walk(first, last, ROWS):
         ys, exists, at, mask = _some_rows(row, matrix, y, last, columns, inside, EVEN, ROWS)
         g = scaled_gradient(gradient, at, mask, SPEC)
         p = tl.load(p_at + at, mask=mask & scaled, other=0.0).to(SPEC.compute)
@@ -166,7 +166,7 @@ def matrix_update(row, scalar, work, kept, piece, SPEC: tl.constexpr, EVEN: tl.c
     step = load_step(row, scalar, SPEC, EVEN)
     row_at, row_mean, of_column = _factors(row, work, matrix, columns, inside, SPEC)
     u_squares = tl.full([ROWS, SPEC.tile_width], 0.0, SPEC.compute)
-    for y in range(first, last, ROWS):
+    for y in walk(first, last, ROWS):
         ys, exists, at, mask = _some_rows(row, matrix, y, last, columns, inside, EVEN, ROWS)
         g = scaled_gradient(gradient, at, mask, SPEC)
         of_row = row_factor(tl.load(row_at + ys, mask=exists, other=1.0), row_mean, sqrt_rn, div_rn)

@@ -34,6 +34,15 @@ def device_function(function: Callable[..., Any]) -> Callable[..., Any]:
     return function if _INTERPRETED else triton.jit(function)
 
 
+def _walk(first: Any, last: Any, step: Any) -> range:
+    numbers = (x.handle.data.item() if isinstance(x, tl.tensor) else x for x in (first, last, step))
+    return range(*map(int, numbers))
+
+
+walk = _walk if _INTERPRETED else tl.range
+"""`range` for a loop in a kernel. What the interpreter has for numbers are arrays, which newer numpy takes for none."""
+
+
 # Builtins of the language cannot be passed to a rule; functions can.
 
 
