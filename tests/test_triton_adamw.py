@@ -237,14 +237,13 @@ def test_parameters_that_share_memory_are_refused(device):
     assert (whole[:20] != 1.0).all() and (whole[20:] == 1.0).all()
 
 
-def test_an_option_that_the_states_do_not_know_changes_nothing(device):
+def test_an_option_that_needs_more_state_gets_it(device):
     p = torch.nn.Parameter(torch.ones(16, device=device))
     optimizer = AdamW([p], backend="triton")
     optimizer.init_state()
     optimizer.param_groups[0]["amsgrad"] = True
-    with pytest.raises(KeyError, match="max_exp_avg_sq"):
-        optimizer.apply_gradients([(torch.ones_like(p), p)])
-    assert torch.equal(p, torch.ones_like(p))
+    optimizer.apply_gradients([(torch.ones_like(p), p)])
+    assert torch.equal(optimizer.state[p]["max_exp_avg_sq"], optimizer.state[p]["exp_avg_sq"])
 
 
 def test_a_state_of_an_unsupported_dtype_is_refused(device):
