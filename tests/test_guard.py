@@ -188,6 +188,59 @@ def test_the_norm_of_huge_and_tiny_gradients(backend, size):
         assert optimizer.grad_norm.item() == pytest.approx(2 * size, rel=1e-6)
 
 
+def test_the_norm_of_a_large_gradient():
+    """Added up in float32 one after the other, as torch's is, it would be off by 1e-4."""
+    g = torch.randn(3_000_001, generator=torch.Generator().manual_seed(0)) + 1.0
+    p = torch.nn.Parameter(torch.zeros_like(g))
+    optimizer = AdamW([p], max_grad_norm=math.inf)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        grad = g.to(dtype)
+        optimizer.apply_gradients([(grad, p)])
+        assert optimizer.grad_norm.item() == pytest.approx(grad.double().norm().item(), rel=1e-7)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "a gap"])
+def test_every_element_of_a_large_gradient_counts_once(layout):
+    """Each 64 times as heavy as the rest, at the borders of what is read together."""
+    shape = {"channels_last": (4, 33, 128, 130), "transposed": (1100, 1999)}.get(layout, (2_199_000,))
+    g = torch.ones(shape)
+    if layout == "channels_last":
+        g = g.contiguous(memory_format=torch.channels_last)
+    elif layout == "transposed":
+        g = g.t()
+    elif layout == "a gap":
+        g = torch.ones(2, *shape).t()[:, 0]
+    p = torch.nn.Parameter(torch.zeros_like(g))
+    optimizer = AdamW([p], max_grad_norm=math.inf)
+    last = g.numel() - 1
+    for at in (0, 1023, 1024, 2**20 - 1, 2**20, 2**21, last - 1024, last):
+        grad = g.clone()
+        where = tuple(int(i) for i in torch.unravel_index(torch.tensor(at), g.shape))
+        grad[where] = 64.0
+        optimizer.apply_gradients([(grad, p)])
+        assert optimizer.grad_norm.item() ** 2 == pytest.approx(last + 64.0**2, rel=1e-9), at
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_a_clipped_step_of_tensors_larger_than_what_is_scaled_at_a_time(amsgrad):
+    """Large ones in pieces, small ones in lists; on the CPU."""
+    shapes = [(5,), (3, 700_001), (600_000,), (600_000,), (2, 3), (1 << 20,), (4, 7, 200, 201)]
+    ours, theirs = ([torch.nn.Parameter(torch.ones(s)) for s in shapes] for _ in range(2))
+    last = ours[-1].detach().contiguous(memory_format=torch.channels_last)
+    ours[-1], theirs[-1] = torch.nn.Parameter(last.clone()), torch.nn.Parameter(last.clone())
+    a = AdamW(ours, lr=0.1, weight_decay=0.1, amsgrad=amsgrad, max_grad_norm=1.0)
+    b = AdamW(theirs, lr=0.1, weight_decay=0.1, amsgrad=amsgrad)
+    for seed in range(2):
+        grads = gradients(ours, seed)
+        factor = 1.0 / (norm_of(grads).item() + 1e-6)
+        a.apply_gradients(zip(grads, ours))
+        b.apply_gradients([((g.double() * factor).float(), p) for g, p in zip(grads, theirs)])
+    for p, q in zip(ours, theirs):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+        for name, value in b.state[q].items():
+            torch.testing.assert_close(a.state[p][name], value, rtol=1e-6, atol=1e-6 * value.abs().max().item())
+
+
 def test_numbers_of_one_element_may_have_any_shape():
     p = torch.nn.Parameter(torch.ones(2))
     optimizer = AdamW([p], max_grad_norm=1.0, skip_nonfinite=True)

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedopt.backends.adafactor_tiles import TILE, Scratch, tiled_update
+from fusedopt.backends.adafactor_tiles import TILE, tiled_update
+from fusedopt.backends.scratch import Scratch
 from fusedopt.backends.steps import StepCounts
 from fusedopt.batch import AdafactorHyper, Batch, Control
 from fusedopt_kernels import rules
@@ -32,7 +33,7 @@ class EagerAdafactor:
     def __init__(self, device: torch.device) -> None:
         self._on_cpu = device.type == "cpu"
         self._counts = StepCounts()
-        self._scratch = Scratch()
+        self._scratch = Scratch(TILE)
 
     def __call__(self, batches: Sequence[Batch], control: Control) -> None:
         active = [[i for i, g in enumerate(batch.grads) if g is not None] for batch in batches]
