@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt import checks
+from fusedopt import checks, sharding
 from fusedopt.base import FusedOptimizer
 from fusedopt.batch import AdafactorHyper
 from fusedopt.guard import Guard
@@ -109,7 +109,6 @@ class Adafactor(FusedOptimizer):
     """
 
     rule = "adafactor"
-    elementwise = False
     state_options = ("beta1",)
     checks = {
         "eps": _eps,
@@ -190,13 +189,10 @@ class Adafactor(FusedOptimizer):
     def new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         dtype = torch.promote_types(p.dtype, torch.float32)
 
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=p.device)
-
-        state = {"RMS": zeros()}
+        state = {"RMS": torch.zeros((), dtype=dtype, device=p.device)}
         if p.dim() >= 2:
-            state["exp_avg_sq_row"] = zeros(*p.shape[:-1])
-            state["exp_avg_sq_col"] = zeros(*p.shape[:-2], p.shape[-1])
+            state["exp_avg_sq_row"] = sharding.zeros_without(p, p.dim() - 1, dtype)
+            state["exp_avg_sq_col"] = sharding.zeros_without(p, p.dim() - 2, dtype)
         else:
             state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype)
         if group["beta1"] is not None:

@@ -25,9 +25,6 @@ class FusedOptimizer(torch.optim.Optimizer):
     rule: ClassVar[str]
     """Which update the backends run."""
 
-    elementwise: ClassVar[bool] = True
-    """Whether an element's update depends on that element alone, so that shards can be updated by themselves."""
-
     checks: ClassVar[dict[str, checks.Check]]
     """One check per option of a param group."""
 
@@ -219,7 +216,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         there_are_any = any(g is not None for row in grads for g in row)
         if there_are_any:
             # Before they are prepared: clipping by value would make an infinite gradient a finite one.
-            control = self._guarded(grads, control)
+            control = self._guarded(grads, control, sharded)
         grads, control = self.prepare(grads, control)
         if not there_are_any:
             return
@@ -254,29 +251,26 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Whether there are sharded parameters; raises where this optimizer cannot update them."""
         if not any(sharding.any_sharded(group["params"]) for group in self.param_groups):
             return False
-        option = self.needs_all_gradients()
-        if option or not self.elementwise:
-            what = option or f"{type(self).__name__}, whose sums run over whole tensors,"
-            raise RuntimeError(
-                f"{what} does not work with sharded parameters (DTensor, as fully_shard makes them): "
-                + ("use torch.nn.utils.clip_grad_norm_ instead" if option else "use AdamW, or replicate the parameters")
-            )
         for group, row in zip(self.param_groups, grads):
             sharding.check(group["params"], row)
         return True
 
-    def _guarded(self, grads: list[list[Tensor | None]], control: Control) -> Control:
+    def _guarded(self, grads: list[list[Tensor | None]], control: Control, sharded: bool) -> Control:
         if not self.guard:
             return control
-        of_device: dict[torch.device, list[Tensor]] = {}
+        alike: dict[tuple[torch.device, sharding.Spread], list[Tensor]] = {}
         for row in grads:
             for g in row:
                 if g is not None:
-                    of_device.setdefault(g.device, []).append(g)
-        return self.guard([self._stepper(device, "squares")(g) for device, g in of_device.items()], control)
+                    over = sharding.spread(g) if sharded else ()
+                    alike.setdefault((g.device, over), []).append(sharding.shard(g) if sharded else g)
+        sums = [(self._stepper(device, "squares", over)(g), over) for (device, over), g in alike.items()]
+        if sharded:
+            sums = [(squares.sum(), over) for squares, over in sums]
+        return self.guard(sharding.add_up(sums), control)
 
-    def _stepper(self, device: torch.device, rule: str | None = None) -> Any:
-        key = device, rule or self.rule
+    def _stepper(self, device: torch.device, rule: str | None = None, over: sharding.Spread = ()) -> Any:
+        key = device, rule or self.rule, over
         stepper = self._steppers.get(key)
         if stepper is None:
             stepper = self._steppers[key] = backends.create(key[1], device, self.backend)
@@ -336,7 +330,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         # But not what CUDA graphs that were captured go on reading.
         steppers = getattr(self, "_steppers", {}).values()
         self._captured = getattr(self, "_captured", []) + [s for s in steppers if getattr(s, "captured", False)]
-        self._steppers: dict[tuple[torch.device, str], Any] = {}
+        self._steppers: dict[tuple[torch.device, str, sharding.Spread], Any] = {}
         self._homes = None
         self._state_options = None
         self._given = None

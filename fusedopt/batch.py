@@ -54,6 +54,25 @@ class AdafactorHyper(NamedTuple):
         return rules.scaled_rate(rate, rms, self.rms_floor, number_maximum) if self.scale_parameter else rate
 
 
+Spread = tuple[tuple[Any, int], ...]
+"""Where the shards of a tensor are: pairs of a device mesh and one of its dimensions; () for a whole tensor."""
+
+
+class Split(NamedTuple):
+    """How a parameter is split over processes, of which a step has one shard.
+
+    Attributes:
+        shape: of the whole parameter.
+        over_rows, over_columns: over what its last dimension but one, and its last one, are split; () for a vector.
+        over_all: over what all dimensions are split.
+    """
+
+    shape: torch.Size
+    over_rows: Spread
+    over_columns: Spread
+    over_all: Spread
+
+
 class Batch(NamedTuple):
     """Parameters that one step updates with the same hyper-parameters.
 
@@ -62,17 +81,19 @@ class Batch(NamedTuple):
         params: all parameters of the batch, those without gradient included, so that their place does not change.
         grads: one gradient per parameter, or None: that parameter and its state are left alone.
         states: one dict per parameter (names to tensors); empty for a parameter that never had a gradient.
+        splits: one per parameter, None for a whole one; None where all are whole. Tensors of a split one are shards.
     """
 
     hyper: Any
     params: list[Tensor]
     grads: list[Tensor | None]
     states: list[dict[str, Tensor]]
+    splits: list[Split | None] | None = None
 
     def on(self, device: torch.device) -> "Batch":
         """The part of this batch whose parameters live on `device`."""
-        rows = [row for row in zip(self.params, self.grads, self.states) if row[0].device == device]
-        return Batch(self.hyper, *(list(column) for column in zip(*rows))) if rows else Batch(self.hyper, [], [], [])
+        which = [i for i, p in enumerate(self.params) if p.device == device]
+        return Batch(self.hyper, *(column and [column[i] for i in which] for column in self[1:]))
 
 
 class Control(NamedTuple):

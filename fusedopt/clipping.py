@@ -1,10 +1,12 @@
 """Clipping of gradients by value, by tensor and by their common norm, without writing to them and without waiting."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fusedopt import sharding
 from fusedopt.checks import finite_non_negative
 
 Gradients = list[list[Tensor | None]]
@@ -57,6 +59,9 @@ class Clipping(NamedTuple):
         flat = [g for row in grads for g in row if g is not None]
         if not flat or all(bound is None for bound in self):
             return grads, scale
+        over: list[sharding.Spread] = [()] * len(flat)
+        if sharding.any_sharded(flat):
+            over, flat = [sharding.spread(g) for g in flat], [sharding.shard(g) for g in flat]
         homes = {g.device for g in flat}
         if isinstance(scale, Tensor):
             scale = scale.item() if scale.device.type == "cpu" else scale.reshape(())
@@ -66,10 +71,10 @@ class Clipping(NamedTuple):
         if self.clipvalue is not None:
             copied, scale = _clip_values(_wide(copied), scale, self.clipvalue), 1.0
         if self.clipnorm is not None:
-            factors = [_factor(norm, scale, self.clipnorm) for norm in _norms(copied)]
+            factors = [_factor(norm, scale, self.clipnorm) for norm in _norms(copied, over)]
             copied, scale = list(torch._foreach_mul(_wide(copied), factors)), 1.0
         if self.global_clipnorm is not None:
-            norms = _norms(copied)
+            norms = _norms(copied, over)
             together = torch.stack([norm.to(norms[0].device, non_blocking=True) for norm in norms])
             scale = _factor(torch.linalg.vector_norm(together), scale, self.global_clipnorm)
             if len(homes) > 1:
@@ -90,10 +95,14 @@ def _wide(grads: list[Tensor]) -> list[Tensor]:
     return [g.to(torch.promote_types(g.dtype, torch.float32)) for g in grads]
 
 
-def _norms(grads: list[Tensor]) -> list[Tensor]:
+def _norms(grads: list[Tensor], over: Sequence[sharding.Spread]) -> list[Tensor]:
     """Each tensor's norm, 0-d, at least in float32: g² of 16 bits would overflow, or vanish in the sum."""
     double = any(g.dtype == torch.float64 for g in grads)
-    return list(torch._foreach_norm(grads, 2, torch.float64 if double else torch.float32))
+    norms = list(torch._foreach_norm(grads, 2, torch.float64 if double else torch.float32))
+    if any(over):
+        squares = sharding.add_up([(norm.double().square(), spread) for norm, spread in zip(norms, over)])
+        norms = [square.sqrt().to(norm.dtype) for square, norm in zip(squares, norms)]
+    return norms
 
 
 def _clip_values(grads: list[Tensor], scale: float | Tensor, bound: float) -> list[Tensor]:

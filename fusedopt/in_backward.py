@@ -85,7 +85,7 @@ class StepInBackward:
         self._count: Tensor | None = None  # what shared step counts will be when the open step is closed
         self._place: dict[Tensor, tuple[int, int]] = {}
         # A stepper keeps tables for the parameters of its last step, so each parameter has its own.
-        self._steppers: dict[Tensor, dict[tuple[torch.device, str], Any]] = {}
+        self._steppers: dict[Tensor, dict[Any, Any]] = {}
         self._handles = [
             optimizer.register_step_pre_hook(self._open),
             optimizer.register_step_post_hook(self._close),

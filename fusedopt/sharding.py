@@ -1,12 +1,13 @@
-"""Sharded parameters (DTensor, as FSDP2 makes them): an element-wise update runs on the local shard."""
+"""Sharded parameters (DTensor, as FSDP2 makes them): updates run on local shards, sums are added up over the mesh."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from fusedopt.batch import Batch
+from fusedopt.batch import Batch, Split, Spread
 
 
 def is_sharded(t: Any) -> bool:
@@ -25,24 +26,110 @@ def check(params: list[Tensor], grads: list[Tensor | None]) -> None:
     for p, g in zip(params, grads):
         if g is None:
             continue
-        of_p, of_g = (getattr(t, "placements", None) for t in (p, g))
-        if of_p != of_g:
+        (of_p, mesh_p), (of_g, mesh_g) = ([getattr(t, a, None) for a in ("placements", "device_mesh")] for t in (p, g))
+        if of_p != of_g or mesh_p != mesh_g:
             raise RuntimeError(
-                f"a gradient with placements {of_g} does not fit its parameter with placements {of_p}: "
-                "redistribute the gradient first"
+                f"a gradient with placements {of_g} on {mesh_g} does not fit its parameter with placements {of_p} on "
+                f"{mesh_p}: redistribute the gradient first"
             )
 
 
 def local(batch: Batch) -> Batch:
     """The same batch with the local shards of what is sharded."""
+    splits = [_split(p) for p in batch.params]
     return Batch(
         batch.hyper,
-        [_local(p) for p in batch.params],
-        [None if g is None else _local(g) for g in batch.grads],
-        [{name: _local(t) for name, t in state.items()} for state in batch.states],
+        [shard(p) for p in batch.params],
+        [None if g is None else shard(g) for g in batch.grads],
+        [{name: shard(t) for name, t in state.items()} for state in batch.states],
+        splits if any(splits) else None,
     )
 
 
-def _local(t: Any) -> Tensor:
-    shard: Tensor = t.to_local() if is_sharded(t) else t
-    return shard
+def shard(t: Any) -> Tensor:
+    """What this process has of `t`; `t` itself if it is no DTensor."""
+    mine: Tensor = t.to_local() if is_sharded(t) else t
+    return mine
+
+
+def spread(t: Any, dimension: int | None = None) -> Spread:
+    """Over what the local sums of `t` have to be added up to be those of the whole tensor.
+
+    Args:
+        t: any tensor.
+        dimension: of `t`, not negative: for sums along this dimension alone; None for sums of everything.
+    """
+    if not is_sharded(t):
+        return ()
+    # Not is_shard(): the shards of shards that FSDP2 makes of tensor-parallel ones are of a class of their own.
+    where = [i for i, placement in enumerate(t.placements) if not placement.is_replicate()]
+    return tuple(
+        (t.device_mesh, i) for i in where if t.device_mesh.size(i) > 1 and dimension in (None, t.placements[i].dim)
+    )
+
+
+def _split(p: Any) -> Split | None:
+    over = spread(p)
+    if not over:
+        return None
+    rows, columns = (spread(p, p.dim() - 2), spread(p, p.dim() - 1)) if p.dim() >= 2 else ((), ())
+    return Split(p.shape, rows, columns, over)
+
+
+def add_up_in_place(t: Tensor, over: Spread) -> None:
+    """Puts the sum over all processes that have a share in the place of the local sums."""
+    for mesh, dimension in over if t.numel() else ():
+        torch.distributed.all_reduce(t, group=mesh.get_group(dimension))
+
+
+def zeros_without(p: Any, dimension: int, dtype: torch.dtype) -> Tensor:
+    """Zeros of the shape of `p` without one of its dimensions, sharded as what remains of `p` is.
+
+    Args:
+        p: a parameter, whole or sharded.
+        dimension: of `p`, not negative.
+        dtype: of the result.
+    """
+    mine = shard(p)
+    zeros = torch.zeros([n for d, n in enumerate(mine.shape) if d != dimension], dtype=dtype, device=mine.device)
+    if not is_sharded(p):
+        return zeros
+    whole = torch.empty([n for d, n in enumerate(p.shape) if d != dimension], device="meta")
+    placements = [_without(placement, dimension) for placement in p.placements]
+    made: Tensor = type(p).from_local(
+        zeros, p.device_mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
+    return made
+
+
+def _without(placement: Any, dimension: int) -> Any:
+    """The placement of a tensor that lost a dimension, over which it has been summed up."""
+    from torch.distributed.tensor import Replicate
+
+    if placement.is_replicate() or placement.dim == dimension:
+        return Replicate()
+    dim = placement.dim - (placement.dim > dimension)
+    split_factor = {"split_factor": placement.split_factor} if hasattr(placement, "split_factor") else {}
+    return type(placement)(dim, **split_factor)
+
+
+def add_up(parts: Sequence[tuple[Tensor, Spread]]) -> list[Tensor]:
+    """Sums over all processes that have a share, one collective operation for all that are alike and spread alike.
+
+    Args:
+        parts: local sums of any shape, and over what they are spread. All processes must give the same ones.
+
+    Returns:
+        The sums, the same bits in every process; parts that are not spread are returned as they are.
+    """
+    alike: dict[tuple[Spread, torch.dtype, torch.device], list[int]] = {}
+    for i, (t, over) in enumerate(parts):
+        if over:
+            alike.setdefault((over, t.dtype, t.device), []).append(i)
+    sums = [t for t, _ in parts]
+    for (over, _, _), which in alike.items():
+        flat = torch.cat([sums[i].reshape(-1) for i in which])
+        add_up_in_place(flat, over)
+        for i, t in zip(which, flat.split([sums[i].numel() for i in which])):
+            sums[i] = t.view(sums[i].shape)
+    return sums

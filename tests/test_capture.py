@@ -14,10 +14,14 @@ from fusedopt import AdamW
 from fusedopt.backends.capture import Tables
 from fusedopt.backends.numbers import DeviceNumbers
 from fusedopt.backends.triton_adamw import TritonAdamW
-from fusedopt_kernels import adafactor, adamw
+from fusedopt_kernels import adafactor, adafactor_averages, adamw
 
 CPU = torch.device("cpu")
-KERNELS = {adamw: ("prologue", "update"), adafactor: ("prologue", "sums", "averages", "update", "finish")}
+KERNELS = {
+    adamw: ("prologue", "update"),
+    adafactor: ("prologue", "sums", "update", "finish"),
+    adafactor_averages: ("averages",),
+}
 SIZES = (7, 48, 1025)
 OPTIONS = {"weight_decay": 0.1, "amsgrad": True, "backend": "triton"}
 

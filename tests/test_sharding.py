@@ -1,12 +1,59 @@
-"""Sharded parameters: an element-wise update of the local shards, and one sentence where that would be wrong."""
+"""Sharded parameters: whatever the layout, the numbers are those of whole ones."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import sharded_on_four_processes as four
 import torch
+from filelock import FileLock
 from loop_cases import Net, sharded, train, whole
 
-from fusedopt import Adafactor, AdamW, AdamWeightDecay
+from fusedopt import AdamW
 
+ROOT = Path(__file__).parent.parent
 BACKENDS = ["eager", "triton"]
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory):
+    """What each of four processes has at the end of each case; they run once for all workers of a test run."""
+    shared = tmp_path_factory.getbasetemp().parent if os.environ.get("PYTEST_XDIST_WORKER") else None
+    folder = (shared or tmp_path_factory.getbasetemp()) / "four_processes"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            run_on_four_processes(folder)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(four.WORLD)]
+
+
+def run_on_four_processes(folder):
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+    command = [sys.executable, four.__file__]
+    processes = [
+        subprocess.Popen([*command, str(rank), str(folder)], env=environment, stderr=subprocess.PIPE)
+        for rank in range(four.WORLD)
+    ]
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors.decode()
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@pytest.mark.parametrize("name, layout, backend", four.cases())
+def test_four_processes_have_the_numbers_of_one(results, name, layout, backend):
+    params = [torch.nn.Parameter(t) for t in four.tensors(0)]
+    expected = four.result(four.run(name, params, lambda g: g, "eager"), params)
+    for result in (each[name, layout, backend] for each in results):
+        assert result["skipped_steps"] == expected["skipped_steps"]
+        for key in ("params", "states", "grad_norm"):
+            torch.testing.assert_close(result[key], expected[key], rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -30,29 +77,6 @@ def test_scaled_gradients_of_shards():
         AdamW(params, lr=0.1).apply_gradients([(torch.ones_like(p), p) for p in params], scale=0.5)
         for p, q in zip(whole(model), before):
             torch.testing.assert_close(p, q - 0.1, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda params: AdamW(params, max_grad_norm=1.0), r"max_grad_norm=1\.0 does not work with sharded"),
-        (lambda params: AdamW(params, skip_nonfinite=True), "skip_nonfinite=True does not work with sharded"),
-        (
-            lambda params: AdamWeightDecay(params, global_clipnorm=1.0),
-            r"global_clipnorm=1\.0 does not work with sharded",
-        ),
-        (Adafactor, "Adafactor, whose sums run over whole tensors, does not work with sharded"),
-    ],
-    ids=["max_grad_norm", "skip_nonfinite", "global_clipnorm", "Adafactor"],
-)
-def test_what_needs_whole_tensors_is_refused_before_anything_changes(make, message):
-    with sharded(Net()) as model:
-        params = list(model.parameters())
-        optimizer = make(params)
-        before = [p.clone() for p in whole(model)]
-        with pytest.raises(RuntimeError, match=message):
-            optimizer.apply_gradients([(torch.ones_like(p), p) for p in params])
-        assert all(torch.equal(p, q) for p, q in zip(whole(model), before)) and not optimizer.state
 
 
 def test_a_gradient_that_is_not_sharded_like_its_parameter_is_refused():

@@ -1,7 +1,10 @@
 """Real trainers train a tiny model on the CPU and go on, bit for bit, from their own checkpoint."""
 
+import copy
 import importlib
 import importlib.metadata
+import itertools
+import math
 from pathlib import Path
 
 import pytest
@@ -264,6 +267,99 @@ def test_lightning_does_what_a_plain_loop_does(name, tmp_path):
     trainer.fit(module, torch.utils.data.DataLoader(batches(4), batch_size=None))
     assert same_weights(plain, module.net)
     assert same(optimizer.state_dict(), trainer.optimizers[0].state_dict())
+
+
+# AdamWeightDecay without Keras' clippings, which `max_grad_norm` excludes.
+CLIPPING_BY_ITSELF = ["AdamW", "AdamW-torch-amsgrad", "AdamWeightDecay-function", "Adafactor", "Adafactor-lr-beta1"]
+BOUND = 0.01
+
+
+def loss_of_batch(index, model, x):
+    """Infinite in the second batch; others differ in size, as Adam forgives a constant factor, one is not clipped."""
+    return loss_of(model, x).float() * [1.0, math.inf, 10.0, 1e-3, 3.0][index]
+
+
+def scaler_of_the_cpu():
+    return torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+
+
+def lightning_in_16_bits(folder, name, **options):
+    """A Trainer of Lightning and a module. `precision="16-mixed"` makes this plugin on a GPU; a CPU has to be asked."""
+    pl = pytest.importorskip("pytorch_lightning")
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = Net()
+            self.seen = []  # after each batch: weights, state, scale and norm
+
+        def training_step(self, x, index):
+            return loss_of_batch(index, self.net, x)
+
+        def configure_optimizers(self):
+            return OPTIMIZERS[name](self.net, max_grad_norm=BOUND)
+
+        def on_train_batch_end(self, *_):
+            optimizer, scaler = self.optimizers().optimizer, self.trainer.precision_plugin.scaler
+            now = self.net.state_dict(), optimizer.state_dict()["state"], scaler.get_scale(), optimizer.grad_norm
+            self.seen.append(copy.deepcopy(now))
+
+    trainer = pl.Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        plugins=[pl.plugins.MixedPrecision("16-mixed", "cpu", scaler=scaler_of_the_cpu())],
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    return trainer, Module()
+
+
+@pytest.mark.parametrize("name", CLIPPING_BY_ITSELF)
+def test_lightning_in_16_bits_does_what_a_plain_loop_does(name, tmp_path):
+    """Unscaled and clipped inside the step; an overflow in the second of five batches changes nothing but the scale."""
+    trainer, module = lightning_in_16_bits(tmp_path, name)
+    trainer.fit(module, torch.utils.data.DataLoader(batches(5), batch_size=None))
+
+    plain, outside = Net(), Net()
+    optimizer = OPTIMIZERS[name](plain, max_grad_norm=BOUND)
+    unclipped = OPTIMIZERS[name](outside)
+    expected_norms = []
+    for model, stepping in ((plain, optimizer), (outside, unclipped)):
+        scaler = scaler_of_the_cpu()
+        for index, x in enumerate(batches(5)):
+            with torch.autocast("cpu", torch.half):
+                loss = loss_of_batch(index, model, x)
+            scaler.scale(loss).backward()
+            if stepping is unclipped:
+                scaler.unscale_(stepping)
+                expected_norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), BOUND))
+            scaler.step(stepping)
+            scaler.update()
+            stepping.zero_grad()
+
+    weights, states, scales, norms = zip(*module.seen)
+    assert same_weights(plain, module.net)
+    assert same(optimizer.state_dict(), trainer.optimizers[0].state_dict())
+    for p, q in zip(module.net.parameters(), outside.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)  # 5e-8 apart; without clipping more than 5e-4
+    assert [same(*pair) for pair in itertools.pairwise(weights)] == [True, False, False, False]
+    assert [same(*pair) for pair in itertools.pairwise(states)] == [True, False, False, False]
+    assert scales == (1024.0, 512.0, 512.0, 1024.0, 1024.0)
+    assert [bool(norm > BOUND) for norm in norms] == [True, False, True, False, True]
+    torch.testing.assert_close(torch.stack(norms).float(), torch.stack(expected_norms), equal_nan=True)
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+@pytest.mark.parametrize("name", CLIPPING_BY_ITSELF)
+def test_lightning_in_16_bits_refuses_to_clip_for_optimizers_that_unscale_by_themselves(name, algorithm, tmp_path):
+    trainer, module = lightning_in_16_bits(tmp_path, name, gradient_clip_val=BOUND, gradient_clip_algorithm=algorithm)
+    with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
+        trainer.fit(module, torch.utils.data.DataLoader(batches(1), batch_size=None))
+    assert same_weights(module.net, Net())
 
 
 def test_a_rate_that_is_a_function_of_the_step_and_the_trainers_schedule_exclude_each_other(example, tmp_path):

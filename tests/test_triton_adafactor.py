@@ -11,12 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_adafactor import normal, parameters, run
-from test_capture import capture  # noqa: F401
+from test_capture import KERNELS, capture  # noqa: F401
 from test_kernels_adafactor import TINY, TritonAdafactor, after, set_constants, unchecked  # noqa: F401
 
 from fusedopt import Adafactor
-from fusedopt_kernels import adafactor as kernels
-from fusedopt_kernels import adafactor_plan
+from fusedopt_kernels import adafactor_plan, adamw
 from fusedopt_kernels.adafactor_cells import MATRIX, SMALL, VECTOR
 from fusedopt_kernels.table import dtype_codes, launch_keys
 from perf import workloads
@@ -41,8 +40,9 @@ def counted(monkeypatch):
             return self.kernel[grid]
 
     with monkeypatch.context() as patch:
-        for name in ("prologue", "sums", "averages", "update", "finish"):
-            patch.setattr(kernels, name, Counted(name, getattr(kernels, name)))
+        for module, kernel_names in KERNELS.items():
+            for name in kernel_names if module is not adamw else ():
+                patch.setattr(module, name, Counted(name, getattr(module, name)))
         yield names
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fusedopt.backends.adafactor_shards import number_maximum, shard_update, update_together
 from fusedopt.backends.adafactor_tiles import TILE, tiled_update
 from fusedopt.backends.scratch import Scratch
 from fusedopt.backends.steps import StepCounts
@@ -41,19 +42,25 @@ class EagerAdafactor:
             return
         scale = control.factor()
         steps = iter(self._counts.advance([batch.states[i] for batch, which in zip(batches, active) for i in which]))
+        shards = []
         for batch, which in zip(batches, active):
             alike: dict[tuple[float, torch.Size, torch.dtype], list[_Work]] = {}
+            splits = batch.splits or [None] * len(batch.params)
             for i, step in zip(which, steps):
                 p, g, state = batch.params[i], batch.grads[i], batch.states[i]
-                if p.numel() == 0 or g is None:
+                split = splits[i]
+                if g is None or (p.numel() == 0 and split is None):
                     continue
-                if self._on_cpu and p.numel() > SMALL and _matrices_follow_each_other(p, g, state):
+                if split is not None:
+                    shards.append(shard_update(batch.hyper, step, scale, p, g, state, split))
+                elif self._on_cpu and p.numel() > SMALL and _matrices_follow_each_other(p, g, state):
                     tiled_update(batch.hyper, step, scale, p, g, state, self._scratch)
                 else:
                     alike.setdefault((step, p.shape, p.dtype), []).append(_Work(p, g, state))
             for (step, _, _), works in alike.items():
                 for together in _together(works):
                     _update_by_rules(batch.hyper, step, scale, together)
+        update_together(shards)
 
 
 def _matrices_follow_each_other(p: Tensor, g: Tensor, state: dict[str, Tensor]) -> bool:
@@ -85,7 +92,7 @@ def _update_by_rules(hyper: AdafactorHyper, step: float, scale: float, works: li
     if hyper.scale_parameter:
         rms = _root_mean_square(p)
         _unstack(states, "RMS", rms.flatten())
-        rate = hyper.rate(step, rms, number_maximum=_number_maximum)
+        rate = hyper.rate(step, rms, number_maximum=number_maximum)
     divisor = rules.clip_divisor(_root_mean_square(update), hyper.clip_threshold, torch.clamp)
     update = update * ((-rate if hyper.maximize else rate) / divisor)
     if hyper.beta1 is not None:
@@ -125,7 +132,3 @@ def _root_mean_square(stacked: Tensor) -> Tensor:
     flat = stacked.flatten(1) if stacked.dim() > 1 else stacked.unsqueeze(1)
     rms = torch.linalg.vector_norm(flat, dim=1) / math.sqrt(flat.shape[1])
     return rms.view(-1, *[1] * (stacked.dim() - 1))
-
-
-def _number_maximum(floor: float, rms: Tensor) -> Tensor:
-    return torch.where(rms > floor, rms, floor)

@@ -1,6 +1,6 @@
 """Adafactor on the Triton backend: what is in its launch table at this step, and how its tensors are cut."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import is_
 
 import numpy as np
@@ -10,11 +10,12 @@ from torch import Tensor
 from fusedopt.backends.capture import Tables, on_device
 from fusedopt.backends.numbers import DeviceNumbers
 from fusedopt.backends.rows import Column, Rows
-from fusedopt.batch import AdafactorHyper, Batch, Control
+from fusedopt.batch import AdafactorHyper, Batch, Control, Split
+from fusedopt.sharding import add_up_in_place
 from fusedopt_kernels import adafactor as kernels
 from fusedopt_kernels import rules
 from fusedopt_kernels.adafactor_cells import VECTOR, Numbers
-from fusedopt_kernels.adafactor_plan import Plan, Shapes, plan_of, shape_of
+from fusedopt_kernels.adafactor_plan import Plan, Shapes, Splits, plan_of, shape_of, unsplit
 from fusedopt_kernels.table import addresses, are_even, float_bits
 
 _STATES = ("exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col", "RMS")
@@ -25,11 +26,12 @@ class TritonAdafactor:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._rows = Rows(_like)
+        self._rows = Rows(self._like)
+        self._split: set[int] = set()  # ids of the parameters of this step that are shards
         self._tables = Tables(device)
         self._seen: list[Column] = [[]] * len(_STATES)
         self._shapes: list[torch.Size] = []
-        self._cut = _Cut()
+        self._cut = _Cut(self._like)
 
     @property
     def captured(self) -> bool:
@@ -50,13 +52,15 @@ class TritonAdafactor:
             numbers = DeviceNumbers(self._device)
             hyper = _hyper(batches, control, numbers)
             table = self._tables.filled(rows, hyper, keep=lambda: [params, [dict(s) for s in states], numbers.kept])
-            kernels.adafactor(table, keys, plan)
+            kernels.adafactor(table, keys, plan, add_up_in_place)
             self._rows.copy_back()
 
     def _look(
         self, batches: Sequence[Batch], params: list[Tensor], states: list[dict[str, Tensor]]
     ) -> tuple[np.ndarray, np.ndarray, Plan]:
         """The rows of the table, their dtype classes, and how they are cut."""
+        splits = [s for batch in batches for s in batch.splits or [None] * len(batch.params)]
+        self._split = {id(p) for p, split in zip(params, splits) if split}
         exp_avg, exp_avg_sq, row, col, rms = self._state_columns(params, states)
         averages = [batch.hyper.beta1 is not None for batch in batches for _ in batch.params]
         self._rows.look(
@@ -66,7 +70,7 @@ class TritonAdafactor:
             exp_avg_sq,
         )
         keys = self._rows.dtype_classes(2)
-        shapes, plan = self._cut.of(params, keys)
+        shapes, plan = self._cut.of(params, keys, splits)
         walked, vector_at = self._rows.addresses[:, :3], self._rows.addresses[:, 3]
         is_vector = shapes.kind == VECTOR.value
         # Every row of a matrix begins at a multiple of 16 bytes if the first does and its length is a multiple of 16.
@@ -85,6 +89,11 @@ class TritonAdafactor:
             plan.columns,
         ]
         return np.column_stack(rows), keys, plan
+
+    def _like(self, p: Tensor) -> Tensor:
+        """p, if the kernels can walk over it as it lies; else something contiguous of its shape."""
+        walkable = p.is_contiguous() if id(p) in self._split else shape_of(p)
+        return p if walkable else torch.empty(p.shape, dtype=p.dtype, device=p.device)
 
     def _state_columns(self, params: list[Tensor], states: list[dict[str, Tensor]]) -> list[Column]:
         """The states, by name. Those that were loaded in another dtype than that of the arithmetic are converted."""
@@ -107,23 +116,34 @@ class TritonAdafactor:
 class _Cut:
     """The plan for the tensors seen last."""
 
-    def __init__(self) -> None:
+    def __init__(self, like: Callable[[Tensor], Tensor]) -> None:
+        self._like = like
         self._layouts: list[tuple[torch.Size, tuple[int, ...] | None]] = []
         self._keys = np.empty(0, np.int64)
+        self._splits: list[Split | None] = []
 
-    def of(self, params: list[Tensor], keys: np.ndarray) -> tuple[Shapes, Plan]:
+    def of(self, params: list[Tensor], keys: np.ndarray, splits: list[Split | None]) -> tuple[Shapes, Plan]:
         """What parameters look like, as the kernels see them, and how they are cut."""
         layouts = [(p.shape, None if p.is_contiguous() else p.stride()) for p in params]
-        if layouts != self._layouts or not np.array_equal(keys, self._keys):
-            self._layouts, self._keys = layouts, keys
-            self._shapes = Shapes(*np.array([shape_of(_like(p)) for p in params], np.int64).T)
-            self._plan = plan_of(self._shapes, keys)
+        if layouts != self._layouts or splits != self._splits or not np.array_equal(keys, self._keys):
+            self._layouts, self._keys, self._splits = layouts, keys, splits
+            shapes = [shape_of(self._like(p), small=split is None) for p, split in zip(params, splits)]
+            self._shapes = Shapes(*np.array(shapes, np.int64).T)
+            self._plan = plan_of(self._shapes, keys, _splits(self._shapes, splits))
         return self._shapes, self._plan
 
 
-def _like(p: Tensor) -> Tensor:
-    """p, if the kernels can walk over it as it lies; else something contiguous of its shape."""
-    return p if shape_of(p) else torch.empty(p.shape, dtype=p.dtype, device=p.device)
+def _splits(shapes: Shapes, splits: list[Split | None]) -> Splits:
+    """Of which whole tensors the shards are."""
+    arrays = Splits(*(np.copy(a) if isinstance(a, np.ndarray) else list(a) for a in unsplit(shapes)))
+    for i, split in enumerate(splits):
+        if split is not None:
+            arrays.is_split[i] = 1
+            arrays.numel[i] = split.shape.numel()
+            if len(split.shape) >= 2:
+                arrays.height[i], arrays.width[i] = split.shape[-2:]
+            arrays.over_rows[i], arrays.over_columns[i], arrays.over_all[i] = split[1:]
+    return arrays
 
 
 def _check_factors(p: Tensor, state: dict[str, Tensor]) -> None:

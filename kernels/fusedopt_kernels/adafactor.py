@@ -23,13 +23,14 @@ from torch import Tensor
 
 from fusedopt_kernels import adafactor_cells as cell
 from fusedopt_kernels import rules
-from fusedopt_kernels.adafactor_plan import ENTRIES, PARTIALS, SQUARES, Plan, Spec, spec_of
+from fusedopt_kernels.adafactor_averages import OPTIONS, launch_averages
+from fusedopt_kernels.adafactor_plan import SQUARES, Plan, Spec, spec_of
+from fusedopt_kernels.adafactor_shards import AddUp, Shards, sum_up
 from fusedopt_kernels.adafactor_small import small_sums, small_update
-from fusedopt_kernels.adafactor_tiles import matrix_sums, matrix_update, running_average, vector_apply, vector_sums
+from fusedopt_kernels.adafactor_tiles import matrix_sums, matrix_update, vector_apply, vector_sums
 from fusedopt_kernels.device import (
     TRITON_DTYPES,
     device_function,
-    div_rn,
     exp,
     load_behind,
     load_float64,
@@ -39,13 +40,8 @@ from fusedopt_kernels.device import (
     my_piece,
     piece_of,
     sqrt_rn,
-    walk,
-    warp_size,
 )
 from fusedopt_kernels.table import ROWS_PER_PROGRAM, LaunchTable, launch_class
-
-THREADS = 256
-"""Of the phases that read gradients and of `averages`."""
 
 _ROWS = tl.constexpr(ROWS_PER_PROGRAM)
 
@@ -120,59 +116,6 @@ def sums(chunks, rows, scalars, work, kept, SPEC: tl.constexpr):
 
 
 @triton.jit
-def averages(chunks, rows, scalars, work, COMPUTE: tl.constexpr, ENTRIES: tl.constexpr, PARTIALS: tl.constexpr):
-    """Brings some entries of a matrix's row or column up to date, from what `sums` left; of the rows, keeps the sum."""
-    index, piece = my_piece(chunks)
-    row = rows + index * cell.ROW_LENGTH
-    scalar = scalars + index * cell.SCALARS_LENGTH
-    if tl.load(scalar + cell.ACTIVE) == 0.0:
-        return
-    height, width = tl.load(row + cell.HEIGHT), tl.load(row + cell.WIDTH)
-    across, down, span = tl.load(row + cell.ACROSS), tl.load(row + cell.DOWN), tl.load(row + cell.SPAN)
-    shares = tl.load(row + cell.SHARES)
-    pieces = shares + (width + ENTRIES - 1) // ENTRIES
-    matrix = piece // pieces
-    part = piece % pieces
-
-    of_rows = part < shares
-    length = tl.where(of_rows, height, width)
-    tiles = tl.where(of_rows, across, down)
-    averaged = tl.where(of_rows, width, height).to(COMPUTE)
-    first = tl.where(of_rows, part * span, (part - shares) * ENTRIES)
-    last = tl.minimum(first + tl.where(of_rows, span, ENTRIES), length)
-    behind_rows = tl.where(of_rows, 0, tl.load(row + cell.MATRICES) * across * height)
-    partial_sums = work + tl.load(row + cell.SUMS) + behind_rows + matrix * tiles * length
-    address = tl.where(of_rows, tl.load(row + cell.ROW), tl.load(row + cell.COL))
-    average_at = address.to(tl.pointer_type(COMPUTE)) + matrix * length
-    weight = tl.load(scalar + cell.SQUARE_WEIGHT).to(COMPUTE)
-    added = tl.load(scalar + cell.ADDED).to(COMPUTE)
-
-    of_averages = tl.zeros([ENTRIES], COMPUTE)
-    for start in walk(first, last, ENTRIES):
-        entries = start + tl.arange(0, ENTRIES)
-        mask = entries < last
-        total = tl.zeros([PARTIALS, ENTRIES], COMPUTE)
-        for tile in walk(0, tiles, PARTIALS):
-            tile_and_on = tile + tl.arange(0, PARTIALS)
-            some = mask[None, :] & (tile_and_on < tiles)[:, None]
-            total += tl.load(partial_sums + tile_and_on[:, None] * length + entries[None, :], mask=some, other=0.0)
-        new = div_rn(tl.sum(total, axis=0), averaged) + added
-        average = running_average(tl.load(average_at + entries, mask=mask, other=0.0), new, weight)
-        tl.store(average_at + entries, average, mask=mask)
-        of_averages += tl.where(mask, average, 0.0)
-    tl.store(work + tl.load(row + cell.MEANS) + matrix * shares + part, tl.sum(of_averages), mask=of_rows)
-
-
-@device_function
-def _sum(at, count, BLOCK: tl.constexpr):
-    total = tl.zeros([BLOCK], tl.float64)
-    for first in walk(0, count, BLOCK):
-        offsets = first + tl.arange(0, BLOCK)
-        total += tl.load(at + offsets, mask=offsets < count, other=0.0)
-    return tl.sum(total)
-
-
-@triton.jit
 def finish(chunks, rows, hyper, scalars, kept, BLOCK: tl.constexpr):
     """The root mean squares of one tensor and of its update; from them, how far the update goes."""
     index, _ = my_piece(chunks)
@@ -181,13 +124,13 @@ def finish(chunks, rows, hyper, scalars, kept, BLOCK: tl.constexpr):
     scalar = scalars + index * cell.SCALARS_LENGTH
     if tl.load(scalar + cell.ACTIVE) == 0.0:
         return
-    numel = tl.load(row + cell.NUMEL).to(tl.float64)
-    pieces = tl.load(row + cell.PIECES)
-    at = kept + tl.load(row + cell.SQUARES)
-    update_rms = sqrt_rn(_sum(at, pieces, BLOCK) / numel)
+    numel = tl.load(row + cell.WHOLE_NUMEL).to(tl.float64)
+    pieces = tl.load(row + cell.SQUARE_TOTALS_COUNT)
+    at = kept + tl.load(row + cell.SQUARE_TOTALS)
+    update_rms = sqrt_rn(sum_up(at, pieces, BLOCK) / numel)
     rate = tl.load(scalar + cell.RATE)
     if tl.load(scalar + cell.SCALED) != 0.0:
-        rms = sqrt_rn(_sum(at + pieces, pieces, BLOCK) / numel)
+        rms = sqrt_rn(sum_up(at + pieces, pieces, BLOCK) / numel)
         rate = _scaled_rate(rate, rms, load_float64(h + cell.RMS_FLOOR), _number_maximum)
         at32 = tl.load(row + cell.RMS32)
         at64 = tl.load(row + cell.RMS64)
@@ -226,13 +169,14 @@ def update(chunks, rows, scalars, work, kept, SPEC: tl.constexpr, APPLY: tl.cons
             vector_apply(row, scalar, piece, SPEC, False)
 
 
-def adafactor(table: LaunchTable, keys: np.ndarray, plan: Plan) -> None:
+def adafactor(table: LaunchTable, keys: np.ndarray, plan: Plan, add_up: AddUp | None = None) -> None:
     """One step of all tensors of a table.
 
     Args:
         table: rows of `adafactor_cells.COLUMNS`; hyper rows of `Numbers`, as bits, and `REFERENCES`.
         keys: int64 [tensors], the dtype class of each row: `launch_keys` of parameter and gradient.
         plan: of the same tensors.
+        add_up: puts the sums over all processes that have a share in the place of local sums; for a plan with shards.
     """
     batch = plan.batch << _BATCH_SHIFT
     pieces = table.chunks("pieces", keys | batch, plan.pieces)
@@ -243,24 +187,25 @@ def adafactor(table: LaunchTable, keys: np.ndarray, plan: Plan) -> None:
     scalars = table.scratch("scalars", len(table.rows), cell.SCALARS_LENGTH.value, dtype=torch.float64)
     kept = table.scratch("squares", plan.squares, dtype=torch.float64)
     work = [table.scratch(f"work {d}", n, dtype=d) for d, n in zip((torch.float32, torch.float64), plan.work)]
+    shards = Shards(table, plan, scalars, work, kept, add_up)
 
-    options = {"num_warps": THREADS // warp_size(), "enable_fp_fusion": False}
     prologue[(len(table.rows) // ROWS_PER_PROGRAM,)](table.rows, table.hyper, scalars, enable_fp_fusion=False)
     for number in sorted(set(plan.batch.tolist())):
         for key, chunks in _of_batch(pieces, number):
             spec, wide = _spec(key)
-            sums[(len(chunks),)](chunks, table.rows, scalars, work[wide], kept, spec, **options)
+            sums[(len(chunks),)](chunks, table.rows, scalars, work[wide], kept, spec, **OPTIONS)
         for key, chunks in _of_batch(averaged, number):
-            compute = tl.float64 if key else tl.float32
-            averages[(len(chunks),)](chunks, table.rows, scalars, work[key], compute, ENTRIES, PARTIALS, **options)
+            launch_averages(chunks, table.rows, scalars, work[key], "tiles", "averages")
+        shards.averages()
         for key, chunks in _of_batch(matrices, number):
             spec, wide = _spec(key)
-            update[(len(chunks),)](chunks, table.rows, scalars, work[wide], kept, spec, False, **options)
+            update[(len(chunks),)](chunks, table.rows, scalars, work[wide], kept, spec, False, **OPTIONS)
+        shards.squares()
         for _, chunks in _of_batch(whole, number):
             finish[(len(chunks),)](chunks, table.rows, table.hyper, scalars, kept, SQUARES, enable_fp_fusion=False)
         for key, chunks in _of_batch(pieces, number):
             spec, wide = _spec(key)
-            update[(len(chunks),)](chunks, table.rows, scalars, work[wide], kept, spec, True, **options)
+            update[(len(chunks),)](chunks, table.rows, scalars, work[wide], kept, spec, True, **OPTIONS)
 
 
 _BATCH_SHIFT = 16

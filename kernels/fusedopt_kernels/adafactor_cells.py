@@ -8,15 +8,20 @@ COLUMNS = (
     *("param", "grad", "exp_avg", "row", "col", "step", "rms32", "rms64"),
     *("batch", "even", "kind", "numel", "matrices", "height", "width", "inner"),
     *("across", "down", "span", "shares", "pieces", "sums", "means", "squares"),
+    *("whole_numel", "whole_height", "whole_width", "row_totals", "column_totals"),
+    *("row_means", "row_means_count", "square_totals", "square_totals_count"),
 )
 """A row of the table: addresses (0: no such tensor; `row` and `col` are averages of squares, a vector's is `row`); row
 of `hyper`, whether rows of the tensor allow 128-bit accesses, its `Shapes`; tiles beside and above each other in a
 matrix, rows that a program averages, how many programs do, pieces; where in the workspace sums, sums of averages and
-sums of squares begin."""
+sums of squares begin. Then what differs for a shard: sizes of the whole tensor; where the totals of rows and columns
+begin; where the sums begin of which a mean of rows, or a mean square, is made, and how many they are."""
 
 PARAM, GRAD, EXP_AVG, ROW, COL, STEP, RMS32, RMS64 = map(tl.constexpr, range(8))
 BATCH, EVEN, KIND, NUMEL, MATRICES, HEIGHT, WIDTH, INNER = map(tl.constexpr, range(8, 16))
 ACROSS, DOWN, SPAN, SHARES, PIECES, SUMS, MEANS, SQUARES = map(tl.constexpr, range(16, 24))
+WHOLE_NUMEL, WHOLE_HEIGHT, WHOLE_WIDTH, ROW_TOTALS, COLUMN_TOTALS = map(tl.constexpr, range(24, 29))
+ROW_MEANS, ROW_MEANS_COUNT, SQUARE_TOTALS, SQUARE_TOTALS_COUNT = map(tl.constexpr, range(29, 33))
 ROW_LENGTH = tl.constexpr(len(COLUMNS))
 
 VECTOR, MATRIX, SMALL = map(tl.constexpr, range(3))

@@ -91,38 +91,89 @@ class Shapes(NamedTuple):
     inner: np.ndarray
 
 
+class Splits(NamedTuple):
+    """Of which whole tensors the ones at hand are shards: int64 [tensors] each, and a list each.
+
+    Attributes:
+        is_split: 1 for a shard, 0 for a whole tensor.
+        numel, height, width: of the whole tensor, as in `Shapes`.
+        over_rows, over_columns, over_all: what stands for the processes over which rows, columns and all elements are
+            split, to be given to `add_up`; anything that can be a key.
+    """
+
+    is_split: np.ndarray
+    numel: np.ndarray
+    height: np.ndarray
+    width: np.ndarray
+    over_rows: list[Any]
+    over_columns: list[Any]
+    over_all: list[Any]
+
+
+def unsplit(shapes: Shapes) -> Splits:
+    """The splits of whole tensors."""
+    none: list[Any] = [None] * len(shapes.numel)
+    return Splits(np.zeros_like(shapes.numel), shapes.numel, shapes.height, shapes.width, none, none, none)
+
+
+class Segment(NamedTuple):
+    """Sums in the workspace that are added up over the same processes.
+
+    Attributes:
+        wide: 1 where they are in the workspace of float64 arithmetic.
+        start, stop: where they are.
+        over: what stands for the processes.
+    """
+
+    wide: int
+    start: int
+    stop: int
+    over: Any
+
+
 class Plan(NamedTuple):
     """How tensors are cut, and where in the workspace their sums are.
 
     Attributes:
-        columns: int64 [tensors, 8], the last columns of the table.
+        columns: int64 [tensors, 17], the last columns of the table.
         pieces: int64 [tensors], programs that read gradients.
         matrix_pieces: int64 [tensors], the same without vectors.
-        averages: int64 [tensors], programs that bring rows and columns of matrices up to date.
+        averages: int64 [tensors], programs that bring rows and columns of whole matrices up to date.
+        shard_averages: int64 [tensors], the same of shards.
+        shard_matrices: int64 [tensors], how many matrices a shard has.
         whole: int64 [tensors], 1 but for tensors without elements.
         in_float64: int64 [tensors], 1 where arithmetic is in float64, 0 for float32.
         batch: int64 [tensors], which are updated together; see L2_BATCH_BYTES.
         work: elements of the workspace for sums that are float32, and for those that are float64.
         squares: float64 elements of the workspace, for what becomes root mean squares.
+        splits: which tensors are shards.
+        segments: by phase ("sums", "means", "squares"), what is added up over processes, in this order.
     """
 
     columns: np.ndarray
     pieces: np.ndarray
     matrix_pieces: np.ndarray
     averages: np.ndarray
+    shard_averages: np.ndarray
+    shard_matrices: np.ndarray
     whole: np.ndarray
     in_float64: np.ndarray
     batch: np.ndarray
     work: tuple[int, int]
     squares: int
+    splits: Splits
+    segments: dict[str, list[Segment]]
 
 
-def shape_of(t: Tensor) -> tuple[int, int, int, int, int, int] | None:
-    """A tensor's numbers in `Shapes`; None if it does not lie in memory as described there."""
+def shape_of(t: Tensor, small: bool = True) -> tuple[int, int, int, int, int, int] | None:
+    """A tensor's numbers in `Shapes`; None if it does not lie in memory as described there.
+
+    `small`: whether its matrices may be small ones, of which one program takes many.
+    """
     if t.dim() < 2:
         return (VECTOR.value, t.numel(), 1, 1, 1, 1) if t.is_contiguous() else None
     *lead, height, width = t.shape
-    kind = (SMALL if max(height, width) <= SMALL_SIDE else MATRIX).value
+    kind = (SMALL if small and max(height, width) <= SMALL_SIDE else MATRIX).value
     for outer in range(len(lead), -1, -1):
         inner = prod(lead[outer:])
         order = [*range(outer), len(lead), len(lead) + 1, *range(outer, len(lead))]
@@ -131,7 +182,7 @@ def shape_of(t: Tensor) -> tuple[int, int, int, int, int, int] | None:
     return None
 
 
-def plan_of(shapes: Shapes, keys: np.ndarray) -> Plan:
+def plan_of(shapes: Shapes, keys: np.ndarray, splits: Splits | None = None) -> Plan:
     """Cuts tensors into pieces, each in a way that depends on nothing but itself.
 
     A matrix of h rows and w columns needs h * ceil(w / tile width) + w * ceil(h / TILE_HEIGHT) numbers of its compute
@@ -141,13 +192,16 @@ def plan_of(shapes: Shapes, keys: np.ndarray) -> Plan:
     Args:
         shapes: of the tensors.
         keys: int64 [tensors], the `launch_keys` of their parameters and gradients.
+        splits: which of them are shards, and of what; default: none. Split matrices are no small ones.
     """
+    splits = splits or unsplit(shapes)
+    is_split = splits.is_split > 0
     dtypes = {key: launch_class(key, 2).dtypes for key in set(keys.tolist())}
     widths = {key: TILE_BYTES // grad.itemsize for key, (_, grad) in dtypes.items() if grad is not None}
     tile_width = np.array([widths[key] for key in keys.tolist()])
     in_float64 = np.array([dtypes[key][0] is torch.float64 for key in keys.tolist()])
     kind, numel, matrices, height, width, _ = shapes
-    is_matrix = (kind == MATRIX.value) & (numel > 0)
+    is_matrix = (kind == MATRIX.value) & ((numel > 0) | is_split)  # rows of an empty shard have averages too
     across = _ceil(width, tile_width)
     down = _ceil(height, TILE_HEIGHT)
     pieces = np.select(
@@ -162,17 +216,80 @@ def plan_of(shapes: Shapes, keys: np.ndarray) -> Plan:
     work = sums + np.where(is_matrix, matrices * shares, 0)
     work32, work64 = np.where(in_float64, 0, work), np.where(in_float64, work, 0)
     sums_at = np.where(in_float64, _starts(work64), _starts(work32))
+    squares_at = _starts(2 * pieces)
+    room = _Room([int(work32.sum()), int(work64.sum())])
+    wide = in_float64.astype(np.int64)
+    factored = np.flatnonzero(is_matrix & is_split)
+    of_lines = [(matrices * height, splits.over_columns), (matrices * width, splits.over_rows)]
+    totals = room.lay_out(factored, wide, of_lines)
+    means = room.lay_out(factored, wide, [(matrices, splits.over_rows)])
+    kept = _Room([int(2 * pieces.sum())])
+    squares = kept.lay_out(np.flatnonzero(is_split), 0 * wide, [(2 * splits.is_split, splits.over_all)])
+    averages = np.where(is_matrix, matrices * (shares + _ceil(width, ENTRIES)), 0)
+    shards = [
+        *(splits.numel, splits.height, splits.width, *totals.starts),
+        np.where(is_split, means.starts[0], sums_at + sums),
+        np.where(is_split, 1, shares),
+        np.where(is_split, squares.starts[0], squares_at),
+        np.where(is_split, 1, pieces),
+    ]
+    batched = L2_BATCH_BYTES and not is_split.any()
     return Plan(
-        columns=np.column_stack([across, down, span, shares, pieces, sums_at, sums_at + sums, _starts(2 * pieces)]),
+        columns=np.column_stack([across, down, span, shares, pieces, sums_at, sums_at + sums, squares_at, *shards]),
         pieces=pieces,
         matrix_pieces=np.where(kind == VECTOR.value, 0, pieces),
-        averages=np.where(is_matrix, matrices * (shares + _ceil(width, ENTRIES)), 0),
-        whole=np.minimum(numel, 1),
-        in_float64=in_float64.astype(np.int64),
-        batch=_starts(numel * TILE_BYTES // tile_width) // L2_BATCH_BYTES if L2_BATCH_BYTES else np.zeros_like(numel),
-        work=(int(work32.sum()), int(work64.sum())),
-        squares=int(2 * pieces.sum()),
+        averages=np.where(is_split, 0, averages),
+        shard_averages=np.where(is_split, averages, 0),
+        shard_matrices=np.where(is_matrix & is_split, matrices, 0),
+        whole=np.where(is_split, 1, np.minimum(numel, 1)),
+        in_float64=wide,
+        batch=_starts(numel * TILE_BYTES // tile_width) // L2_BATCH_BYTES if batched else np.zeros_like(numel),
+        work=(room.ends[0], room.ends[1]),
+        squares=kept.ends[0],
+        splits=splits,
+        segments={"sums": totals.segments, "means": means.segments, "squares": squares.segments},
     )
+
+
+class _LaidOut(NamedTuple):
+    """Where sums are that processes add up: for each list of lengths, int64 [tensors]; and the segments."""
+
+    starts: list[np.ndarray]
+    segments: list[Segment]
+
+
+class _Room:
+    """What is behind the rest in workspaces that end at these elements."""
+
+    def __init__(self, ends: list[int]) -> None:
+        self.ends = ends
+
+    def lay_out(
+        self, tensors: np.ndarray, wide: np.ndarray, lengths_over: list[tuple[np.ndarray, list[Any]]]
+    ) -> _LaidOut:
+        """Places sums, those over the same processes behind each other.
+
+        In the order in which the tensors name their processes, whatever the lengths, so that all processes do the same
+        in the same order.
+
+        Args:
+            tensors: int64, which tensors have any.
+            wide: int64 [tensors], which workspace.
+            lengths_over: lengths, int64 [tensors], and over which processes they are added up.
+        """
+        starts = [np.zeros_like(lengths) for lengths, _ in lengths_over]
+        alike: dict[tuple[int, Any], list[tuple[int, int]]] = {}
+        for number, (_, over) in enumerate(lengths_over):
+            for i in tensors.tolist():
+                alike.setdefault((int(wide[i]), over[i]), []).append((number, i))
+        segments = []
+        for (which, over), members in alike.items():
+            start = self.ends[which]
+            for number, i in members:
+                starts[number][i] = self.ends[which]
+                self.ends[which] += int(lengths_over[number][0][i])
+            segments.append(Segment(which, start, self.ends[which], over))
+        return _LaidOut(starts, segments)
 
 
 def _ceil(a: np.ndarray, b: int | np.ndarray) -> np.ndarray:

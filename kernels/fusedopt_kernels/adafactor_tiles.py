@@ -145,13 +145,17 @@ def matrix_sums(row, scalar, work, kept, piece, SPEC: tl.constexpr, EVEN: tl.con
 def _factors(row, work, matrix, columns, inside, SPEC: tl.constexpr):
     """For one matrix, what the rows' factors are made of, and the factors of some columns."""
     height = tl.load(row + cell.HEIGHT)
-    count = tl.load(row + cell.SHARES)
+    count = tl.load(row + cell.ROW_MEANS_COUNT)
     parts = tl.arange(0, SPEC.means)
-    sums = tl.load(work + tl.load(row + cell.MEANS) + matrix * count + parts, mask=parts < count, other=0.0)
+    sums = tl.load(work + tl.load(row + cell.ROW_MEANS) + matrix * count + parts, mask=parts < count, other=0.0)
     row_at = load_pointer(row + cell.ROW, SPEC.compute, False) + matrix * height
     col_at = load_pointer(row + cell.COL, SPEC.compute, False) + matrix * tl.load(row + cell.WIDTH)
     col = tl.load(col_at + columns, mask=inside, other=1.0)
-    return row_at, div_rn(tl.sum(sums), height.to(SPEC.compute)), column_factor(col, sqrt_rn, div_rn)
+    return (
+        row_at,
+        div_rn(tl.sum(sums), tl.load(row + cell.WHOLE_HEIGHT).to(SPEC.compute)),
+        column_factor(col, sqrt_rn, div_rn),
+    )
 
 
 @device_function
