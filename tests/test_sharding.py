@@ -1,5 +1,6 @@
 """Sharded parameters: whatever the layout, the numbers are those of whole ones."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -9,12 +10,12 @@ import pytest
 import sharded_on_four_processes as four
 import torch
 from filelock import FileLock
-from loop_cases import Net, sharded, train, whole
+from loop_cases import Net, same, sharded, train, whole
+from torch.distributed.checkpoint import state_dict as dcp
 
 from fusedopt import AdamW
 
 ROOT = Path(__file__).parent.parent
-BACKENDS = ["eager", "triton"]
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +57,23 @@ def test_four_processes_have_the_numbers_of_one(results, name, layout, backend):
             torch.testing.assert_close(result[key], expected[key], rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("how, name", four.model_cases())
+def test_a_sharded_model_trains_saves_and_resumes(results, how, name):
+    """The checkpoint has whole tensors, and is that of the unsharded run."""
+    model = Net()
+    optimizer = four.MODEL_OPTIMIZERS[name](model)
+    train(model, optimizer, 2)
+    saved = copy.deepcopy(dcp.get_optimizer_state_dict(model, optimizer)["state"])
+    train(model, optimizer, 2, seed=2)
+    assert ("_StridedShard" in results[0][how, name]["placements"]) == (how != "fully_shard")
+    for rank, result in enumerate(each[how, name] for each in results):
+        if rank == 0:  # where torch gathers it
+            torch.testing.assert_close(result["saved"]["optimizer"]["state"], saved, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(result["params"], [p.detach() for p in model.parameters()], rtol=1e-4, atol=1e-5)
+        assert same(result["resumed"], result["params"])
+
+
+@pytest.mark.parametrize("backend", four.BACKENDS)
 @pytest.mark.parametrize("convention", ["transformers", "keras"])
 def test_a_sharded_model_trains_like_a_whole_one(backend, convention):
     plain = Net()
