@@ -196,7 +196,7 @@ class GradientAccumulator:
         for number, (position, g) in enumerate(zip(positions, grads)):
             if g is not None:
                 _check_gradient(number, g, position.memory)
-                work.setdefault(g.device, []).append((position, g))
+                work.setdefault(g.device, []).append((position, g.resolve_neg()))
         for device, entries in work.items():
             adder = self._adder(device)
             previous = [position.memory if position.filled else None for position, _ in entries]

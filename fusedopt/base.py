@@ -42,6 +42,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     constructor_options: ClassVar[tuple[str, ...]] = ("backend", "guard")
     """Attributes that belong to the optimizer, not to a group or a checkpoint; copies and pickles carry them."""
 
+    whole_options: ClassVar[tuple[str, ...]] = ("max_grad_norm", "skip_nonfinite")
+    """Options of the constructor, beside those, that go for the whole optimizer: a group may not have its own."""
+
     _step_supports_amp_scaling = True
     """A GradScaler hands its scale to `step` as the attributes `grad_scale` and `found_inf`."""
 
@@ -112,7 +115,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             ValueError: an option is out of range or a parameter cannot be updated; the optimizer is as before.
         """
         refuse_unknown("a param group", {k: v for k, v in param_group.items() if k in _TORCH_BACKEND_OPTIONS})
-        for name in (*self.constructor_options, "max_grad_norm", "skip_nonfinite"):
+        for name in (*self.constructor_options, *self.whole_options):
             if name in param_group:
                 raise TypeError(
                     f"a param group got {name}={param_group[name]!r}, which goes for the whole optimizer: "
@@ -155,19 +158,31 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        try:
+            self._step()
+        except Exception:
+            self.forget_scaler()
+            raise
+        return loss
+
+    def forget_scaler(self) -> None:
+        """Drops what a GradScaler put here; it does so itself, but not after a step that raised."""
+        for name in ("grad_scale", "found_inf"):
+            self.__dict__.pop(name, None)
+
+    def _step(self) -> None:
         given, control = self._given or (None, Control())
         control = control._replace(
             grad_scale=getattr(self, "grad_scale", None), found_inf=getattr(self, "found_inf", None)
         ).checked()
         if not self.state and checkpoint.torch_looks_at_state():
             self.init_state()
-            return loss
+            return
         if given is None:
             grads = [[p.grad for p in group["params"]] for group in self.param_groups]
         else:
             grads = [[given.get(p) for p in group["params"]] for group in self.param_groups]
         self._update(grads, control)
-        return loss
 
     def apply_gradients(
         self, grads_and_params: Iterable[tuple[Tensor | None, Tensor]], scale: float | Tensor = 1.0
@@ -184,7 +199,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 is read on its device.
 
         Raises:
-            ValueError: a tensor is not a parameter of this optimizer, or comes twice.
+            ValueError: a tensor is not a parameter of this optimizer, or comes twice; the scale is no finite number.
             RuntimeError: a gradient is sparse or does not fit its parameter; nothing was changed.
 
         Example:
@@ -210,6 +225,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._given = None
 
     def _update(self, grads: list[list[Tensor | None]], control: Control) -> None:
+        if any(g is not None and g.is_neg() for row in grads for g in row):
+            # Autograd of complex numbers makes them: in memory they have the other sign.
+            grads = [[g if g is None else g.resolve_neg() for g in row] for row in grads]
         for group, row in zip(self.param_groups, grads):
             _check_gradients(group["params"], row)
         sharded = self._check_shards(grads)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fusedopt import checks
 from fusedopt_kernels import rules
 from fusedopt_kernels.rules import Convention
 
@@ -111,12 +112,19 @@ class Control(NamedTuple):
     found_inf: Tensor | None = None
 
     def checked(self) -> "Control":
-        """The same with 0-d tensors; raises ValueError for a tensor of more than one element."""
+        """The same with 0-d tensors.
+
+        Raises:
+            ValueError: a tensor of more than one element, or a scale that is no finite real number.
+        """
+        if not isinstance(self.scale, Tensor) and not math.isfinite(checks.number("scale", self.scale)):
+            raise ValueError(f"scale must be finite, got {self.scale!r}: skip the step instead")
         values = {}
         for name, value in self._asdict().items():
             if isinstance(value, Tensor):
-                if value.numel() != 1:
-                    raise ValueError(f"{name} as a tensor must hold one number, got shape {tuple(value.shape)}")
+                if value.numel() != 1 or value.is_complex():
+                    got = f"shape {tuple(value.shape)}, {value.dtype}"
+                    raise ValueError(f"{name} as a tensor must hold one real number, got {got}")
                 value = value.reshape(())
             values[name] = value
         return Control(**values)

@@ -1,5 +1,7 @@
 """Guard: what a step learns of all gradients together before it updates anything: their norm, and whether to skip."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -51,7 +53,7 @@ class Guard:
         self.grad_norm = norm
         if self.skip_nonfinite:
             control = control._replace(found_inf=self._skips(norm, control.found_inf))
-        if self.max_grad_norm is not None:
+        if self.max_grad_norm is not None and self.max_grad_norm < math.inf:
             factor = rules.clip_factor(norm, self.max_grad_norm, torch.clamp_max)
             scale = control.scale.to(home, non_blocking=True) if isinstance(control.scale, Tensor) else control.scale
             control = control._replace(scale=factor * scale)

@@ -135,6 +135,7 @@ class StepInBackward:
     def _open(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         for attribute in ("grad_scale", "found_inf"):
             if getattr(optimizer, attribute, None) is not None:
+                self._optimizer.forget_scaler()
                 raise RuntimeError(
                     "a GradScaler cannot unscale gradients that a step in backward has used already: train in bfloat16 "
                     "without a scaler, or remove() the handle of register_step_in_backward"

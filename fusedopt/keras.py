@@ -84,6 +84,7 @@ class AdamWeightDecay(AdamW):
         *AdamW.constructor_options,
         *("schedule", "decay", "clipping", "include_in_weight_decay", "exclude_from_weight_decay", "name"),
     )
+    whole_options: ClassVar[tuple[str, ...]] = (*AdamW.whole_options, *Clipping._fields)
 
     def __init__(
         self,

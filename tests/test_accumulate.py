@@ -373,6 +373,15 @@ def test_one_launch_adds_all_tensors():
     assert aligned["reads"]["128"] == 2 and aligned["reads"]["64"] >= 2 and aligned["writes"] == {"128": 2}
 
 
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_gradients_with_the_negative_bit(backend):
+    """Their memory holds the other sign."""
+    accumulator = GradientAccumulator(backend=backend)
+    for _ in range(2):
+        accumulator([torch._neg_view(torch.tensor([1.0, -2.0]))])
+    assert accumulator.gradients[0].tolist() == [-2.0, 4.0]
+
+
 # Two processes.
 
 

@@ -281,6 +281,15 @@ def test_the_mean_square_of_an_update_whose_squares_underflow(large, small, path
     assert float((changed.square().sum() / g.numel()).sqrt() / rate) == pytest.approx(1.0, rel=0.05)
 
 
+def test_the_root_mean_square_of_a_large_parameter_in_any_layout():
+    """Added up in float32 one after the other, it would be off by 1e-4."""
+    w = normal((512, 256, 3, 3))[0].contiguous(memory_format=torch.channels_last)
+    p = torch.nn.Parameter(w.clone())
+    optimizer = Adafactor([p], backend="eager")
+    optimizer.apply_gradients([(torch.ones_like(p), p)])
+    assert optimizer.state[p]["RMS"].item() == pytest.approx(w.double().square().mean().sqrt().item(), rel=1e-6)
+
+
 @every_path
 def test_factors_whose_product_overflows_leave_a_zero_gradient_at_zero(path):
     """A departure: the original multiplies the factors first, and inf * 0 makes the parameter NaN."""

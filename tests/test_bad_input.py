@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from fusedopt import AdamW, backends
+from fusedopt import AdamW, AdamWeightDecay, backends
 
 NAN, INF = float("nan"), float("inf")
 
@@ -65,6 +65,12 @@ def test_torchs_choices_of_implementation_point_to_backend(name):
 def test_options_of_the_whole_optimizer_in_a_group(name):
     with pytest.raises(TypeError, match=rf"{name}='x', which goes for the whole optimizer"):
         AdamW([{"params": [weight()], name: "x"}])
+
+
+@pytest.mark.parametrize("name", ["clipnorm", "clipvalue", "global_clipnorm", "decay", "max_grad_norm"])
+def test_options_of_the_whole_keras_optimizer_in_a_group(name):
+    with pytest.raises(TypeError, match=rf"{name}=1\.0, which goes for the whole optimizer"):
+        AdamWeightDecay([{"params": [weight()], name: 1.0}])
 
 
 def test_unknown_option():

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from fusedopt import Adafactor, AdamW, AdamWeightDecay
+from fusedopt import Adafactor, AdamW, AdamWeightDecay, register_step_in_backward
 
 BACKENDS = ["eager", "triton"]
 
@@ -189,14 +189,17 @@ def test_the_norm_of_huge_and_tiny_gradients(backend, size):
 
 
 def test_the_norm_of_a_large_gradient():
-    """Added up in float32 one after the other, as torch's is, it would be off by 1e-4."""
+    """Added up in float32 one after the other, as torch's is, it would be off by 1e-4; with gaps too."""
     g = torch.randn(3_000_001, generator=torch.Generator().manual_seed(0)) + 1.0
+    gaps = torch.stack([g, g], dim=1)[:, 0]
     p = torch.nn.Parameter(torch.zeros_like(g))
     optimizer = AdamW([p], max_grad_norm=math.inf)
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         grad = g.to(dtype)
         optimizer.apply_gradients([(grad, p)])
         assert optimizer.grad_norm.item() == pytest.approx(grad.double().norm().item(), rel=1e-7)
+    optimizer.apply_gradients([(gaps, p)])
+    assert not gaps.is_contiguous() and optimizer.grad_norm.item() == pytest.approx(g.double().norm().item(), rel=1e-7)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "a gap"])
@@ -208,8 +211,6 @@ def test_every_element_of_a_large_gradient_counts_once(layout):
         g = g.contiguous(memory_format=torch.channels_last)
     elif layout == "transposed":
         g = g.t()
-    elif layout == "a gap":
-        g = torch.ones(2, *shape).t()[:, 0]
     p = torch.nn.Parameter(torch.zeros_like(g))
     optimizer = AdamW([p], max_grad_norm=math.inf)
     last = g.numel() - 1
@@ -217,6 +218,9 @@ def test_every_element_of_a_large_gradient_counts_once(layout):
         grad = g.clone()
         where = tuple(int(i) for i in torch.unravel_index(torch.tensor(at), g.shape))
         grad[where] = 64.0
+        if layout == "a gap":
+            grad = torch.stack([grad, grad], dim=1)[:, 0]
+        assert grad.is_contiguous() == (layout == "contiguous")
         optimizer.apply_gradients([(grad, p)])
         assert optimizer.grad_norm.item() ** 2 == pytest.approx(last + 64.0**2, rel=1e-9), at
 
@@ -247,8 +251,71 @@ def test_numbers_of_one_element_may_have_any_shape():
     optimizer.apply_gradients([(torch.ones(2), p)])
     optimizer.apply_gradients([(torch.ones(2), p)], scale=torch.tensor([0.5]))
     assert optimizer.grad_norm.shape == optimizer.skipped_steps.shape == ()
-    with pytest.raises(ValueError, match="scale as a tensor must hold one number"):
-        optimizer.apply_gradients([(torch.ones(2), p)], scale=torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    "scale, message",
+    [
+        (torch.ones(2), "scale as a tensor must hold one real number, got shape"),
+        (torch.tensor(1j), r"scale as a tensor must hold one real number, got .*complex64"),
+        (math.nan, "scale must be finite, got nan"),
+        ("1", "scale must be a number, got '1'"),
+        (None, "scale must be a number, got None"),
+    ],
+)
+def test_a_bad_scale_is_refused_before_anything_changes(scale, message):
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = AdamW([p])
+    with pytest.raises(ValueError, match=message):
+        optimizer.apply_gradients([(torch.ones(2), p)], scale=scale)
+    assert not optimizer.state and torch.equal(p, torch.ones(2))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("max_grad_norm", [1.0, math.inf])
+def test_an_infinite_gradient_without_skipping(backend, max_grad_norm):
+    """As after clip_grad_norm_: the norm is inf, only that element becomes NaN, and inf as a bound only measures."""
+    params = [torch.nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    optimizer = AdamW(params, backend=backend, max_grad_norm=max_grad_norm)
+    optimizer.apply_gradients([(torch.tensor([math.inf, 1.0, 1.0]), params[0]), (torch.ones(3), params[1])])
+    assert optimizer.grad_norm == math.inf
+    assert [p.isnan().tolist() for p in params] == [[True, False, False], [False, False, False]]
+    moved = max_grad_norm == math.inf
+    assert (params[1] < 0).all() == moved and (params[1] == 0).all() != moved
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_step_that_raises_under_a_scaler_leaves_no_scale_behind(in_backward):
+    model = torch.nn.Linear(2, 2)
+    optimizer = AdamW(model.parameters())
+    handle = register_step_in_backward(optimizer, model) if in_backward else None
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model(torch.ones(2)).sum()).backward()
+    if handle is None:
+        model.weight.grad = model.weight.grad.to_sparse()
+    else:
+        scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = {torch.device("cpu"): torch.zeros(1)}
+    with pytest.raises(RuntimeError, match="GradScaler cannot unscale" if in_backward else "is sparse"):
+        scaler.step(optimizer)
+    assert not hasattr(optimizer, "grad_scale") and not hasattr(optimizer, "found_inf")
+    optimizer.zero_grad()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("maker", MAKERS)
+def test_gradients_with_the_negative_bit(maker, backend):
+    """Autograd of complex numbers makes them: memory holds the other sign."""
+    params = parameters(maker)
+    grads = gradients(params, 0)
+    negative = [torch._neg_view(-g) for g in grads]
+    assert all(g.is_neg() for g in negative) and same(negative, grads)
+    others = parameters(maker)
+    for own, given in ((params, grads), (others, negative)):
+        optimizer = MAKERS[maker](own, backend=backend, max_grad_norm=1.0)
+        give(own, given)
+        optimizer.step()
+    assert same(params, others)
 
 
 def test_two_clippings_exclude_each_other():

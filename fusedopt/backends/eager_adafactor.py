@@ -130,5 +130,7 @@ def _unstack(states: Sequence[dict[str, Tensor]], name: str, values: Tensor) -> 
 def _root_mean_square(stacked: Tensor) -> Tensor:
     """Of each tensor of a stack, in a shape that broadcasts with it."""
     flat = stacked.flatten(1) if stacked.dim() > 1 else stacked.unsqueeze(1)
+    if flat.shape[1] > SMALL:  # added up one by one, in float32 it would be off in the fourth digit
+        flat = flat.double()
     rms = torch.linalg.vector_norm(flat, dim=1) / math.sqrt(flat.shape[1])
-    return rms.view(-1, *[1] * (stacked.dim() - 1))
+    return rms.to(stacked.dtype).view(-1, *[1] * (stacked.dim() - 1))

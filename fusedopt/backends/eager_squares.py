@@ -42,7 +42,8 @@ class Squares:
         whole: list[Tensor] = []
         # From the last to the first, with which the step begins: it finds it in the cache.
         for g in reversed(grads):
-            if self._on_cpu and g.numel() > _SMALL and is_dense(g):
+            if self._on_cpu and g.numel() > _SMALL:
+                g = g if is_dense(g) else g.contiguous()
                 rows, rest = g.as_strided((g.numel(),), (1,)).tensor_split([g.numel() // ROW * ROW])
                 parts.extend(self._row_norms(rows, torch.promote_types(g.dtype, least)))
                 whole.append(rest)

@@ -29,9 +29,9 @@ def sum_of_squares(chunks, rows, sums, G: tl.constexpr, COMPUTE: tl.constexpr, E
     offsets = piece * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < load_size(row + _NUMEL, EVEN)
     g = tl.load(load_pointer(row + _GRAD, G, EVEN) + offsets, mask=mask, other=0.0).to(COMPUTE)
-    # Relative to the largest, whose square float32 may not hold. NaN and inf come through as NaN.
+    # Relative to the largest, whose square float32 may not hold. NaN comes through as NaN, inf as inf.
     largest = tl.max(tl.abs(g), axis=0)
-    unit = tl.where(largest > 0.0, largest, 1.0)
+    unit = tl.where((largest > 0.0) & (largest < float("inf")), largest, 1.0)
     g = g / unit
     total = tl.sum(g * g, axis=0).to(tl.float64)
     tl.store(sums + tl.program_id(0).to(tl.int64), total * unit.to(tl.float64) * unit.to(tl.float64))
