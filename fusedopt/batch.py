@@ -94,7 +94,12 @@ class Batch(NamedTuple):
     def on(self, device: torch.device) -> "Batch":
         """The part of this batch whose parameters live on `device`."""
         which = [i for i, p in enumerate(self.params) if p.device == device]
-        return Batch(self.hyper, *(column and [column[i] for i in which] for column in self[1:]))
+
+        def of(column: list[Any]) -> list[Any]:
+            return [column[i] for i in which]
+
+        splits = None if self.splits is None else of(self.splits)
+        return Batch(self.hyper, of(self.params), of(self.grads), of(self.states), splits)
 
 
 class Control(NamedTuple):

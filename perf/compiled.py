@@ -20,6 +20,8 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import KernelInterface
 
 from fusedopt import Adafactor, AdamW
+from fusedopt.backends.triton_adafactor import TritonAdafactor
+from fusedopt.batch import Batch, Control, Split
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -208,12 +210,18 @@ ADAFACTOR_DTYPES = {
 ADAFACTOR_PHASES = ("prologue", "sums", "averages", "squares", "finish", "apply")
 """In the order of their launches."""
 
+SHARD_PHASES = (
+    *("prologue", "sums", "totals of tiles", "averages of shards", "means of shards"),
+    *("squares", "totals of squares", "finish", "apply"),
+)
+"""The same where all tensors are shards."""
+
 ADAFACTOR_SHAPES = ((64, 64), (256,), (63, 63), (255,), (8, 4, 3, 3))
 """One of each kind; all of them share the launches."""
 
 
 def adafactor_variants(target: str) -> list[Variant]:
-    """All phases for `ADAFACTOR_DTYPES`, with an average of updates."""
+    """All phases for `ADAFACTOR_DTYPES`, with an average of updates; of whole tensors and of shards."""
     variants: list[Variant] = []
     for name, (dtype, grad_dtype) in ADAFACTOR_DTYPES.items():
         p_size, g_size = dtype.itemsize, grad_dtype.itemsize
@@ -225,15 +233,22 @@ def adafactor_variants(target: str) -> list[Variant]:
         }
         params = [torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in ADAFACTOR_SHAPES]
         optimizer = Adafactor(params, beta1=0.9, backend="triton")
+        grads = [torch.zeros(p.shape, dtype=grad_dtype) for p in params]
         with standing_in(target) as launches:
-            optimizer.apply_gradients((torch.zeros(p.shape, dtype=grad_dtype), p) for p in params)
-        known = {id(variant.launch.code) for variant in variants}
-        variants += [
-            Variant(f"{phase}, {name}", launch, sizes.get(phase, (0, 0)))
-            for phase, launch in zip(ADAFACTOR_PHASES, launches)
-            if id(launch.code) not in known
-        ]
+            optimizer.apply_gradients(zip(grads, params))
+            shard_step(optimizer, params, grads)
+        for phase, launch in zip((*ADAFACTOR_PHASES, *SHARD_PHASES), launches, strict=True):
+            if all(launch.code is not variant.launch.code for variant in variants):
+                variants.append(Variant(f"{phase}, {name}", launch, sizes.get(phase, (0, 0))))
     return variants
+
+
+def shard_step(optimizer: Adafactor, params: list[torch.nn.Parameter], grads: list[torch.Tensor]) -> None:
+    """A step of the first group's parameters as shards, of processes that do not exist."""
+    states = [optimizer.state[p] for p in params]
+    shards: list[Split | None] = [Split(p.shape, (), (), ()) for p in params]
+    batch = Batch(optimizer.hyper(optimizer.param_groups[0]), list(params), list(grads), states, shards)
+    TritonAdafactor(params[0].device)([batch], Control())
 
 
 def _print_table() -> None:

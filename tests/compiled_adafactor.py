@@ -6,7 +6,7 @@ import sys
 import torch
 
 from fusedopt import Adafactor
-from perf.compiled import ADAFACTOR_SHAPES, TARGETS, adafactor_variants, resources, standing_in
+from perf.compiled import ADAFACTOR_SHAPES, TARGETS, adafactor_variants, resources, shard_step, standing_in
 
 
 def variants(target):
@@ -41,9 +41,23 @@ def launches_of(params, groups=1):
     return counts
 
 
+def launches_of_shards(params):
+    """Kernel names of two steps."""
+    optimizer = Adafactor(params, backend="triton")
+    optimizer.init_state()
+    counts = []
+    with standing_in("sm_90") as launches:
+        for _ in range(2):
+            before = len(launches)
+            shard_step(optimizer, params, [torch.zeros_like(p) for p in params])
+            counts.append([launch.kernel for launch in launches[before:]])
+    return counts
+
+
 def launches():
     shapes = [ADAFACTOR_SHAPES[i % 5] for i in range(1000)]
     return {
+        "one of each kind, as shards": launches_of_shards(parameters(ADAFACTOR_SHAPES)),
         "one matrix": launches_of(parameters([(64, 64)])),
         "one of each kind": launches_of(parameters(ADAFACTOR_SHAPES)),
         "1,000 of all kinds in 3 groups": launches_of(parameters(shapes), 3),

@@ -80,7 +80,7 @@ SPILLED = 0 if version("triton") >= "3.7" else 16
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_every_variant_of_adafactor(target):
     variants = compiled(target, ADAFACTOR)
-    assert len(variants) == 13  # of three dtypes, where what reads no gradient serves several
+    assert len(variants) == 20  # of three dtypes, where what reads no gradient serves several; 7 for shards alone
     for kernel in variants:
         what = f"{kernel['name']} on {target}: {kernel}"
         assert kernel["spilled"] <= SPILLED, what
@@ -107,6 +107,9 @@ def test_launches_of_adafactor_per_step():
         "one of each kind": [six, six],
         "1,000 of all kinds in 3 groups": [six, six],
         "two dtypes": [nine, nine],
+        "one of each kind, as shards": [
+            *(["prologue", "sums", "averages", "averages", "row_means", "update", "totals", "finish", "update"],) * 2
+        ],
     }
 
 

@@ -94,10 +94,12 @@ def test_batches_for_the_cache_change_no_bit(monkeypatch, device):
 # The workspace.
 
 
-def plan_for(tensors):
-    shapes = adafactor_plan.Shapes(*np.array([adafactor_plan.shape_of(t) for t in tensors], np.int64).T)
+def plan_for(tensors, splits=None):
+    small = [True] * len(tensors) if splits is None else [not split for split in splits.is_split]
+    rows = [adafactor_plan.shape_of(t, small=one) for t, one in zip(tensors, small)]
+    shapes = adafactor_plan.Shapes(*np.array(rows, np.int64).T)
     keys = launch_keys([dtype_codes([t.dtype for t in tensors])] * 2, np.zeros(len(tensors), bool))
-    return shapes, adafactor_plan.plan_of(shapes, keys)
+    return shapes, adafactor_plan.plan_of(shapes, keys, splits)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
@@ -144,7 +146,7 @@ def test_every_tensor_has_a_place_of_its_own_and_is_cut_the_same_among_others(te
         set_constants(patch, constants)
         shapes, plan = plan_for(tensors)
         alone = [plan_for([t])[1] for t in tensors]
-    across, down, span, shares, pieces, sums, means, squares = plan.columns.T
+    across, down, span, shares, pieces, sums, means, squares = plan.columns.T[:8]
     taken = {False: [], True: []}
     for i, t in enumerate(tensors):
         assert pieces[i] == alone[i].pieces[0] and (pieces[i] == 0) == (t.numel() == 0)
@@ -160,6 +162,55 @@ def test_every_tensor_has_a_place_of_its_own_and_is_cut_the_same_among_others(te
         borders = [0, *(border for place in sorted(places) for border in place), size]
         assert borders == sorted(borders)
     assert (squares == np.cumsum(2 * pieces) - 2 * pieces).all() and plan.squares == 2 * pieces.sum()
+
+
+def splits_of(tensors, overs):
+    """Shards, None for whole ones, whose rows, columns and elements are split over what the letters stand for."""
+    size = np.array([t.numel() for t in tensors])
+    over = [[None if own is None else own[i] for own in overs] for i in range(3)]
+    return adafactor_plan.Splits(np.array([own is not None for own in overs], np.int64), size, size, size, *over)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(tensors(), st.lists(st.none() | st.tuples(*[st.sampled_from("ab")] * 3), min_size=8, max_size=8))
+def test_sums_that_processes_add_up_lie_behind_each_other(tensors, overs):
+    """Nowhere else, and in an order that does not depend on how much of the tensors a process has."""
+    overs = overs[: len(tensors)]
+    splits = splits_of(tensors, overs)
+    shapes, plan = plan_for(tensors, splits)
+    columns = plan.columns.T
+    own = {False: [], True: []}  # places of each tensor alone
+    shared = {phase: {} for phase in ("sums", "means", "squares")}
+    for i, (t, over) in enumerate(zip(tensors, overs)):
+        matrices, height, width = (int(a[i]) for a in (shapes.matrices, shapes.height, shapes.width))
+        wide = t.dtype is torch.float64
+        if shapes.kind[i] == MATRIX.value:
+            sums = matrices * (columns[0][i] * height + columns[1][i] * width)
+            own[wide] += [(columns[5][i], sums), (columns[6][i], matrices * columns[3][i])]
+        if over is not None:
+            if shapes.kind[i] == MATRIX.value:
+                shared["sums"].setdefault((wide, over[1]), []).append((columns[11][i], matrices * height))
+                shared["sums"].setdefault((wide, over[0]), []).append((columns[12][i], matrices * width))
+                shared["means"].setdefault((wide, over[0]), []).append((columns[13][i], matrices))
+                assert columns[14][i] == 1
+            shared["squares"].setdefault((False, over[2]), []).append((columns[15][i], 2))
+    for phase, places in shared.items():
+        segments = {(bool(s.wide), s.over): (s.start, s.stop) for s in plan.segments[phase]}
+        assert segments.keys() == places.keys()
+        for key, (start, stop) in segments.items():
+            assert sum(length for _, length in places[key]) == stop - start
+            assert all(start <= at and at + length <= stop for at, length in places[key] if length)
+            if phase != "squares":
+                own[key[0]] += places[key]
+    for wide, size in ((False, plan.work[0]), (True, plan.work[1])):
+        borders = [border for at, length in sorted(own[wide]) if length for border in (at, at + length)]
+        assert borders == sorted(borders) and all(0 <= border <= size for border in borders)
+    assert plan.squares == 2 * int(plan.pieces.sum()) + 2 * sum(over is not None for over in overs)
+
+    empty = [torch.empty((0, *t.shape[1:]), dtype=t.dtype, device="meta") if t.dim() else t for t in tensors]
+    _, other = plan_for(empty, splits)
+    for phase, segments in plan.segments.items():
+        assert [(s.wide, s.over) for s in segments] == [(s.wide, s.over) for s in other.segments[phase]]
 
 
 def test_what_a_tensor_is():

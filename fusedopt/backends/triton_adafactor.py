@@ -15,7 +15,7 @@ from fusedopt.sharding import add_up_in_place
 from fusedopt_kernels import adafactor as kernels
 from fusedopt_kernels import rules
 from fusedopt_kernels.adafactor_cells import VECTOR, Numbers
-from fusedopt_kernels.adafactor_plan import Plan, Shapes, Splits, plan_of, shape_of, unsplit
+from fusedopt_kernels.adafactor_plan import Plan, Shapes, Splits, plan_of, shape_of
 from fusedopt_kernels.table import addresses, are_even, float_bits
 
 _STATES = ("exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col", "RMS")
@@ -135,15 +135,15 @@ class _Cut:
 
 def _splits(shapes: Shapes, splits: list[Split | None]) -> Splits:
     """Of which whole tensors the shards are."""
-    arrays = Splits(*(np.copy(a) if isinstance(a, np.ndarray) else list(a) for a in unsplit(shapes)))
-    for i, split in enumerate(splits):
-        if split is not None:
-            arrays.is_split[i] = 1
-            arrays.numel[i] = split.shape.numel()
-            if len(split.shape) >= 2:
-                arrays.height[i], arrays.width[i] = split.shape[-2:]
-            arrays.over_rows[i], arrays.over_columns[i], arrays.over_all[i] = split[1:]
-    return arrays
+    whole = zip(shapes.numel, shapes.height, shapes.width)
+    sizes = [(0, *size) if s is None else (1, s.shape.numel(), *_sides(s.shape)) for s, size in zip(splits, whole)]
+    is_split, numel, height, width = np.array(sizes, np.int64).T
+    over_rows, over_columns, over_all = ([None if s is None else s[i] for s in splits] for i in (1, 2, 3))
+    return Splits(is_split, numel, height, width, over_rows, over_columns, over_all)
+
+
+def _sides(shape: torch.Size) -> tuple[int, ...]:
+    return tuple(shape[-2:]) if len(shape) >= 2 else (1, 1)
 
 
 def _check_factors(p: Tensor, state: dict[str, Tensor]) -> None:

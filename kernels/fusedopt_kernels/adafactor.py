@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fusedopt_kernels import adafactor_cells as cell
 from fusedopt_kernels import rules
-from fusedopt_kernels.adafactor_averages import OPTIONS, launch_averages
+from fusedopt_kernels.adafactor_averages import launch_averages, options
 from fusedopt_kernels.adafactor_plan import SQUARES, Plan, Spec, spec_of
 from fusedopt_kernels.adafactor_shards import AddUp, Shards, sum_up
 from fusedopt_kernels.adafactor_small import small_sums, small_update
@@ -193,19 +193,19 @@ def adafactor(table: LaunchTable, keys: np.ndarray, plan: Plan, add_up: AddUp | 
     for number in sorted(set(plan.batch.tolist())):
         for key, chunks in _of_batch(pieces, number):
             spec, wide = _spec(key)
-            sums[(len(chunks),)](chunks, table.rows, scalars, work[wide], kept, spec, **OPTIONS)
+            sums[(len(chunks),)](chunks, table.rows, scalars, work[wide], kept, spec, **options())
         for key, chunks in _of_batch(averaged, number):
             launch_averages(chunks, table.rows, scalars, work[key], "tiles", "averages")
         shards.averages()
         for key, chunks in _of_batch(matrices, number):
             spec, wide = _spec(key)
-            update[(len(chunks),)](chunks, table.rows, scalars, work[wide], kept, spec, False, **OPTIONS)
+            update[(len(chunks),)](chunks, table.rows, scalars, work[wide], kept, spec, False, **options())
         shards.squares()
         for _, chunks in _of_batch(whole, number):
             finish[(len(chunks),)](chunks, table.rows, table.hyper, scalars, kept, SQUARES, enable_fp_fusion=False)
         for key, chunks in _of_batch(pieces, number):
             spec, wide = _spec(key)
-            update[(len(chunks),)](chunks, table.rows, scalars, work[wide], kept, spec, True, **OPTIONS)
+            update[(len(chunks),)](chunks, table.rows, scalars, work[wide], kept, spec, True, **options())
 
 
 _BATCH_SHIFT = 16

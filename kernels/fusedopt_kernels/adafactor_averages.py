@@ -15,7 +15,10 @@ from fusedopt_kernels.device import device_function, div_rn, my_piece, walk, war
 THREADS = 256
 """Of `averages`, and of the phases that read gradients."""
 
-OPTIONS: dict[str, Any] = {"num_warps": THREADS // warp_size(), "enable_fp_fusion": False}
+
+def options() -> dict[str, Any]:
+    """How such phases are compiled."""
+    return {"num_warps": THREADS // warp_size(), "enable_fp_fusion": False}
 
 
 @device_function
@@ -94,4 +97,4 @@ def averages(
 def launch_averages(chunks: Tensor, rows: Tensor, scalars: Tensor, work: Tensor, source: str, result: str) -> None:
     """`averages` of the tensors of some chunks, whose arithmetic has the dtype of `work`."""
     compute = tl.float64 if work.dtype.itemsize == 8 else tl.float32
-    averages[(len(chunks),)](chunks, rows, scalars, work, compute, ENTRIES, PARTIALS, source, result, **OPTIONS)
+    averages[(len(chunks),)](chunks, rows, scalars, work, compute, ENTRIES, PARTIALS, source, result, **options())
