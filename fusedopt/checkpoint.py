@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fusedopt import sharding
+
 if TYPE_CHECKING:
     from fusedopt.base import FusedOptimizer
 
@@ -77,6 +79,11 @@ def _fit(
             shape = getattr(saved[name], "shape", None)
             got = f"shape {tuple(shape)}" if shape is not None else repr(saved[name])
             raise ValueError(f"{who} has {name} of {got}, expected shape {tuple(like.shape)}")
+        if sharding.is_sharded(saved[name]) and not sharding.is_sharded(p):
+            raise ValueError(
+                f"{who} has {name} as a DTensor, of a sharded run, and the parameter is not sharded: gather the state "
+                "with torch.distributed.checkpoint.state_dict.get_optimizer_state_dict(..., full_state_dict=True)"
+            )
         if not saved[name].is_floating_point():
             raise ValueError(f"{who} has {name} of dtype {saved[name].dtype}, expected a real floating dtype")
     if not _is_count(saved["step"]):
@@ -100,8 +107,10 @@ def lay_out(optimizer: "FusedOptimizer") -> None:
             values = {name: value.value for name, value in state.items()}
             step = torch.as_tensor(values.pop("step"), dtype=torch.float32)
             state["step"] = step.reshape(()).to(p.device, copy=True)
+            fresh = optimizer.new_state(p, group) if sharding.is_sharded(p) else {}
             for name, value in values.items():
-                like = p if value.shape == p.shape else value
+                value = sharding.sharded_like(value, fresh.get(name))
+                like = fresh.get(name, p if value.shape == p.shape else value)
                 state[name] = torch.empty_like(like, dtype=value.dtype, device=p.device).copy_(value)
     if optimizer.shares_steps():
         # Other conventions count the updates of each parameter; here all go on from the most.

@@ -82,6 +82,18 @@ def add_up_in_place(t: Tensor, over: Spread) -> None:
         torch.distributed.all_reduce(t, group=mesh.get_group(dimension))
 
 
+def sharded_like(t: Tensor, like: Any) -> Tensor:
+    """A whole tensor, the same in all processes, sharded as `like`; `t` itself if that is no DTensor, or `t` is one."""
+    if not is_sharded(like) or is_sharded(t):
+        return t
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = like.device_mesh
+    whole = DTensor.from_local(t.to(like.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    made: Tensor = whole.redistribute(mesh, like.placements)
+    return made
+
+
 def zeros_without(p: Any, dimension: int, dtype: torch.dtype) -> Tensor:
     """Zeros of the shape of `p` without one of its dimensions, sharded as what remains of `p` is.
 

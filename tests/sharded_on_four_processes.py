@@ -96,11 +96,19 @@ def whole(t: torch.Tensor) -> torch.Tensor:
     return (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
 
 
+def placements_of(optimizer, params) -> list:
+    """Of states, as text."""
+    return [
+        {name: str(getattr(value, "placements", None)) for name, value in optimizer.state[p].items()} for p in params
+    ]
+
+
 def result(optimizer, params) -> dict:
     """Weights, states and norms, gathered."""
     return {
         "params": [whole(p) for p in params],
         "states": [{key: whole(value) for key, value in optimizer.state[p].items()} for p in params],
+        "placements": placements_of(optimizer, params),
         "grad_norm": optimizer.grad_norm,
         "skipped_steps": optimizer.skipped_steps,
     }
@@ -189,6 +197,14 @@ def main(rank: int, folder: Path) -> None:
         params = [torch.nn.Parameter(spread(t)) for t in tensors(0)]
         optimizer = run(name, params, spread, backend)
         results[name, layout_name, backend] = result(optimizer, params)
+    plain = [torch.nn.Parameter(t) for t in tensors(0)]
+    saved = run("Adafactor-beta1", plain, lambda g: g, "eager").state_dict()
+    for layout_name, layout in LAYOUTS.items():
+        params = [torch.nn.Parameter(distribute_tensor(t, meshes[layout.mesh], placements(layout, t))) for t in plain]
+        optimizer = OPTIMIZERS["Adafactor-beta1"](params, backend="eager")
+        optimizer.load_state_dict(copy.deepcopy(saved))
+        states = [{key: whole(value) for key, value in optimizer.state[p].items()} for p in params]
+        results["loaded", layout_name] = states, placements_of(optimizer, params)
     for how, name in model_cases():
         results[how, name] = train_and_resume(how, name)
     torch.save(results, folder / f"{rank}.pt")

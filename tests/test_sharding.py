@@ -87,6 +87,26 @@ def test_a_sharded_model_trains_like_a_whole_one(backend, convention):
         assert all(hasattr(state["exp_avg"], "placements") for state in optimizer.state.values())
 
 
+@pytest.mark.parametrize("layout", four.LAYOUTS)
+def test_a_checkpoint_of_whole_tensors_loads_into_a_sharded_optimizer(results, layout):
+    params = [torch.nn.Parameter(t) for t in four.tensors(0)]
+    optimizer = four.run("Adafactor-beta1", params, lambda g: g, "eager")
+    for loaded, placements in (each["loaded", layout] for each in results):
+        assert same(loaded, [optimizer.state[p] for p in params])
+        assert placements == results[0]["Adafactor-beta1", layout, "eager"]["placements"]
+
+
+def test_a_checkpoint_of_shards_is_refused_by_an_unsharded_optimizer():
+    with sharded(Net()) as model:
+        optimizer = AdamW(model.parameters())
+        train(model, optimizer, 1)
+        saved = optimizer.state_dict()
+        plain = AdamW(Net().parameters())
+        with pytest.raises(ValueError, match=r"exp_avg as a DTensor.*gather the state"):
+            plain.load_state_dict(saved)
+        assert not plain.state
+
+
 def test_scaled_gradients_of_shards():
     with sharded(Net()) as model:
         params = list(model.parameters())
