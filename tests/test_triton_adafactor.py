@@ -17,6 +17,7 @@ from test_kernels_adafactor import TINY, TritonAdafactor, after, set_constants, 
 from fusedopt import Adafactor
 from fusedopt_kernels import adafactor_plan, adamw
 from fusedopt_kernels.adafactor_cells import MATRIX, SMALL, VECTOR
+from fusedopt_kernels.adafactor_splits import Splits
 from fusedopt_kernels.table import dtype_codes, launch_keys
 from perf import workloads
 
@@ -168,7 +169,7 @@ def splits_of(tensors, overs):
     """Shards, None for whole ones, whose rows, columns and elements are split over what the letters stand for."""
     size = np.array([t.numel() for t in tensors])
     over = [[None if own is None else own[i] for own in overs] for i in range(3)]
-    return adafactor_plan.Splits(np.array([own is not None for own in overs], np.int64), size, size, size, *over)
+    return Splits(np.array([own is not None for own in overs], np.int64), size, size, size, *over)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -15,7 +15,8 @@ from fusedopt.sharding import add_up_in_place
 from fusedopt_kernels import adafactor as kernels
 from fusedopt_kernels import rules
 from fusedopt_kernels.adafactor_cells import VECTOR, Numbers
-from fusedopt_kernels.adafactor_plan import Plan, Shapes, Splits, plan_of, shape_of
+from fusedopt_kernels.adafactor_plan import Plan, Shapes, plan_of, shape_of
+from fusedopt_kernels.adafactor_splits import Splits
 from fusedopt_kernels.table import addresses, are_even, float_bits
 
 _STATES = ("exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col", "RMS")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fusedopt_kernels.adafactor_cells import MATRIX, SMALL, VECTOR
+from fusedopt_kernels.adafactor_splits import Room, Segment, Splits, unsplit
 from fusedopt_kernels.table import launch_class
 
 BLOCK = 2048
@@ -91,46 +92,6 @@ class Shapes(NamedTuple):
     inner: np.ndarray
 
 
-class Splits(NamedTuple):
-    """Of which whole tensors the ones at hand are shards: int64 [tensors] each, and a list each.
-
-    Attributes:
-        is_split: 1 for a shard, 0 for a whole tensor.
-        numel, height, width: of the whole tensor, as in `Shapes`.
-        over_rows, over_columns, over_all: what stands for the processes over which rows, columns and all elements are
-            split, to be given to `add_up`; anything that can be a key.
-    """
-
-    is_split: np.ndarray
-    numel: np.ndarray
-    height: np.ndarray
-    width: np.ndarray
-    over_rows: list[Any]
-    over_columns: list[Any]
-    over_all: list[Any]
-
-
-def unsplit(shapes: Shapes) -> Splits:
-    """The splits of whole tensors."""
-    none: list[Any] = [None] * len(shapes.numel)
-    return Splits(np.zeros_like(shapes.numel), shapes.numel, shapes.height, shapes.width, none, none, none)
-
-
-class Segment(NamedTuple):
-    """Sums in the workspace that are added up over the same processes.
-
-    Attributes:
-        wide: 1 where they are in the workspace of float64 arithmetic.
-        start, stop: where they are.
-        over: what stands for the processes.
-    """
-
-    wide: int
-    start: int
-    stop: int
-    over: Any
-
-
 class Plan(NamedTuple):
     """How tensors are cut, and where in the workspace their sums are.
 
@@ -194,7 +155,7 @@ def plan_of(shapes: Shapes, keys: np.ndarray, splits: Splits | None = None) -> P
         keys: int64 [tensors], the `launch_keys` of their parameters and gradients.
         splits: which of them are shards, and of what; default: none. Split matrices are no small ones.
     """
-    splits = splits or unsplit(shapes)
+    splits = splits or unsplit(shapes.numel, shapes.height, shapes.width)
     is_split = splits.is_split > 0
     dtypes = {key: launch_class(key, 2).dtypes for key in set(keys.tolist())}
     widths = {key: TILE_BYTES // grad.itemsize for key, (_, grad) in dtypes.items() if grad is not None}
@@ -217,13 +178,13 @@ def plan_of(shapes: Shapes, keys: np.ndarray, splits: Splits | None = None) -> P
     work32, work64 = np.where(in_float64, 0, work), np.where(in_float64, work, 0)
     sums_at = np.where(in_float64, _starts(work64), _starts(work32))
     squares_at = _starts(2 * pieces)
-    room = _Room([int(work32.sum()), int(work64.sum())])
+    room = Room([int(work32.sum()), int(work64.sum())])
     wide = in_float64.astype(np.int64)
     factored = np.flatnonzero(is_matrix & is_split)
     of_lines = [(matrices * height, splits.over_columns), (matrices * width, splits.over_rows)]
     totals = room.lay_out(factored, wide, of_lines)
     means = room.lay_out(factored, wide, [(matrices, splits.over_rows)])
-    kept = _Room([int(2 * pieces.sum())])
+    kept = Room([int(2 * pieces.sum())])
     squares = kept.lay_out(np.flatnonzero(is_split), 0 * wide, [(2 * splits.is_split, splits.over_all)])
     averages = np.where(is_matrix, matrices * (shares + _ceil(width, ENTRIES)), 0)
     shards = [
@@ -249,47 +210,6 @@ def plan_of(shapes: Shapes, keys: np.ndarray, splits: Splits | None = None) -> P
         splits=splits,
         segments={"sums": totals.segments, "means": means.segments, "squares": squares.segments},
     )
-
-
-class _LaidOut(NamedTuple):
-    """Where sums are that processes add up: for each list of lengths, int64 [tensors]; and the segments."""
-
-    starts: list[np.ndarray]
-    segments: list[Segment]
-
-
-class _Room:
-    """What is behind the rest in workspaces that end at these elements."""
-
-    def __init__(self, ends: list[int]) -> None:
-        self.ends = ends
-
-    def lay_out(
-        self, tensors: np.ndarray, wide: np.ndarray, lengths_over: list[tuple[np.ndarray, list[Any]]]
-    ) -> _LaidOut:
-        """Places sums, those over the same processes behind each other.
-
-        In the order in which the tensors name their processes, whatever the lengths, so that all processes do the same
-        in the same order.
-
-        Args:
-            tensors: int64, which tensors have any.
-            wide: int64 [tensors], which workspace.
-            lengths_over: lengths, int64 [tensors], and over which processes they are added up.
-        """
-        starts = [np.zeros_like(lengths) for lengths, _ in lengths_over]
-        alike: dict[tuple[int, Any], list[tuple[int, int]]] = {}
-        for number, (_, over) in enumerate(lengths_over):
-            for i in tensors.tolist():
-                alike.setdefault((int(wide[i]), over[i]), []).append((number, i))
-        segments = []
-        for (which, over), members in alike.items():
-            start = self.ends[which]
-            for number, i in members:
-                starts[number][i] = self.ends[which]
-                self.ends[which] += int(lengths_over[number][0][i])
-            segments.append(Segment(which, start, self.ends[which], over))
-        return _LaidOut(starts, segments)
 
 
 def _ceil(a: np.ndarray, b: int | np.ndarray) -> np.ndarray:
