@@ -255,10 +255,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         batches = [sharding.local(batch) for batch in whole] if sharded else whole
         for device, stepper in zip(devices, steppers):
             stepper(batches if len(devices) == 1 else [batch.on(device) for batch in batches], control)
-        if sharded:  # The eager backend may have put counts into tensors of its own.
+        if sharded:
             for batch, shards in zip(whole, batches):
-                for state, shard in zip(batch.states, shards.states):
-                    state.update({name: shard[name] for name in ("step",) if name in shard})
+                sharding.put_back(batch.states, shards.states)
         # Neither torch's fused kernel nor ours tells autograd that it wrote to the parameters.
         updated = [
             p for group, row in zip(self.param_groups, grads) for p, g in zip(group["params"], row) if g is not None

@@ -46,6 +46,24 @@ def local(batch: Batch) -> Batch:
     )
 
 
+def put_back(states: list[dict[str, Tensor]], local_states: list[dict[str, Tensor]]) -> None:
+    """Takes over tensors that a backend put in the place of others: counts of its own, states in another dtype."""
+    for state, own in zip(states, local_states):
+        for name, t in own.items():
+            old: Any = state.get(name)
+            if not is_sharded(old):
+                state[name] = t
+            elif t.dtype != old.dtype or t.data_ptr() != old.to_local().data_ptr():
+                state[name] = _of_shard(old, t, old.shape, old.stride(), old.placements)
+
+
+def _of_shard(like: Any, mine: Tensor, shape: Any, stride: Any, placements: Any) -> Tensor:
+    made: Tensor = type(like).from_local(
+        mine, like.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
+    return made
+
+
 def shard(t: Any) -> Tensor:
     """What this process has of `t`; `t` itself if it is no DTensor."""
     mine: Tensor = t.to_local() if is_sharded(t) else t
@@ -108,10 +126,7 @@ def zeros_without(p: Any, dimension: int, dtype: torch.dtype) -> Tensor:
         return zeros
     whole = torch.empty([n for d, n in enumerate(p.shape) if d != dimension], device="meta")
     placements = [_without(placement, dimension) for placement in p.placements]
-    made: Tensor = type(p).from_local(
-        zeros, p.device_mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride()
-    )
-    return made
+    return _of_shard(p, zeros, whole.shape, whole.stride(), placements)
 
 
 def _without(placement: Any, dimension: int) -> Any:

@@ -13,7 +13,7 @@ from filelock import FileLock
 from loop_cases import Net, same, sharded, train, whole
 from torch.distributed.checkpoint import state_dict as dcp
 
-from fusedopt import AdamW
+from fusedopt import Adafactor, AdamW
 
 ROOT = Path(__file__).parent.parent
 
@@ -105,6 +105,26 @@ def test_a_checkpoint_of_shards_is_refused_by_an_unsharded_optimizer():
         with pytest.raises(ValueError, match=r"exp_avg as a DTensor.*gather the state"):
             plain.load_state_dict(saved)
         assert not plain.state
+
+
+@pytest.mark.parametrize("backend", four.BACKENDS)
+def test_states_of_another_dtype_go_on(backend):
+    """The kernels convert them: what they are converted to is the state from then on."""
+    with sharded(Net()) as model:
+        optimizer = Adafactor(model.parameters(), lr=0.1, relative_step=False, beta1=0.9, backend=backend)
+        train(model, optimizer, 1)
+        plain = Net()
+        other = Adafactor(plain.parameters(), lr=0.1, relative_step=False, beta1=0.9, backend=backend)
+        train(plain, other, 1)
+        for params, one in ((model.parameters(), optimizer), (plain.parameters(), other)):
+            for p in params:
+                one.state[p]["exp_avg"] = one.state[p]["exp_avg"].bfloat16()
+        train(model, optimizer, 2, seed=2)
+        train(plain, other, 2, seed=2)
+        for p, q in zip(model.parameters(), plain.parameters()):
+            state = optimizer.state[p]["exp_avg"]
+            assert state.dtype == other.state[q]["exp_avg"].dtype and state.placements == p.placements
+            torch.testing.assert_close(p.full_tensor(), q, rtol=1e-5, atol=1e-6)
 
 
 def test_scaled_gradients_of_shards():

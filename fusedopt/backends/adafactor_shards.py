@@ -57,8 +57,8 @@ def shard_update(
     divisor = rules.clip_divisor(update_rms, hyper.clip_threshold, torch.clamp)
     update = unclipped() * ((-rate if hyper.maximize else rate) / divisor)
     if hyper.beta1 is not None:
-        m = state["exp_avg"]
-        update = m.copy_(rules.running_average(m, update, 1.0 - hyper.beta1))
+        update = rules.running_average(state["exp_avg"], update, 1.0 - hyper.beta1)
+        state["exp_avg"].copy_(update)
     p.copy_(rules.adafactor_apply(p.to(dtype), update, rate * hyper.weight_decay))
 
 
