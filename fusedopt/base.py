@@ -89,7 +89,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def skipped_steps(self) -> Tensor | None:
         """How many steps `skip_nonfinite` has skipped in this process: a 0-d tensor; None before the first step.
 
-        It is no part of a checkpoint, which holds what an update needs.
+        The tensor goes on counting; clone it to keep a number. It is no part of a checkpoint, which holds what an update
+        needs.
         """
         return self.guard.skipped_steps
 
