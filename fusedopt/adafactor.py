@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fusedopt import checks, sharding
 from fusedopt.base import FusedOptimizer
-from fusedopt.batch import AdafactorHyper
+from fusedopt.batch import AdafactorHyper, number_maximum
 from fusedopt.guard import Guard
 
 
@@ -263,10 +263,6 @@ class Adafactor(FusedOptimizer):
 
 def rate_on_device(hyper: AdafactorHyper, step: Tensor, rms: Tensor, before: float) -> Tensor:
     """The rate of update number `step` as a 0-d tensor, `before` if it is 0. Waits for no device."""
-
-    def number_maximum(floor: float, rms: Tensor) -> Tensor:
-        return torch.where(rms > floor, rms, floor)
-
     rate = torch.as_tensor(hyper.rate(step, rms, torch.sqrt, torch.minimum, number_maximum), device=step.device)
     return torch.where(step > 0.0, rate.reshape(()), before)
 

@@ -89,8 +89,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def skipped_steps(self) -> Tensor | None:
         """How many steps `skip_nonfinite` has skipped in this process: a 0-d tensor; None before the first step.
 
-        The tensor goes on counting; clone it to keep a number. It is no part of a checkpoint, which holds what an update
-        needs.
+        The tensor goes on counting; clone it to keep a number. It is no part of a checkpoint, which holds what an
+        update needs.
         """
         return self.guard.skipped_steps
 
@@ -226,18 +226,21 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._given = None
 
     def _update(self, grads: list[list[Tensor | None]], control: Control) -> None:
-        if any(g is not None and g.is_neg() for row in grads for g in row):
+        flat = [g for row in grads for g in row if g is not None]
+        if any(map(Tensor.is_neg, flat)):
             # Autograd of complex numbers makes them: in memory they have the other sign.
             grads = [[g if g is None else g.resolve_neg() for g in row] for row in grads]
+            flat = [g for row in grads for g in row if g is not None]
         for group, row in zip(self.param_groups, grads):
             _check_gradients(group["params"], row)
-        sharded = self._check_shards(grads)
-        there_are_any = any(g is not None for row in grads for g in row)
-        if there_are_any:
+        sharded = self._are_sharded(grads)
+        if sharded and control.found_inf is not None:
+            control = control._replace(found_inf=sharding.found_anywhere(control.found_inf, flat))
+        if flat:
             # Before they are prepared: clipping by value would make an infinite gradient a finite one.
-            control = self._guarded(grads, control, sharded)
+            control = self._guarded(flat, control, sharded)
         grads, control = self.prepare(grads, control)
-        if not there_are_any:
+        if not flat:
             return
         homes = [p.device for group in self.param_groups for p in group["params"]]
         if homes != self._homes:
@@ -265,24 +268,23 @@ class FusedOptimizer(torch.optim.Optimizer):
         ]
         torch.autograd.graph.increment_version(updated)
 
-    def _check_shards(self, grads: list[list[Tensor | None]]) -> bool:
-        """Whether there are sharded parameters; raises where this optimizer cannot update them."""
-        if not any(sharding.any_sharded(group["params"]) for group in self.param_groups):
+    def _are_sharded(self, grads: list[list[Tensor | None]]) -> bool:
+        """Whether there are sharded parameters; raises where a gradient is not sharded as its parameter is."""
+        columns = [*(group["params"] for group in self.param_groups), *grads]
+        if not any(map(sharding.any_sharded, columns)):
             return False
         for group, row in zip(self.param_groups, grads):
             sharding.check(group["params"], row)
         return True
 
-    def _guarded(self, grads: list[list[Tensor | None]], control: Control, sharded: bool) -> Control:
+    def _guarded(self, grads: list[Tensor], control: Control, sharded: bool) -> Control:
         if not self.guard:
             return control
         alike: dict[tuple[torch.device, sharding.Spread], list[Tensor]] = {}
-        for row in grads:
-            for g in row:
-                if g is not None:
-                    over = sharding.spread(g) if sharded else ()
-                    alike.setdefault((g.device, over), []).append(sharding.shard(g) if sharded else g)
-        sums = [(self._stepper(device, "squares", over)(g), over) for (device, over), g in alike.items()]
+        for g in grads:
+            over = sharding.spread(g) if sharded else ()
+            alike.setdefault((g.device, over), []).append(sharding.shard(g) if sharded else g)
+        sums = [(self._stepper(device, "squares", over)(own), over) for (device, over), own in alike.items()]
         if sharded:
             sums = [(squares.sum(), over) for squares, over in sums]
         return self.guard(sharding.add_up(sums), control)

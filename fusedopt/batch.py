@@ -55,6 +55,11 @@ class AdafactorHyper(NamedTuple):
         return rules.scaled_rate(rate, rms, self.rms_floor, number_maximum) if self.scale_parameter else rate
 
 
+def number_maximum(floor: float, rms: Tensor) -> Tensor:
+    """The larger number, `floor` where `rms` is NaN; for `AdafactorHyper.rate` of a tensor."""
+    return torch.where(rms > floor, rms, floor)
+
+
 Spread = tuple[tuple[Any, int], ...]
 """Where the shards of a tensor are: pairs of a device mesh and one of its dimensions; () for a whole tensor."""
 

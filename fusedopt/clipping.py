@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fusedopt import sharding
+from fusedopt.backends.norms import is_large, norm
 from fusedopt.checks import finite_non_negative
 
 Gradients = list[list[Tensor | None]]
@@ -97,11 +98,14 @@ def _wide(grads: list[Tensor]) -> list[Tensor]:
 
 def _norms(grads: list[Tensor], over: Sequence[sharding.Spread]) -> list[Tensor]:
     """Each tensor's norm, 0-d, at least in float32: g² of 16 bits would overflow, or vanish in the sum."""
-    double = any(g.dtype == torch.float64 for g in grads)
-    norms = list(torch._foreach_norm(grads, 2, torch.float64 if double else torch.float32))
+    wide = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
+    small = [i for i, g in enumerate(grads) if not is_large(g)]
+    norms = [norm(g).to(wide) if is_large(g) else g for g in grads]
+    for i, of_small in zip(small, torch._foreach_norm([grads[i] for i in small], 2, wide) if small else ()):
+        norms[i] = of_small
     if any(over):
-        squares = sharding.add_up([(norm.double().square(), spread) for norm, spread in zip(norms, over)])
-        norms = [square.sqrt().to(norm.dtype) for square, norm in zip(squares, norms)]
+        squares = sharding.add_up([(own.double().square(), spread) for own, spread in zip(norms, over)])
+        norms = [square.sqrt().to(wide) for square in squares]
     return norms
 
 

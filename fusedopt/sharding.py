@@ -17,13 +17,19 @@ def is_sharded(t: Any) -> bool:
 
 
 def any_sharded(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether there is a DTensor among them; at no cost in a process that uses none."""
-    return "torch.distributed.tensor" in sys.modules and any(map(is_sharded, tensors))
+    """Whether there is a DTensor among them; asks each type once, since thousands of tensors are common."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and any(issubclass(kind, module.DTensor) for kind in set(map(type, tensors)))
 
 
 def check(params: list[Tensor], grads: list[Tensor | None]) -> None:
-    """Raises RuntimeError where a gradient is not sharded as its parameter is."""
+    """Raises RuntimeError where a gradient is not sharded as its parameter is, or a parameter is a sum to be made."""
     for p, g in zip(params, grads):
+        if any(placement.is_partial() for placement in getattr(p, "placements", ())):
+            raise RuntimeError(
+                f"a parameter of shape {tuple(p.shape)} has placements {getattr(p, 'placements', None)}: what is a sum "
+                "over processes cannot be updated in each of them; redistribute it first"
+            )
         if g is None:
             continue
         (of_p, mesh_p), (of_g, mesh_g) = ([getattr(t, a, None) for a in ("placements", "device_mesh")] for t in (p, g))
@@ -88,7 +94,7 @@ def spread(t: Any, dimension: int | None = None) -> Spread:
 
 def _split(p: Any) -> Split | None:
     over = spread(p)
-    if not over:
+    if not over or p.numel() == 0:
         return None
     rows, columns = (spread(p, p.dim() - 2), spread(p, p.dim() - 1)) if p.dim() >= 2 else ((), ())
     return Split(p.shape, rows, columns, over)
@@ -100,16 +106,35 @@ def add_up_in_place(t: Tensor, over: Spread) -> None:
         torch.distributed.all_reduce(t, group=mesh.get_group(dimension))
 
 
-def sharded_like(t: Tensor, like: Any) -> Tensor:
-    """A whole tensor, the same in all processes, sharded as `like`; `t` itself if that is no DTensor, or `t` is one."""
-    if not is_sharded(like) or is_sharded(t):
+def sharded_like(t: Any, like: Any) -> Tensor:
+    """`t` sharded as `like`, whether `t` is sharded otherwise or whole, the same in all processes.
+
+    All processes must call it. `t` itself if `like` is no DTensor, or sharded as `t` is.
+    """
+    if not is_sharded(like) or (is_sharded(t) and _layout(t) == _layout(like)):
         return t
     from torch.distributed.tensor import DTensor, Replicate
 
+    whole = t.full_tensor() if is_sharded(t) else t
     mesh = like.device_mesh
-    whole = DTensor.from_local(t.to(like.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
-    made: Tensor = whole.redistribute(mesh, like.placements)
+    everywhere = DTensor.from_local(whole.to(like.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    made: Tensor = everywhere.redistribute(mesh, like.placements)
     return made
+
+
+def _layout(t: Any) -> tuple[Any, Any]:
+    return t.device_mesh, tuple(t.placements)
+
+
+def found_anywhere(found_inf: Tensor, tensors: Iterable[Tensor]) -> Tensor:
+    """Not 0 in all processes if it is not 0 in one that has a share of these tensors.
+
+    torch adds up what a GradScaler found over the mesh of one gradient alone.
+    """
+    over = tuple(dict.fromkeys(pair for t in tensors for pair in spread(t)))
+    found = found_inf.detach().to(torch.float32, copy=True)
+    add_up_in_place(found, over)
+    return found
 
 
 def zeros_without(p: Any, dimension: int, dtype: torch.dtype) -> Tensor:

@@ -27,7 +27,7 @@ WORLD = 4
 STEPS = 2
 
 # Rows and columns that four processes cannot share evenly: some have one more, or none at all.
-SHAPES = [(5, 7), (9, 6), (3, 6, 5), (11,), (), (40, 3)]
+SHAPES = [(5, 7), (9, 6), (3, 6, 5), (11,), (), (40, 3), (0, 5)]
 
 
 class Layout(NamedTuple):
@@ -120,6 +120,48 @@ def placements(layout: Layout, t: torch.Tensor):
     return [Replicate() if d is None else Shard(d) for d in there]
 
 
+def stopped(rank: int, meshes) -> dict:
+    """Weights before and after a step that the last process alone finds an overflow for, on two meshes."""
+    found = {}
+    for name in ("AdamW", "AdamW-clipped", "AdamWeightDecay-global_clipnorm", "Adafactor"):
+        layouts = [LAYOUTS["rows"], LAYOUTS["rows and columns"]] * len(SHAPES)
+        params = [
+            torch.nn.Parameter(distribute_tensor(t, meshes[layout.mesh], placements(layout, t)))
+            for t, layout in zip(tensors(0), layouts)
+        ]
+        optimizer = OPTIMIZERS[name]([(str(i), p) for i, p in enumerate(params)], backend="eager")
+        before = [whole(p) for p in params]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(float(rank == WORLD - 1))
+        optimizer.step()
+        found[name] = before, [whole(p) for p in params]
+    return found
+
+
+def laid_out_anew(meshes) -> dict:
+    """States loaded from one layout into another, and as they were."""
+    found = {}
+    for source, target in (("rows", "columns"), ("columns", "replicated"), ("rows", "rows and columns")):
+        optimizers = []
+        for layout in (LAYOUTS[source], LAYOUTS[target]):
+
+            def spread(t, layout=layout):
+                return distribute_tensor(t, meshes[layout.mesh], placements(layout, t))
+
+            params = [torch.nn.Parameter(spread(t)) for t in tensors(0)]
+            optimizers.append((run("Adafactor-beta1", params, spread, "eager"), params))
+        (old, old_params), (new, params) = optimizers
+        fresh = placements_of(new, params)
+        new.load_state_dict(old.state_dict())
+        states = [
+            [{key: whole(value) for key, value in o.state[p].items()} for p in own]
+            for o, own in ((new, params), (old, old_params))
+        ]
+        found[source, target] = (*states, placements_of(new, params), fresh)
+    return found
+
+
 MODELS = ("fully_shard", "tensor parallel and fully_shard")
 MODEL_OPTIMIZERS = {
     "AdamW": lambda model: AdamW(model.parameters(), lr=0.1, max_grad_norm=0.05, skip_nonfinite=True),
@@ -205,6 +247,8 @@ def main(rank: int, folder: Path) -> None:
         optimizer.load_state_dict(copy.deepcopy(saved))
         states = [{key: whole(value) for key, value in optimizer.state[p].items()} for p in params]
         results["loaded", layout_name] = states, placements_of(optimizer, params)
+    results["overflow in the last process"] = stopped(rank, meshes)
+    results["from one layout to another"] = laid_out_anew(meshes)
     for how, name in model_cases():
         results[how, name] = train_and_resume(how, name)
     torch.save(results, folder / f"{rank}.pt")

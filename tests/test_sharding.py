@@ -12,6 +12,7 @@ import torch
 from filelock import FileLock
 from loop_cases import Net, same, sharded, train, whole
 from torch.distributed.checkpoint import state_dict as dcp
+from torch.distributed.tensor import DTensor, Partial
 
 from fusedopt import Adafactor, AdamW
 
@@ -136,8 +137,36 @@ def test_scaled_gradients_of_shards():
             torch.testing.assert_close(p, q - 0.1, rtol=1e-4, atol=1e-5)
 
 
+def test_what_an_overflow_in_one_process_stops_in_all(results):
+    """Whatever meshes the gradients are on: processes that go on would wait for the others for ever."""
+    for result in (each["overflow in the last process"] for each in results):
+        for name, (before, after) in result.items():
+            assert same(before, after), name
+
+
+def test_states_of_another_layout_are_laid_out_anew(results):
+    for result in (each["from one layout to another"] for each in results):
+        for names, (loaded, expected, placements, expected_placements) in result.items():
+            assert same(loaded, expected), names
+            assert placements == expected_placements, names
+
+
 def test_a_gradient_that_is_not_sharded_like_its_parameter_is_refused():
     with sharded(Net()) as model:
         p = next(model.parameters())
-        with pytest.raises(RuntimeError, match="placements"):
-            AdamW([p]).apply_gradients([(torch.ones(p.shape), p)])
+        whole_p = torch.nn.Parameter(torch.ones(p.shape))
+        for one, grad in ((p, torch.ones(p.shape)), (whole_p, torch.ones_like(p))):
+            optimizer = AdamW([one])
+            with pytest.raises(RuntimeError, match="placements"):
+                optimizer.apply_gradients([(grad, one)])
+            assert not optimizer.state
+
+
+def test_a_parameter_that_is_a_sum_over_processes_is_refused():
+    with sharded(Net()) as model:
+        mesh = next(model.parameters()).device_mesh
+        p = torch.nn.Parameter(DTensor.from_local(torch.ones(3, 4), mesh, [Partial()]))
+        optimizer = Adafactor([p])
+        with pytest.raises(RuntimeError, match="what is a sum over processes"):
+            optimizer.apply_gradients([(torch.ones_like(p), p)])
+        assert not optimizer.state

@@ -8,11 +8,12 @@ import math
 import operator
 from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from fusedopt.backends.adafactor_apply import applied
+from fusedopt.backends.norms import norm
 from fusedopt.batch import AdafactorHyper, Split, Spread
 from fusedopt.sharding import add_up
 from fusedopt_kernels import rules
@@ -42,24 +43,21 @@ def shard_update(
     # Between two rounds nothing of the parameter's size is kept: gradients are widened and scaled anew.
     scaled = (lambda: g.to(dtype)) if scale == 1.0 else (lambda: g.to(dtype) * scale)
     weight = rules.square_weight(step, hyper.decay_rate, math.exp, math.log)
-    average = _factored if "exp_avg_sq_row" in state else _unfactored
-    unclipped = yield from average(scaled, state, split, weight, hyper.square_floor)
+    make = _factored if "exp_avg_sq_row" in state else _unfactored
+    unclipped = yield from make(scaled, state, split, weight, hyper.square_floor)
 
-    sums = [(_sum_of_squares(unclipped()), split.over_all)]
+    sums = [(norm(unclipped()).square(), split.over_all)]
     if hyper.scale_parameter:
-        sums.append((_sum_of_squares(p.to(dtype)), split.over_all))
+        sums.append((norm(p.to(dtype)).square(), split.over_all))
     squares = yield sums
     update_rms, *rms = (torch.sqrt(square / split.shape.numel()) for square in squares)
-    rate: Any = hyper.rate(step, 0.0)
     if hyper.scale_parameter:
         state["RMS"].copy_(rms[0])
-        rate = hyper.rate(step, rms[0], number_maximum=number_maximum)
-    divisor = rules.clip_divisor(update_rms, hyper.clip_threshold, torch.clamp)
-    update = unclipped() * ((-rate if hyper.maximize else rate) / divisor)
-    if hyper.beta1 is not None:
-        update = rules.running_average(state["exp_avg"], update, 1.0 - hyper.beta1)
-        state["exp_avg"].copy_(update)
-    p.copy_(rules.adafactor_apply(p.to(dtype), update, rate * hyper.weight_decay))
+    average = None if hyper.beta1 is None else state["exp_avg"]
+    new, update = applied(hyper, step, p.to(dtype), unclipped(), update_rms, rms[0] if rms else 0.0, average)
+    if average is not None:
+        average.copy_(update)
+    p.copy_(new)
 
 
 Unclipped = Callable[[], Tensor]
@@ -94,12 +92,3 @@ def _unfactored(
 def _row_and_column_sums(g: Tensor) -> tuple[Tensor, Tensor]:
     square = g.square()
     return square.sum(-1), square.sum(-2)
-
-
-def _sum_of_squares(t: Tensor) -> Tensor:
-    """0-d. Line by line: a norm of all of it would be added up one by one in float32."""
-    return torch.linalg.vector_norm(t, dim=-1).square().sum() if t.dim() else t.square()
-
-
-def number_maximum(floor: float, rms: Tensor) -> Tensor:
-    return torch.where(rms > floor, rms, floor)

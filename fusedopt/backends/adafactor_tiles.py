@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedopt.backends.scratch import Scratch
+from fusedopt.backends.scratch import scratch
 from fusedopt.batch import AdafactorHyper
 from fusedopt_kernels import rules
 
@@ -26,12 +26,12 @@ class _Tiles:
     A tile is a few matrices of a batch of small ones, or a few rows of one. A vector is a matrix of one column.
     """
 
-    def __init__(self, p: Tensor, g: Tensor, scale: float, scratch: Scratch) -> None:
+    def __init__(self, p: Tensor, g: Tensor, scale: float) -> None:
         self.shape = (p.shape[:-2].numel(), *p.shape[-2:]) if p.dim() >= 2 else (1, p.numel(), 1)
         _, rows, columns = self.shape
         self._matrices, self._rows = TILE // (rows * columns), max(1, TILE // columns)
         self._p, self._g = self.split(p), self.split(g)
-        self._scale, self._scratch, self._of_vector = scale, scratch, p.dim() < 2
+        self._scale, self._of_vector = scale, p.dim() < 2
         self.dtype = torch.promote_types(p.dtype, torch.float32)
         self.forward = range(len(self._p))
         self.backward = range(len(self._p) - 1, -1, -1)
@@ -49,16 +49,16 @@ class _Tiles:
     def gradient(self, i: int) -> Tensor:
         g = self._g[i]
         if g.dtype != self.dtype:
-            g = self._scratch.like(g, "gradient", self.dtype).copy_(g)
-        return g if self._scale == 1.0 else torch.mul(g, self._scale, out=self._scratch.like(g, "gradient", self.dtype))
+            g = scratch.like(g, "gradient", self.dtype).copy_(g)
+        return g if self._scale == 1.0 else torch.mul(g, self._scale, out=scratch.like(g, "gradient", self.dtype))
 
     def parameter(self, i: int) -> Tensor:
         p = self._p[i]
-        return p if p.dtype == self.dtype else self._scratch.like(p, "parameter", self.dtype).copy_(p)
+        return p if p.dtype == self.dtype else scratch.like(p, "parameter", self.dtype).copy_(p)
 
     def room(self, i: int) -> Tensor:
         """Where the update of a tile is made."""
-        return self._scratch.like(self._g[i], "update", self.dtype)
+        return scratch.like(self._g[i], "update", self.dtype)
 
     def norms(self, t: Tensor) -> Tensor:
         """The norm of each row of a tile, of the whole tile for a vector."""
@@ -85,14 +85,14 @@ class _Update(NamedTuple):
 
 
 def tiled_update(
-    hyper: AdafactorHyper, step: float, scale: float, p: Tensor, g: Tensor, state: dict[str, Tensor], scratch: Scratch
+    hyper: AdafactorHyper, step: float, scale: float, p: Tensor, g: Tensor, state: dict[str, Tensor]
 ) -> None:
     """One update of one parameter; more than two dimensions must be contiguous, in the state as well.
 
     Three passes, each in the opposite direction of the last, so that it begins with what is still in the cache: the
     averages of g², the norms of update and parameter, the new parameter. The update is made twice and never stored.
     """
-    tiles = _Tiles(p, g, scale, scratch)
+    tiles = _Tiles(p, g, scale)
     weight = rules.square_weight(step, hyper.decay_rate, math.exp, math.log)
     average = _factored if "exp_avg_sq_row" in state else _unfactored
     update = average(tiles, state, weight, hyper.square_floor)

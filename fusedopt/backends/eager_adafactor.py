@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedopt.backends.adafactor_shards import number_maximum, shard_update, update_together
+from fusedopt.backends.adafactor_apply import applied
+from fusedopt.backends.adafactor_shards import shard_update, update_together
 from fusedopt.backends.adafactor_tiles import TILE, tiled_update
-from fusedopt.backends.scratch import Scratch
+from fusedopt.backends.norms import norm
 from fusedopt.backends.steps import StepCounts
 from fusedopt.batch import AdafactorHyper, Batch, Control
 from fusedopt_kernels import rules
@@ -34,7 +35,6 @@ class EagerAdafactor:
     def __init__(self, device: torch.device) -> None:
         self._on_cpu = device.type == "cpu"
         self._counts = StepCounts()
-        self._scratch = Scratch(TILE)
 
     def __call__(self, batches: Sequence[Batch], control: Control) -> None:
         active = [[i for i, g in enumerate(batch.grads) if g is not None] for batch in batches]
@@ -54,7 +54,7 @@ class EagerAdafactor:
                 if split is not None:
                     shards.append(shard_update(batch.hyper, step, scale, p, g, state, split))
                 elif self._on_cpu and p.numel() > SMALL and _matrices_follow_each_other(p, g, state):
-                    tiled_update(batch.hyper, step, scale, p, g, state, self._scratch)
+                    tiled_update(batch.hyper, step, scale, p, g, state)
                 else:
                     alike.setdefault((step, p.shape, p.dtype), []).append(_Work(p, g, state))
             for (step, _, _), works in alike.items():
@@ -88,17 +88,14 @@ def _update_by_rules(hyper: AdafactorHyper, step: float, scale: float, works: li
     if scale != 1.0:
         g = g * scale
     update = _unclipped(hyper, step, g, states)
-    rate: Any = hyper.rate(step, 0.0)
+    rms: Any = 0.0
     if hyper.scale_parameter:
         rms = _root_mean_square(p)
         _unstack(states, "RMS", rms.flatten())
-        rate = hyper.rate(step, rms, number_maximum=number_maximum)
-    divisor = rules.clip_divisor(_root_mean_square(update), hyper.clip_threshold, torch.clamp)
-    update = update * ((-rate if hyper.maximize else rate) / divisor)
-    if hyper.beta1 is not None:
-        update = rules.running_average(_stack(states, "exp_avg"), update, 1.0 - hyper.beta1)
+    average = None if hyper.beta1 is None else _stack(states, "exp_avg")
+    new, update = applied(hyper, step, p, update, _root_mean_square(update), rms, average)
+    if average is not None:
         _unstack(states, "exp_avg", update)
-    new = rules.adafactor_apply(p, update, rate * hyper.weight_decay)
     torch._foreach_copy_(params, new.unbind())
 
 
@@ -130,7 +127,6 @@ def _unstack(states: Sequence[dict[str, Tensor]], name: str, values: Tensor) -> 
 def _root_mean_square(stacked: Tensor) -> Tensor:
     """Of each tensor of a stack, in a shape that broadcasts with it."""
     flat = stacked.flatten(1) if stacked.dim() > 1 else stacked.unsqueeze(1)
-    if flat.shape[1] > SMALL:  # added up one by one, in float32 it would be off in the fourth digit
-        flat = flat.double()
-    rms = torch.linalg.vector_norm(flat, dim=1) / math.sqrt(flat.shape[1])
-    return rms.to(stacked.dtype).view(-1, *[1] * (stacked.dim() - 1))
+    large = flat.shape[1] > SMALL
+    norms = torch.stack([norm(t) for t in stacked]) if large else torch.linalg.vector_norm(flat, dim=1)
+    return (norms / math.sqrt(flat.shape[1])).view(-1, *[1] * (stacked.dim() - 1))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedopt.backends.scratch import Scratch
+from fusedopt.backends.scratch import scratch
 from fusedopt.backends.steps import StepCounts
 from fusedopt.batch import AdamWHyper, Batch, Control
 from fusedopt_kernels import rules
@@ -41,7 +41,6 @@ class EagerAdamW:
     def __init__(self, device: torch.device) -> None:
         self._on_cpu = device.type == "cpu"
         self._counts = StepCounts()
-        self._scratch = Scratch(_SCALED_PART)
 
     def __call__(self, batches: Sequence[Batch], control: Control) -> None:
         if control.skips():
@@ -69,7 +68,7 @@ class EagerAdamW:
         served = _fused_serves(columns, factor) if self._on_cpu and scalars[1] > 0.0 else ()
         if served:
             fused = columns if len(served) == len(columns.p) else columns.only(served)
-            for part in [fused] if factor == 1.0 else _scaled_parts(fused, factor, self._scratch):
+            for part in [fused] if factor == 1.0 else _scaled_parts(fused, factor):
                 _fused_update(hyper, part, step, *scalars)
         if len(served) < len(columns.p):
             for i in set(range(len(columns.p))).difference(served):
@@ -118,14 +117,14 @@ def _fused_serves(columns: _Columns, factor: float) -> Sequence[int]:
     ]
 
 
-def _scaled_parts(columns: _Columns, factor: float, scratch: Scratch) -> Iterator[_Columns]:
+def _scaled_parts(columns: _Columns, factor: float) -> Iterator[_Columns]:
     """The same parameters a cache-sized part at a time, with copies of their gradients times `factor`."""
     some: list[int] = []
     size = 0
     for i, p in enumerate(columns.p):
         elements = p.numel()
         if elements > _SCALED_PART:
-            yield from _scaled_pieces(columns.only([i]), factor, scratch)
+            yield from _scaled_pieces(columns.only([i]), factor)
             continue
         if size + elements > _SCALED_PART:
             yield _scaled(columns.only(some), factor)
@@ -140,7 +139,7 @@ def _scaled(some: _Columns, factor: float) -> _Columns:
     return some._replace(g=list(torch._foreach_mul(some.g, factor)))
 
 
-def _scaled_pieces(one: _Columns, factor: float, scratch: Scratch) -> Iterator[_Columns]:
+def _scaled_pieces(one: _Columns, factor: float) -> Iterator[_Columns]:
     """Pieces of one large parameter."""
     flat = [t.as_strided((t.numel(),), (1,)) for (t,) in filter(None, one)]
     for p, g, m, v, *h in zip(*(t.split(_SCALED_PART) for t in flat)):

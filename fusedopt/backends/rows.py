@@ -40,9 +40,7 @@ class Rows:
     numel: np.ndarray
     keys: np.ndarray
 
-    def __init__(self, like: Callable[[Tensor], Tensor] = _without_gaps) -> None:
-        """`like`: for a parameter, a tensor that lies in memory as the kernel wants the row to: itself if possible."""
-        self._like = like
+    def __init__(self) -> None:
         self._seen: list[list[Tensor | None]] = []  # parameters and states
         self._lay_at = np.empty((0, 0), np.int64)
         self._dtypes: list[list[torch.dtype | None]] = []
@@ -54,8 +52,17 @@ class Rows:
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._grad_copies: list[Tensor] = []  # held until the kernel is queued: their memory must not be given away
 
-    def look(self, params: Sequence[Tensor], grads: Column, *states: Column) -> None:
+    def look(
+        self,
+        params: Sequence[Tensor],
+        grads: Column,
+        *states: Column,
+        like: Callable[[int], Tensor] | None = None,
+    ) -> None:
         """Takes up the tensors of this step.
+
+        `like`: for the place of a parameter, a tensor that lies in memory as the kernel wants that row to, itself if
+        possible. Default: without gaps.
 
         Where a tensor does not lie in memory as its parameter does, or the parameter has gaps, the kernel gets a copy.
         In the place of states that do not exist yet there may be any tensor of their dtype, such as the parameter.
@@ -83,7 +90,8 @@ class Rows:
         ]
         at = lay_at.copy() if strided else lay_at
         for i in strided:
-            at[:, i] = addresses(self._laid_out(params[i], [column[i] for column in columns]))
+            like_row = like(i) if like else _without_gaps(params[i])
+            at[:, i] = addresses(self._laid_out(like_row, [column[i] for column in columns]))
         self.addresses = at.T
         self.keys = launch_keys(self._codes, are_even(np.vstack([at, self.numel]).T))
         self._refuse_shared_memory()
@@ -132,9 +140,8 @@ class Rows:
             and np.array_equal(numel, self.numel)
         )
 
-    def _laid_out(self, p: Tensor, row: list[Tensor | None]) -> list[Tensor | None]:
-        """The row of parameter p, with copies of what does not lie as the kernel wants it to."""
-        like = self._like(p)
+    def _laid_out(self, like: Tensor, row: list[Tensor | None]) -> list[Tensor | None]:
+        """A row, with copies of what does not lie as the kernel wants it to."""
         for column, t in enumerate(row):
             if t is not None and not same_layout(t, like):
                 row[column] = copy = torch.empty_like(like, dtype=t.dtype).copy_(t)

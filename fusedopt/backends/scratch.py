@@ -1,23 +1,26 @@
-"""Memory that a step on the CPU uses again and again, so that it stays in the cache."""
+"""Memory that steps on the CPU use again and again, so that it stays in the cache."""
+
+import threading
 
 import torch
 from torch import Tensor
 
+_ELEMENTS = 1 << 20
+"""Room for so many, at least."""
 
-class Scratch:
-    """Room for tensors of up to some elements, the same at every step; grows where one is larger."""
 
-    def __init__(self, elements: int) -> None:
-        self._elements = elements
+class _Scratch(threading.local):
+    """One for all optimizers of a thread, of which one takes a step at a time; grows where a tensor is larger."""
+
+    def __init__(self) -> None:
         self._flat: dict[tuple[str, torch.dtype], Tensor] = {}
-        self._views: dict[tuple[str, torch.dtype, torch.Size], Tensor] = {}
 
     def like(self, t: Tensor, use: str, dtype: torch.dtype) -> Tensor:
         """A contiguous tensor of the shape of `t`; another one for another `use`."""
-        view = self._views.get((use, dtype, t.shape))
-        if view is None:
-            flat = self._flat.get((use, dtype))
-            if flat is None or flat.numel() < t.numel():
-                flat = self._flat[use, dtype] = torch.empty(max(self._elements, t.numel()), dtype=dtype)
-            view = self._views[use, dtype, t.shape] = flat[: t.numel()].view(t.shape)
-        return view
+        flat = self._flat.get((use, dtype))
+        if flat is None or flat.numel() < t.numel():
+            flat = self._flat[use, dtype] = torch.empty(max(_ELEMENTS, t.numel()), dtype=dtype)
+        return flat[: t.numel()].view(t.shape)
+
+
+scratch = _Scratch()

@@ -1,6 +1,6 @@
 """Adafactor on the Triton backend: what is in its launch table at this step, and how its tensors are cut."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from operator import is_
 
 import numpy as np
@@ -27,12 +27,11 @@ class TritonAdafactor:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._rows = Rows(self._like)
-        self._split: set[int] = set()  # ids of the parameters of this step that are shards
+        self._rows = Rows()
         self._tables = Tables(device)
         self._seen: list[Column] = [[]] * len(_STATES)
-        self._shapes: list[torch.Size] = []
-        self._cut = _Cut(self._like)
+        self._kinds: list[tuple[torch.Size, torch.dtype]] = []
+        self._cut = _Cut()
 
     @property
     def captured(self) -> bool:
@@ -61,7 +60,6 @@ class TritonAdafactor:
     ) -> tuple[np.ndarray, np.ndarray, Plan]:
         """The rows of the table, their dtype classes, and how they are cut."""
         splits = [s for batch in batches for s in batch.splits or [None] * len(batch.params)]
-        self._split = {id(p) for p, split in zip(params, splits) if split}
         exp_avg, exp_avg_sq, row, col, rms = self._state_columns(params, states)
         averages = [batch.hyper.beta1 is not None for batch in batches for _ in batch.params]
         self._rows.look(
@@ -69,6 +67,7 @@ class TritonAdafactor:
             [g for batch in batches for g in batch.grads],
             [m if a else None for m, a in zip(exp_avg, averages)],
             exp_avg_sq,
+            like=lambda i: _like(params[i], splits[i]),
         )
         keys = self._rows.dtype_classes(2)
         shapes, plan = self._cut.of(params, keys, splits)
@@ -91,16 +90,11 @@ class TritonAdafactor:
         ]
         return np.column_stack(rows), keys, plan
 
-    def _like(self, p: Tensor) -> Tensor:
-        """p, if the kernels can walk over it as it lies; else something contiguous of its shape."""
-        walkable = p.is_contiguous() if id(p) in self._split else shape_of(p)
-        return p if walkable else torch.empty(p.shape, dtype=p.dtype, device=p.device)
-
     def _state_columns(self, params: list[Tensor], states: list[dict[str, Tensor]]) -> list[Column]:
         """The states, by name. Those that were loaded in another dtype than that of the arithmetic are converted."""
         columns = _columns(states)
-        shapes = [p.shape for p in params]
-        if shapes != self._shapes or not all(map(_same, columns, self._seen)):
+        kinds = [(p.shape, p.dtype) for p in params]
+        if kinds != self._kinds or not all(map(_same, columns, self._seen)):
             for p, state in zip(params, states):
                 _check_factors(p, state)
                 dtype = torch.promote_types(p.dtype, torch.float32)
@@ -110,15 +104,14 @@ class TritonAdafactor:
                         # The averages of rows and columns are of no parameter's layout.
                         state[name] = like.contiguous() if name in ("exp_avg_sq_row", "exp_avg_sq_col") else like
             columns = self._seen = _columns(states)
-            self._shapes = shapes
+            self._kinds = kinds
         return columns
 
 
 class _Cut:
     """The plan for the tensors seen last."""
 
-    def __init__(self, like: Callable[[Tensor], Tensor]) -> None:
-        self._like = like
+    def __init__(self) -> None:
         self._layouts: list[tuple[torch.Size, tuple[int, ...] | None]] = []
         self._keys = np.empty(0, np.int64)
         self._splits: list[Split | None] = []
@@ -128,10 +121,16 @@ class _Cut:
         layouts = [(p.shape, None if p.is_contiguous() else p.stride()) for p in params]
         if layouts != self._layouts or splits != self._splits or not np.array_equal(keys, self._keys):
             self._layouts, self._keys, self._splits = layouts, keys, splits
-            shapes = [shape_of(self._like(p), small=split is None) for p, split in zip(params, splits)]
+            shapes = [shape_of(_like(p, split), small=split is None) for p, split in zip(params, splits)]
             self._shapes = Shapes(*np.array(shapes, np.int64).T)
             self._plan = plan_of(self._shapes, keys, _splits(self._shapes, splits))
         return self._shapes, self._plan
+
+
+def _like(p: Tensor, split: Split | None) -> Tensor:
+    """p, if the kernels can walk over it as it lies; else something contiguous of its shape."""
+    walkable = shape_of(p) if split is None else p.is_contiguous()
+    return p if walkable else torch.empty(p.shape, dtype=p.dtype, device=p.device)
 
 
 def _splits(shapes: Shapes, splits: list[Split | None]) -> Splits:
