@@ -196,12 +196,13 @@ def test_a_weight_used_twice_is_updated_once():
     assert same_weights(*models)
 
 
-def test_fsdp2_sums_the_gradients_before():
-    plain, _ = run("AdamW", "eager", "cpu", in_backward=False)
+@pytest.mark.parametrize("name", ["AdamW", "AdamWeightDecay", "Adafactor"])
+def test_fsdp2_sums_the_gradients_before(name):
+    plain, _ = run(name, "eager", "cpu", in_backward=False)
     with sharded(Net()) as model:
-        optimizer = OPTIMIZERS["AdamW"](model)
+        optimizer = OPTIMIZERS[name](model)
         register_step_in_backward(optimizer, model)
-        train(model, optimizer, 6, scheduler_for("AdamW", optimizer))
+        train(model, optimizer, 6, scheduler_for(name, optimizer))
         assert same(whole(model), whole(plain))
 
 
