@@ -11,9 +11,9 @@
 
 Those that work on next to nothing (`prologue`, `averages`, `finish`) are shared by all classes. So g is read three
 times, p twice, once without `scale_parameter`, and written once. The update's mean square is a bilinear form of g², but
-its two vectors depend on all of g: hence the second reading. Tensors that are shards of whole ones go through three more
-launches, see `adafactor_shards`. Sums are kept for each piece of a tensor, and added up in
-the order of the pieces: two runs give the same bits, whatever else shares the launches.
+its two vectors depend on all of g: hence the second reading. Sums are kept for each piece of a tensor, and added up in
+the order of the pieces: two runs give the same bits, whatever else shares the launches. Shards of tensors go through
+three more launches, see `adafactor_shards`.
 """
 
 import numpy as np
