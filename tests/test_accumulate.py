@@ -12,6 +12,7 @@ import accumulate_on_two_processes as two
 import pytest
 import torch
 from keras_cases import BACKENDS, device_of, recorded
+from processes import run_together
 
 import fusedopt
 from fusedopt.accumulate import GradientAccumulator
@@ -387,21 +388,7 @@ def test_gradients_with_the_negative_bit(backend):
 
 def test_two_processes_under_ddp(tmp_path):
     """Sums stay local until asked; then both hold the mean over all tokens, however many micro-batches each had."""
-    script = Path(two.__file__)
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(tmp_path)], env=environment, stderr=subprocess.PIPE
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=100)
-            assert process.returncode == 0, errors.decode()
-    finally:
-        for process in processes:
-            process.kill()
+    run_together(two.__file__, 2, tmp_path, timeout=100)
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
 
     # One process with all tokens in one batch.

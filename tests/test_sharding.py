@@ -2,21 +2,17 @@
 
 import copy
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import sharded_on_four_processes as four
 import torch
 from filelock import FileLock
 from loop_cases import Net, same, sharded, train, whole
+from processes import run_together
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.tensor import DTensor, Partial
 
 from fusedopt import Adafactor, AdamW
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="session")
@@ -27,25 +23,8 @@ def results(tmp_path_factory):
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             folder.mkdir()
-            run_on_four_processes(folder)
+            run_together(four.__file__, four.WORLD, folder, timeout=300, TRITON_INTERPRET="1")
     return [torch.load(folder / f"{rank}.pt") for rank in range(four.WORLD)]
-
-
-def run_on_four_processes(folder):
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
-    command = [sys.executable, four.__file__]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(folder)], env=environment, stderr=subprocess.PIPE)
-        for rank in range(four.WORLD)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=300)
-            assert process.returncode == 0, errors.decode()
-    finally:
-        for process in processes:
-            process.kill()
 
 
 @pytest.mark.parametrize("name, layout, backend", four.cases())

@@ -1,0 +1,284 @@
+"""Goals are judged rightly, and the commands of `perf` do what they say, evidence and sweeps included."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from perf import (
+    bench,
+    evidence,
+    goals,
+    measure,
+    one_step,
+    pictures,
+    providers,
+    report,
+    results,
+    sweeps,
+    workloads,
+)
+from perf.providers import Provider
+
+CPU = torch.device("cpu")
+SMOKE = workloads.get("smoke")
+
+
+# Goals.
+
+
+def step_record(name, times, **more):
+    where = {"kind": "step", "workload": "gpt_50m", "rule": "adamw", "provider": name, "status": "measured"}
+    milliseconds = {"step_ms": measure.quantiles(times), "host_ms": measure.quantiles(times), "rounds_ms": times}
+    return {**where, **milliseconds, "params": 1_000_000, "floor_bytes": 28.0, **more}
+
+
+def outcome(goal, *records):
+    steps = {(r["workload"], r["rule"], r["provider"]): r for r in records if r["kind"] == "step"}
+    return goals._outcome(goal, steps, [r["bytes_per_second"] for r in records if r["kind"] == "copy"])
+
+
+def goal(limit, kind="speedup", theirs="torch fused", clock="step"):
+    return goals.Goal("cpu", "gpt_50m", "adamw", "fusedopt", theirs, limit, kind, clock)
+
+
+OURS = step_record("fusedopt", [10.0, 20.0, 30.0, 10.0, 20.0])
+THEIRS = step_record("torch fused", [20.0, 40.0, 66.0, 20.0, 44.0])
+
+
+@pytest.mark.parametrize(
+    ("goal", "value", "verdict"),
+    [
+        (goal(1.9), 2.0, "met"),
+        (goal(2.5), 2.0, "missed"),
+        (goal(1.05, "time"), 0.5, "met"),
+        (goal(0.4, "time"), 0.5, "missed"),
+        (goal(1.0, clock="host"), 2.0, "met"),
+    ],
+    ids=str,
+)
+def test_goals_compare_round_by_round(goal, value, verdict):
+    result = outcome(goal, OURS, THEIRS)
+    assert result.value == pytest.approx(value, rel=0.11)
+    assert result.verdict == verdict
+
+
+def test_rounds_that_one_sat_out_are_not_compared():
+    sat_out = step_record("torch fused", [20.0, 40.0], rounds_ms=[20.0, None, None, 60.0])
+    result = outcome(goal(1.9), step_record("fusedopt", [10.0], rounds_ms=[10.0, 1.0, 1.0, 30.0]), sat_out)
+    assert (result.value, result.low, result.high) == (2.0, 2.0, 2.0)
+
+
+def test_who_is_slow_takes_part_more_rarely(monkeypatch):
+    monkeypatch.setattr(measure, "_gate", lambda *args: None)
+    monkeypatch.setattr(measure, "_cpu_facts", lambda *args: {})
+    monkeypatch.setattr(measure, "ROUND_SECONDS", 0.0)
+
+    class Slow(torch.optim.SGD):
+        pass
+
+    class Fast(torch.optim.SGD):
+        pass
+
+    def clock(step):
+        milliseconds = 2.0 if isinstance(step.__self__, Slow) else 0.2
+        return measure.Sample(milliseconds, milliseconds)
+
+    rows = [Provider(make.__name__, "adamw", make, "torch adamw") for make in (Fast, Slow)]
+    fast, slow = measure.compare(SMOKE, rows, CPU, seconds=1.0, clock=clock)
+    assert None not in fast["rounds_ms"]
+    present = [i for i, ms in enumerate(slow["rounds_ms"]) if ms is not None]
+    assert len(fast["rounds_ms"]) > measure.RARELY
+    assert present == [0, 1, *range(measure.RARELY, len(fast["rounds_ms"]), measure.RARELY)]
+
+
+def test_a_goal_of_bandwidth():
+    # 28 MB in 20 ms are 1.4 GB/s.
+    copy = {"kind": "copy", "bytes_per_second": 2e9}
+    result = outcome(goal(0.6, "bandwidth", "copy"), OURS, copy)
+    assert result.value == pytest.approx(0.7)
+    assert result.verdict == "met"
+    assert outcome(goal(0.6, "bandwidth", "copy"), OURS).verdict == "not measured: no copy was"
+
+
+def test_a_verdict_that_the_rounds_do_not_carry_is_unsure():
+    few = outcome(goal(1.9), step_record("fusedopt", [10.0] * 4), step_record("torch fused", [20.0] * 4))
+    assert few.verdict == "met, unsure"
+    spread = [19.0, 19.5, 21.0, 22.0, 23.0, 24.0]
+    mixed = outcome(goal(2.0), step_record("fusedopt", [10.0] * 6), step_record("torch fused", spread))
+    assert (mixed.low, mixed.high) == (1.9, 2.4)
+    assert mixed.verdict == "met, unsure"
+
+
+def test_a_goal_without_measurement_says_why():
+    missing = {**THEIRS, "status": "missing: torch fused is not there"}
+    assert outcome(goal(1.0), OURS).verdict == "not measured: torch fused did not run"
+    assert outcome(goal(1.0), OURS, missing).verdict.endswith("missing: torch fused is not there")
+
+
+def test_goals_name_what_exists():
+    for g in goals.GOALS:
+        workloads.get(g.workload)
+        rows = {p.name: p for p in providers.of(g.rule)}
+        assert {g.ours, g.theirs} - {"copy"} <= rows.keys(), g
+        assert rows[g.ours].ours
+
+
+def test_every_goal_is_in_a_plan_of_its_device():
+    plans = {
+        "cpu": bench.PLANS["cpu"],
+        "cuda": [c for name in bench.PLANS if name.startswith("cuda") for c in bench.PLANS[name]],
+    }
+    for g in goals.GOALS:
+        contests = [c for c in plans[g.device] if (c.workload, c.rule) == (g.workload, g.rule)]
+        assert contests, g
+        assert any(c.names is None or {g.ours, g.theirs} - {"copy"} <= set(c.names) for c in contests), g
+
+
+@pytest.mark.parametrize("plan", bench.PLANS)
+def test_plans_name_what_exists(plan):
+    for contest in bench.PLANS[plan]:
+        workloads.get(contest.workload)
+        providers.of(contest.rule, list(contest.names) if contest.names else None)
+
+
+# The commands.
+
+
+def test_the_benchmark_writes_what_it_prints(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(measure, "ROUND_SECONDS", 0.0)
+    out = tmp_path / "results.jsonl"
+    names = "fusedopt;torch fused;torch fused, captured"
+    arguments = ["--workloads", "smoke", "--providers", names, "--seconds", "0", "--out", str(out), "--device", "cpu"]
+    assert bench.main(arguments) == 0
+    printed = capsys.readouterr().out
+    head, *records = results.read(out)
+    assert head["kind"] == "environment"
+    assert {"torch", "cpu", "commit", "date", "threads"} <= head.keys()
+    steps = [r for r in records if r["kind"] == "step"]
+    assert [r["provider"] for r in steps] == names.split(";")
+    assert {"min", "p25", "median", "p75", "n"} <= steps[0]["step_ms"].keys()
+    assert steps[0]["error"] <= steps[0]["error_allowed"]
+    assert "missing: does not run on cpu (torch fused, captured)" in printed
+    assert "roofline:" in printed
+    pictures.steps([head, *records]).savefig(tmp_path / "bars.png")
+    assert "| fusedopt |" in report.text([head, *records], markdown=True)
+
+
+@pytest.mark.parametrize("arguments", [["--workloads", "gpt3"], ["--workloads", "smoke", "--rules", "sgd"]])
+def test_the_benchmark_refuses_what_it_does_not_know(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench.main(arguments)
+    assert stop.value.code == 2
+    assert "must be one of" in capsys.readouterr().err
+
+
+def test_one_step_for_a_profiler(capsys, monkeypatch):
+    monkeypatch.setattr(providers, "BACKEND", "auto")
+    assert one_step.main(["smoke", "adamw"]) == 0
+    assert "finite" in capsys.readouterr().out
+
+
+def test_results_survive_a_line_that_was_cut_off(tmp_path):
+    file = tmp_path / "results.jsonl"
+    file.write_text('{"kind": "copy", "bytes_per_second": 1.0}\n{"kind": "st')
+    assert results.read(file) == [{"kind": "copy", "bytes_per_second": 1.0}]
+
+
+def test_committed_results_can_be_shown():
+    for rows in results.committed().values():
+        assert rows[0]["kind"] == "environment"
+        assert {"gpu", "driver", "torch", "triton", "date"} <= rows[0].keys()
+        assert report.text(rows)
+
+
+@pytest.mark.parametrize("sweep", sweeps.SWEEPS, ids=lambda sweep: sweep.name)
+def test_sweeps_turn_knobs_that_exist(sweep, monkeypatch):
+    monkeypatch.setattr(providers, "BACKEND", "auto" if torch.cuda.is_available() else "triton")
+    for knob in sweep.knobs:  # puts them back after the test
+        monkeypatch.setattr(f"{knob.module}.{knob.name}", knob.all_values()[0])
+    rows = sweeps.configurations(sweep)
+    assert len({row.name for row in rows}) == len(rows) > 1
+    p = torch.ones(33, 17, requires_grad=True)
+    p.grad = torch.ones_like(p)
+    step, _ = replace(rows[-1], mode="eager").start([p])
+    step()
+    assert (p < 1).all()
+    assert [knob.all_values()[0] for knob in sweep.knobs] == [value for _, _, value in rows[-1].knobs]
+
+
+def test_a_sweep_leaves_the_constants_as_they_were(monkeypatch):
+    monkeypatch.setattr(measure, "compare", lambda *args: args[1][-1].start([torch.ones(2, requires_grad=True)]) and [])
+    (sweep, *_) = sweeps.SWEEPS
+    before = [knob.all_values()[0] for knob in sweep.knobs]
+    sweeps.run(sweep, CPU, 0.0)
+    assert [knob.all_values()[0] for knob in sweep.knobs] == before
+
+
+def test_evidence_goes_on_after_a_fault_and_ends_in_time(tmp_path, capsys):
+    script = tmp_path / "late.py"
+    script.write_text(
+        "import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).wait()"
+    )
+    parts = [
+        evidence.Part("works", "echo measured > {out}/first", 10, enough=0),
+        evidence.Part("faults", "exit 3", 10, enough=0),
+        evidence.Part("hangs", f"{{python}} {script}", 0.5, enough=0),
+        evidence.Part("needs a tool", "no-such-tool", 10, "no-such-tool", enough=0),
+        evidence.Part("too late", "echo", 10, enough=1e6),
+    ]
+    start = time.monotonic()
+    summary = evidence.run(parts, tmp_path / "out", minutes=1)
+    assert time.monotonic() - start < 30
+    assert [str(s["outcome"]) for s in summary] == [
+        "done",
+        "failed with exit code 3",
+        "stopped after 0 s",
+        "left out: no-such-tool is not there",
+        "left out: no time was left",
+    ]
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
+    assert (tmp_path / "out" / "first").read_text() == "measured\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the real evidence runs where there is a GPU")
+def test_the_whole_of_the_evidence_in_small(tmp_path):
+    """Every command that the evidence starts on a GPU machine, on tiny tensors in Triton's interpreter."""
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "perf.evidence", "--smoke", "--minutes", "4", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=240)
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert done.returncode == 0, done.stdout + done.stderr + log
+    written = {file.name for file in (tmp_path / "out").iterdir()}
+    assert written == {
+        "log.txt",
+        "summary.json",
+        "results.jsonl",
+        "sweeps.jsonl",
+        "static.jsonl",
+        "report.md",
+        "performance.png",
+    }
+
+
+def test_the_evidence_wants_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        evidence.main(["--out", "nowhere"])
+    assert "there is no GPU here" in capsys.readouterr().err
+
+
+def test_the_documented_numbers_are_those_of_the_committed_run():
+    root = Path(__file__).parent.parent
+    document = (root / "docs" / "performance.md").read_text()
+    records = results.read(root / "perf" / "results" / "cpu" / "results.jsonl")
+    assert report.between_marks(document, records) == document, "run the command that stands below the table"
+    with pytest.raises(ValueError, match="needs the marks"):
+        report.between_marks("no marks", records)
