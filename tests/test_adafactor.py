@@ -12,6 +12,7 @@ from hypothesis import given, settings
 
 from fusedopt.adafactor import Adafactor
 from fusedopt.backends import adafactor_tiles, eager_adafactor
+from fusedopt.backends.scratch import scratch
 from fusedopt.reference import ReferenceAdafactor
 from fusedopt_kernels import rules
 
@@ -279,6 +280,18 @@ def test_the_mean_square_of_an_update_whose_squares_underflow(large, small, path
     # Clipping has brought the whole update to RMS 1, and nearly all of it is in this block.
     rate = 0.01 * w.double().square().mean().sqrt()
     assert float((changed.square().sum() / g.numel()).sqrt() / rate) == pytest.approx(1.0, rel=0.05)
+
+
+def test_optimizers_share_the_memory_that_tiles_are_worked_on_in():
+    """A step in backward has a stepper for every parameter: with memory of their own they would hold megabytes each."""
+
+    def held(number):
+        for _ in range(number):
+            p = torch.nn.Parameter(torch.ones(300, 400, dtype=torch.bfloat16))
+            Adafactor([p], backend="eager").apply_gradients([(torch.ones_like(p), p)])
+        return sum(flat.nbytes for flat in scratch._flat.values())
+
+    assert held(1) == held(3) > 0
 
 
 def test_the_root_mean_square_of_a_large_parameter_in_any_layout():
