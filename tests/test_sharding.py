@@ -14,6 +14,8 @@ from torch.distributed.tensor import DTensor, Partial
 
 from fusedopt import Adafactor, AdamW
 
+FINAL = ("params", "states")
+
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory):
@@ -35,6 +37,19 @@ def test_four_processes_have_the_numbers_of_one(results, name, layout, backend):
         assert result["skipped_steps"] == expected["skipped_steps"]
         for key in ("params", "states", "grad_norm"):
             torch.testing.assert_close(result[key], expected[key], rtol=1e-5, atol=1e-6, equal_nan=True)
+        # To the bit, also where each process has worked it out by itself.
+        assert same([result["params"], result["states"]], [results[0][name, layout, backend][k] for k in FINAL])
+
+
+@pytest.mark.parametrize("backend", four.BACKENDS)
+@pytest.mark.parametrize(
+    "name, expected", [("AdamW", 0), ("AdamW-clipped", 1), ("Adafactor", 3), ("Adafactor-beta1", 3 + 1)]
+)
+def test_collective_operations_of_a_step(results, name, expected, backend):
+    """On a mesh of one dimension, for seven parameters as for one; the norm is one number."""
+    for result in (each[name, "rows", backend] for each in results):
+        assert len(result["all_reduces"]) == four.STEPS * expected
+        assert name != "AdamW-clipped" or set(result["all_reduces"]) == {1}
 
 
 @pytest.mark.parametrize("how, name", four.model_cases())

@@ -81,12 +81,11 @@ class Shards:
         self._rows, self._scalars, self._work, self._kept = table.rows, scalars, work, kept
         self._segments, self._add = plan.segments, add_up
         split = plan.splits.is_split
-        self._averages: dict[int, Tensor] = {}
-        self._matrices, self._tensors = self._averages, self._averages
-        if split.any():
-            self._averages = table.chunks("averages of shards", plan.in_float64, plan.shard_averages)
-            self._matrices = table.chunks("means of shards", plan.in_float64, plan.shard_matrices)
-            self._tensors = table.chunks("totals of shards", 0 * split, split)
+        # Launches of each phase; not asked for where there are no shards, at every step of everybody else.
+        phases = {"averages": plan.shard_averages, "means": plan.shard_matrices} if split.any() else {}
+        chunks = {name: table.chunks(f"{name} of shards", plan.in_float64, n) for name, n in phases.items()}
+        self._averages, self._matrices = chunks.get("averages", {}), chunks.get("means", {})
+        self._tensors = table.chunks("totals of shards", 0 * split, split) if phases else {}
 
     def averages(self) -> None:
         """From the tiles' sums over rows and columns of shards to averages of whole rows and columns, and of rows."""
