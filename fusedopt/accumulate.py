@@ -209,7 +209,7 @@ class GradientAccumulator:
     def _adder(self, device: torch.device) -> Any:
         if device not in self._adders:
             chosen = backends.choose(device, self.backend)
-            self._adders[device] = import_module(f"fusedopt.backends.{chosen}_accumulate").Adder(device)
+            self._adders[device] = import_module(f"fusedopt.backends.{chosen}.accumulation").Adder(device)
         return self._adders[device]
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fusedopt import backends, checkpoint, checks, outside_graphs, sharding
-from fusedopt.backends.capture import capturing
+from fusedopt.backends.graphs import capturing
 from fusedopt.batch import Batch, Control
 from fusedopt.guard import Guard
 

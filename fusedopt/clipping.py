@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fusedopt import sharding
-from fusedopt.backends.norms import is_large, norm
+from fusedopt.backends.eager.norms import is_large, norm
 from fusedopt.checks import finite_non_negative
 
 Gradients = list[list[Tensor | None]]

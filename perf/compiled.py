@@ -20,7 +20,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import KernelInterface
 
 from fusedopt import Adafactor, AdamW
-from fusedopt.backends.triton_adafactor import TritonAdafactor
+from fusedopt.backends.triton.adafactor import TritonAdafactor
 from fusedopt.batch import Batch, Control, Split
 
 TARGETS = {

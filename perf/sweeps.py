@@ -43,16 +43,16 @@ class Sweep(NamedTuple):
     provider: str = "fusedopt"
 
 
-_ADAMW, _NORM, _ADAFACTOR, _PLAN = (f"fusedopt_kernels.{n}" for n in ("adamw", "norm", "adafactor", "adafactor_plan"))
+_ELEMENTWISE, _NORM, _PLAN = (f"fusedopt_kernels.{n}" for n in ("elementwise", "norm", "adafactor.plan"))
 _MB = 1_000_000
-_L2 = (Knob(_PLAN, "L2_BATCH_BYTES", (0, 10 * _MB, 20 * _MB, 30 * _MB, 40 * _MB, 50 * _MB)),)
+_L2 = (Knob(_PLAN, "CACHE_BATCH_BYTES", (0, 10 * _MB, 20 * _MB, 30 * _MB, 40 * _MB, 50 * _MB)),)
 
 SWEEPS = (
     Sweep(
         "adamw blocks",
         "adamw",
         ("llama_1g", "llama_1g:bfloat16", "gpt2"),
-        (Knob(_ADAMW, "BLOCK", (1024, 2048, 4096, 8192)), Knob(_ADAMW, "THREADS", (128, 256, 512))),
+        (Knob(_ELEMENTWISE, "BLOCK", (1024, 2048, 4096, 8192)), Knob(_ELEMENTWISE, "THREADS", (128, 256, 512))),
     ),
     Sweep(
         "adafactor tiles",

@@ -10,7 +10,7 @@ import sys
 import torch
 
 from fusedopt import AdamW
-from fusedopt_kernels.adamw import BLOCK, THREADS
+from fusedopt_kernels.elementwise import BLOCK, THREADS
 from perf.compiled import TARGETS, adamw_variants, resources, standing_in
 
 

@@ -11,15 +11,17 @@ import torch
 from test_kernels_adamw import gradients, parameters
 
 from fusedopt import AdamW
-from fusedopt.backends.capture import Tables
-from fusedopt.backends.numbers import DeviceNumbers
-from fusedopt.backends.triton_adamw import TritonAdamW
-from fusedopt_kernels import adafactor, adafactor_averages, adamw
+from fusedopt.backends.triton.adamw import TritonAdamW
+from fusedopt.backends.triton.capture import Tables
+from fusedopt.backends.triton.scalars import DeviceScalars
+from fusedopt_kernels import adamw
+from fusedopt_kernels.adafactor import averages as adafactor_averages
+from fusedopt_kernels.adafactor import step as adafactor
 
 CPU = torch.device("cpu")
 KERNELS = {
     adamw: ("prologue", "update"),
-    adafactor: ("prologue", "sums", "update", "finish"),
+    adafactor: ("prologue", "sums", "squares", "finish", "apply"),
     adafactor_averages: ("averages",),
 }
 SIZES = (7, 48, 1025)
@@ -77,7 +79,12 @@ class Kernel:
 def capture(monkeypatch):
     """A context manager like `torch.cuda.graph`, for a new `Graph`."""
     capturing: list[Graph] = []
-    for module in ("fusedopt.base", "fusedopt.backends.capture", "fusedopt.backends.numbers"):
+    for module in (
+        "fusedopt.base",
+        "fusedopt.backends.graphs",
+        "fusedopt.backends.triton.capture",
+        "fusedopt.backends.triton.scalars",
+    ):
         monkeypatch.setattr(f"{module}.capturing", lambda device: bool(capturing))
     for kernels, names in KERNELS.items():
         for name in names:
@@ -239,7 +246,7 @@ def test_capture_of_a_launch_that_never_ran(capture, two):
 
 def test_a_number_on_the_cpu_is_refused(capture):
     """Its present value would be frozen into the graph."""
-    numbers = DeviceNumbers(torch.device("cuda", 0))
+    numbers = DeviceScalars(torch.device("cuda", 0))
     assert numbers.number("lr", torch.tensor(0.5)) == (0.5, 0, 0)
     with capture(), pytest.raises(RuntimeError, match=r"lr is a tensor on cpu, .* make it a tensor on cuda:0"):
         numbers.number("lr", torch.tensor(0.5))

@@ -100,15 +100,15 @@ def test_every_variant_of_adafactor(target):
 
 
 def test_launches_of_adafactor_per_step():
-    six = ["prologue", "sums", "averages", "update", "finish", "update"]
-    nine = ["prologue", "sums", "sums", "averages", "update", "update", "finish", "update", "update"]
+    six = ["prologue", "sums", "averages", "squares", "finish", "apply"]
+    nine = ["prologue", "sums", "sums", "averages", "squares", "squares", "finish", "apply", "apply"]
     assert compiled("launches", ADAFACTOR) == {
         "one matrix": [six, six],
         "one of each kind": [six, six],
         "1,000 of all kinds in 3 groups": [six, six],
         "two dtypes": [nine, nine],
         "one of each kind, as shards": [
-            *(["prologue", "sums", "averages", "averages", "row_means", "update", "totals", "finish", "update"],) * 2
+            *([*six[:2], "shard_totals", "shard_averages", "row_means", "squares", "square_totals", *six[4:]],) * 2
         ],
     }
 

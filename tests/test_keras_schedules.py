@@ -11,7 +11,7 @@ from keras_cases import BACKENDS, device_of, parameter, recorded, schedule, step
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from fusedopt import AdamW
-from fusedopt.backends.eager_adamw import EagerAdamW
+from fusedopt.backends.eager.adamw import EagerAdamW
 from fusedopt.batch import Control
 from fusedopt.keras import AdamWeightDecay
 from fusedopt.keras_schedules import PolynomialDecay, WarmUp, describe, revive

@@ -13,8 +13,9 @@ from triton.runtime.interpreter import interpreter_builder
 
 from fusedopt import Adafactor
 from fusedopt.reference import ReferenceAdafactor
-from fusedopt_kernels import adafactor as kernels
-from fusedopt_kernels import adafactor_averages, adafactor_plan, adafactor_shards, rules
+from fusedopt_kernels import rules
+from fusedopt_kernels.adafactor import averages, plan, shards
+from fusedopt_kernels.adafactor import step as kernels
 
 # The interpreter computes with numpy, which warns about what it is given here on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -32,7 +33,7 @@ CUTS = {"as on a GPU": {}, "small matrices in pieces": TINY, "tiles of 4 columns
 
 def set_constants(monkeypatch, constants):
     for name, value in constants.items():
-        for module in (adafactor_plan, adafactor_averages, adafactor_shards, kernels):
+        for module in (plan, averages, shards, kernels):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, value)
 

@@ -9,7 +9,7 @@ from golden_cases import ROUNDED_TWICE_PER_STEP, Tolerance, assert_close, replay
 from test_adamw import GOLDEN, SIXTEEN_BITS, STATES, RoundedOnce, rounding_spoils_nothing
 
 from fusedopt import AdamW
-from fusedopt.backends.triton_adamw import TritonAdamW as TritonStepper
+from fusedopt.backends.triton.adamw import TritonAdamW as TritonStepper
 from fusedopt_kernels import rules
 
 # The interpreter computes with numpy, which warns about what it is given here on purpose.

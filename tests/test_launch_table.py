@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from fusedopt.backends.rows import Rows
+from fusedopt.backends.triton.rows import Rows
 from fusedopt_kernels import table as tables
 from fusedopt_kernels.table import LaunchClass, LaunchTable, addresses, launch_class
 
@@ -70,7 +70,7 @@ def test_only_what_changed_is_copied():
 def test_tables_on_the_device_hold_what_was_given():
     table = LaunchTable(CPU)
     rows, numbers = np.arange(130 * 3).reshape(130, 3), [[0.1, float("-inf")], [2.0**-1000, 3.0]]
-    table.update(rows, tables.float_bits(numbers))
+    table.update(rows, np.array(numbers))
     assert table.rows.shape == (256, 3)
     assert torch.equal(table.rows[:130], torch.from_numpy(rows))
     assert not table.rows[130:].any()
@@ -140,7 +140,7 @@ def test_rows_never_remember_what_is_no_longer_so(changes):
             states[row] = placed(row, where, params[row].numel())
         else:
             states[row].data = placed(row, where, params[row].numel())
-        rows.look(params, grads, states)
+        rows.refresh(params, grads, states)
         assert rows.addresses.T.tolist() == [addresses(column) for column in (params, grads, states)]
         assert rows.numel.tolist() == [p.numel() for p in params]
         for key, p, g, s in zip(rows.keys.tolist(), params, grads, states):
@@ -155,19 +155,19 @@ def test_a_state_that_did_not_follow_its_parameter_is_refused():
     """Its kernel would read and write beyond it."""
     p, state = torch.nn.Parameter(torch.zeros(16)), torch.zeros(16)
     rows = Rows()
-    rows.look([p], [torch.zeros(16)], [state])
+    rows.refresh([p], [torch.zeros(16)], [state])
     p.data = torch.zeros(8, 4)
     with pytest.raises(RuntimeError, match=r"a state of shape \(16,\) on cpu belongs to a parameter of shape \(8, 4\)"):
-        rows.look([p], [torch.zeros(8, 4)], [state])
+        rows.refresh([p], [torch.zeros(8, 4)], [state])
 
 
 @pytest.mark.parametrize("state", [torch.zeros(16, device="meta"), torch.zeros(17)], ids=["device", "size"])
 def test_a_state_elsewhere_is_refused_whenever_it_is_put_there(state):
     p, g = torch.nn.Parameter(torch.zeros(16)), torch.zeros(16)
     rows = Rows()
-    rows.look([p], [g], [torch.zeros(16)])
+    rows.refresh([p], [g], [torch.zeros(16)])
     with pytest.raises(RuntimeError, match="let it follow its parameter"):
-        rows.look([p], [g], [state])
+        rows.refresh([p], [g], [state])
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_a_state_elsewhere_is_refused_whenever_it_is_put_there(state):
 def test_a_step_count_that_kernels_cannot_read_is_refused(step):
     p = torch.nn.Parameter(torch.zeros(16))
     rows = Rows()
-    rows.look([p], [torch.zeros(16)])
+    rows.refresh([p], [torch.zeros(16)])
     good = torch.tensor(1.0)
     assert rows.counts([good]) == rows.counts([good]) == [good.data_ptr()]
     with pytest.raises(RuntimeError, match=f"a step count is {step.dtype} on {step.device}"):
@@ -187,7 +187,7 @@ def test_a_gradient_is_not_kept_alive():
     p, g = torch.nn.Parameter(torch.zeros(16)), torch.zeros(16)
     here = weakref.ref(g)
     rows = Rows()
-    rows.look([p], [g], [torch.zeros(16)])
+    rows.refresh([p], [g], [torch.zeros(16)])
     del g
     assert here() is None
 
@@ -195,32 +195,32 @@ def test_a_gradient_is_not_kept_alive():
 def test_a_missing_gradient_leaves_the_launch_class_as_it_was():
     p = torch.nn.Parameter(torch.zeros(16))
     rows = Rows()
-    rows.look([p], [torch.zeros(16, dtype=torch.bfloat16)])
+    rows.refresh([p], [torch.zeros(16, dtype=torch.bfloat16)])
     before = rows.keys.copy()
-    rows.look([p], [None])
+    rows.refresh([p], [None])
     assert rows.keys == before and rows.addresses.tolist() == [[p.data_ptr(), 0]]
 
 
-def test_a_gradient_at_an_odd_address_is_not_even_any_more():
+def test_a_gradient_at_an_odd_address_is_not_aligned_any_more():
     p = torch.nn.Parameter(torch.zeros(16))
     bucket = torch.zeros(64)
     rows = Rows()
-    for start, even in [(0, True), (1, False), (4, True), (2, False)]:
-        rows.look([p], [bucket[start : start + 16]])
-        assert launch_class(int(rows.keys[0]), 2).even == even
+    for start, aligned in [(0, True), (1, False), (4, True), (2, False)]:
+        rows.refresh([p], [bucket[start : start + 16]])
+        assert launch_class(int(rows.keys[0]), 2).aligned == aligned
 
 
 def test_tensors_without_elements_have_an_address_all_the_same():
     p = torch.nn.Parameter(torch.zeros(0))
     rows = Rows()
-    rows.look([p], [torch.zeros(0)])
+    rows.refresh([p], [torch.zeros(0)])
     assert (rows.addresses != 0).all()
 
 
 def test_parameters_side_by_side_do_not_share_memory():
     whole = torch.zeros(30)
     parts = [whole[20:], whole[:0], whole[:10], whole[10:20]]
-    Rows().look(parts, [torch.zeros_like(part) for part in parts])
+    Rows().refresh(parts, [torch.zeros_like(part) for part in parts])
     with pytest.raises(RuntimeError, match=r"\(10,\) and \(11,\)"):
-        Rows().look([*parts[:3], whole[9:20]], [torch.zeros_like(part) for part in [*parts[:3], whole[9:20]]])
-    Rows().look([*parts[:3], whole[9:20]], [*(torch.zeros_like(part) for part in parts[:3]), None])
+        Rows().refresh([*parts[:3], whole[9:20]], [torch.zeros_like(part) for part in [*parts[:3], whole[9:20]]])
+    Rows().refresh([*parts[:3], whole[9:20]], [*(torch.zeros_like(part) for part in parts[:3]), None])

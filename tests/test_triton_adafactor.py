@@ -17,16 +17,17 @@ from test_capture import KERNELS, capture  # noqa: F401
 from test_kernels_adafactor import TINY, TritonAdafactor, after, set_constants, unchecked  # noqa: F401
 
 from fusedopt import Adafactor
-from fusedopt_kernels import adafactor_plan, adamw
-from fusedopt_kernels.adafactor_cells import MATRIX, SMALL, VECTOR
-from fusedopt_kernels.adafactor_splits import Splits
+from fusedopt_kernels import adamw
+from fusedopt_kernels.adafactor import plan as adafactor_plan
+from fusedopt_kernels.adafactor.layout import MATRIX, SMALL, VECTOR
+from fusedopt_kernels.adafactor.splits import Shards
 from fusedopt_kernels.table import dtype_codes, launch_keys
 from perf import workloads
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 SHAPES = [(33,), (40, 3), (2, 3, 3), (16, 64)]  # a vector, an odd matrix, small matrices, an even one
-SIX = Counter(prologue=1, sums=1, averages=1, update=2, finish=1)
+SIX = Counter(prologue=1, sums=1, averages=1, squares=1, finish=1, apply=1)
 
 
 @contextmanager
@@ -73,20 +74,20 @@ def test_six_launches_for_many_tensors(monkeypatch, device):
 def test_classes_share_what_does_not_read_gradients(monkeypatch, device):
     """A second dtype adds the three launches that do; float64 is averaged by itself."""
     start = [normal(shape, dtype=d)[0] for d in (torch.float32, torch.bfloat16) for shape in SHAPES]
-    assert launches(monkeypatch, start, device) == SIX + Counter(sums=1, update=2)
+    assert launches(monkeypatch, start, device) == SIX + Counter(sums=1, squares=1, apply=1)
     start += normal((40, 3), dtype=torch.float64)
-    assert launches(monkeypatch, start, device) == SIX + Counter(sums=2, update=4, averages=1)
+    assert launches(monkeypatch, start, device) == SIX + Counter(sums=2, squares=2, apply=2, averages=1)
 
 
 def test_less_launches_where_there_is_less_to_do(monkeypatch, device):
     assert launches(monkeypatch, normal((2, 3, 3), (7,)), device) == SIX - Counter(averages=1)
-    assert launches(monkeypatch, normal((7,)), device) == SIX - Counter(averages=1, update=1)
+    assert launches(monkeypatch, normal((7,)), device) == SIX - Counter(averages=1, squares=1)
 
 
 def test_batches_for_the_cache_change_no_bit(monkeypatch, device):
     start, steps = normal(*SHAPES), [normal(*SHAPES, seed=k) for k in (1, 2)]
     expected, states = after(TritonAdafactor, start, steps, device, beta1=0.9)
-    monkeypatch.setattr(adafactor_plan, "L2_BATCH_BYTES", 600)
+    monkeypatch.setattr(adafactor_plan, "CACHE_BATCH_BYTES", 600)
     ours, others = after(TritonAdafactor, start, steps, device, beta1=0.9)
     assert all(torch.equal(p, q) for p, q in zip(ours, expected))
     assert all(torch.equal(s[name], t[name]) for s, t in zip(others, states) for name in t)
@@ -97,12 +98,12 @@ def test_batches_for_the_cache_change_no_bit(monkeypatch, device):
 # The workspace.
 
 
-def plan_for(tensors, splits=None):
-    small = [True] * len(tensors) if splits is None else [not split for split in splits.is_split]
+def plan_for(tensors, shards=None):
+    small = [True] * len(tensors) if shards is None else [not one for one in shards.is_shard]
     rows = [adafactor_plan.shape_of(t, small=one) for t, one in zip(tensors, small)]
     shapes = adafactor_plan.Shapes(*np.array(rows, np.int64).T)
     keys = launch_keys([dtype_codes([t.dtype for t in tensors])] * 2, np.zeros(len(tensors), bool))
-    return shapes, adafactor_plan.plan_of(shapes, keys, splits)
+    return shapes, adafactor_plan.plan_of(shapes, keys, shards)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
@@ -113,7 +114,8 @@ def test_the_workspace_is_at_most_2_percent_of_the_parameters(name, dtype):
     _, plan = plan_for(tensors)
     scalars = 8 * 10 * (len(tensors) + 127)
     chunks = 8 * sum(int(n.sum()) for n in (plan.pieces, plan.matrix_pieces, plan.averages, plan.whole))
-    workspace = 4 * plan.work[0] + 8 * (plan.work[1] + plan.squares) + scalars + chunks
+    sums = 4 * plan.partial_sums[0] + 8 * (plan.partial_sums[1] + plan.square_partials)
+    workspace = sums + scalars + chunks
     assert workspace <= 0.02 * sum(t.nbytes for t in tensors)
 
 
@@ -128,7 +130,7 @@ def test_the_workspace_is_reported_and_made_once(device):
         addresses.add(tuple(t.data_ptr() for t in stepper._tables._eager._scratch.values()))
     assert len(addresses) == 1
     _, plan = plan_for(params)
-    sums = 4 * plan.work[0] + 8 * plan.squares
+    sums = 4 * plan.partial_sums[0] + 8 * plan.square_partials
     assert sums <= optimizer.workspace_bytes() <= sums + 8 * 10 * 128 + 8 * 60
     assert Adafactor(params, backend="eager").workspace_bytes() == 0
 
@@ -149,29 +151,34 @@ def test_every_tensor_has_a_place_of_its_own_and_is_cut_the_same_among_others(te
         set_constants(patch, constants)
         shapes, plan = plan_for(tensors)
         alone = [plan_for([t])[1] for t in tensors]
-    across, down, span, shares, pieces, sums, means, squares = plan.columns.T[:8]
+    f = plan.fields
+    pieces = plan.pieces
+    cut = ("tiles_x", "tiles_y", "rows_per_program", "row_programs", "pieces")
     taken = {False: [], True: []}
     for i, t in enumerate(tensors):
         assert pieces[i] == alone[i].pieces[0] and (pieces[i] == 0) == (t.numel() == 0)
-        assert (plan.columns[i, :5] == alone[i].columns[0, :5]).all() or t.numel() == 0
+        assert all(f[name][i] == alone[i].fields[name][0] for name in cut) or t.numel() == 0
         if shapes.kind[i] == MATRIX.value and t.numel():
             matrices, (height, width) = math.prod(t.shape[:-2]), t.shape[-2:]
+            tiles_x, tiles_y, programs = (int(f[name][i]) for name in ("tiles_x", "tiles_y", "row_programs"))
+            sums, means = int(f["partial_sums"][i]), int(f["row_mean_partials"][i])
             wide = t.dtype is torch.float64
-            taken[wide].append((sums[i], sums[i] + matrices * (across[i] * height + down[i] * width)))
-            taken[wide].append((means[i], means[i] + matrices * shares[i]))
-            assert shares[i] * span[i] >= height > (shares[i] - 1) * span[i]
-            assert pieces[i] == matrices * across[i] * down[i]
-    for places, size in ((taken[False], plan.work[0]), (taken[True], plan.work[1])):
+            taken[wide].append((sums, sums + matrices * (tiles_x * height + tiles_y * width)))
+            taken[wide].append((means, means + matrices * programs))
+            assert programs * f["rows_per_program"][i] >= height > (programs - 1) * f["rows_per_program"][i]
+            assert pieces[i] == matrices * tiles_x * tiles_y
+    for places, size in ((taken[False], plan.partial_sums[0]), (taken[True], plan.partial_sums[1])):
         borders = [0, *(border for place in sorted(places) for border in place), size]
         assert borders == sorted(borders)
-    assert (squares == np.cumsum(2 * pieces) - 2 * pieces).all() and plan.squares == 2 * pieces.sum()
+    assert (f["square_partials"] == np.cumsum(2 * pieces) - 2 * pieces).all()
+    assert plan.square_partials == 2 * pieces.sum()
 
 
-def splits_of(tensors, overs):
-    """Shards, None for whole ones, whose rows, columns and elements are split over what the letters stand for."""
+def shards_of(tensors, overs):
+    """Shards, None for whole ones, whose rows, columns and elements are sharded over what the letters stand for."""
     size = np.array([t.numel() for t in tensors])
     over = [[None if own is None else own[i] for own in overs] for i in range(3)]
-    return Splits(np.array([own is not None for own in overs], np.int64), size, size, size, *over)
+    return Shards(np.array([own is not None for own in overs], np.int64), size, size, size, *over)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -179,41 +186,41 @@ def splits_of(tensors, overs):
 def test_sums_that_processes_add_up_lie_behind_each_other(tensors, overs):
     """Nowhere else, and in an order that does not depend on how much of the tensors a process has."""
     overs = overs[: len(tensors)]
-    splits = splits_of(tensors, overs)
-    shapes, plan = plan_for(tensors, splits)
-    columns = plan.columns.T
+    shards = shards_of(tensors, overs)
+    shapes, plan = plan_for(tensors, shards)
+    f = {name: column.tolist() for name, column in plan.fields.items()}
     own = {False: [], True: []}  # places of each tensor alone
     shared = {phase: {} for phase in ("sums", "means", "squares")}
     for i, (t, over) in enumerate(zip(tensors, overs)):
         matrices, height, width = (int(a[i]) for a in (shapes.matrices, shapes.height, shapes.width))
         wide = t.dtype is torch.float64
         if shapes.kind[i] == MATRIX.value:
-            sums = matrices * (columns[0][i] * height + columns[1][i] * width)
-            own[wide] += [(columns[5][i], sums), (columns[6][i], matrices * columns[3][i])]
+            sums = matrices * (f["tiles_x"][i] * height + f["tiles_y"][i] * width)
+            own[wide] += [(f["partial_sums"][i], sums), (f["row_mean_partials"][i], matrices * f["row_programs"][i])]
         if over is not None:
             if shapes.kind[i] == MATRIX.value:
-                shared["sums"].setdefault((wide, over[1]), []).append((columns[11][i], matrices * height))
-                shared["sums"].setdefault((wide, over[0]), []).append((columns[12][i], matrices * width))
-                shared["means"].setdefault((wide, over[0]), []).append((columns[13][i], matrices))
-                assert columns[14][i] == 1
-            shared["squares"].setdefault((False, over[2]), []).append((columns[15][i], 2))
+                shared["sums"].setdefault((wide, over[1]), []).append((f["row_totals"][i], matrices * height))
+                shared["sums"].setdefault((wide, over[0]), []).append((f["column_totals"][i], matrices * width))
+                shared["means"].setdefault((wide, over[0]), []).append((f["row_means"][i], matrices))
+                assert f["row_means_count"][i] == 1
+            shared["squares"].setdefault((False, over[2]), []).append((f["square_totals"][i], 2))
     for phase, places in shared.items():
-        segments = {(bool(s.wide), s.over): (s.start, s.stop) for s in plan.segments[phase]}
+        segments = {(bool(s.wide), s.processes): (s.start, s.stop) for s in plan.segments[phase]}
         assert segments.keys() == places.keys()
         for key, (start, stop) in segments.items():
             assert sum(length for _, length in places[key]) == stop - start
             assert all(start <= at and at + length <= stop for at, length in places[key] if length)
             if phase != "squares":
                 own[key[0]] += places[key]
-    for wide, size in ((False, plan.work[0]), (True, plan.work[1])):
+    for wide, size in ((False, plan.partial_sums[0]), (True, plan.partial_sums[1])):
         borders = [border for at, length in sorted(own[wide]) if length for border in (at, at + length)]
         assert borders == sorted(borders) and all(0 <= border <= size for border in borders)
-    assert plan.squares == 2 * int(plan.pieces.sum()) + 2 * sum(over is not None for over in overs)
+    assert plan.square_partials == 2 * int(plan.pieces.sum()) + 2 * sum(over is not None for over in overs)
 
     empty = [torch.empty((0, *t.shape[1:]), dtype=t.dtype, device="meta") if t.dim() else t for t in tensors]
-    _, other = plan_for(empty, splits)
+    _, other = plan_for(empty, shards)
     for phase, segments in plan.segments.items():
-        assert [(s.wide, s.over) for s in segments] == [(s.wide, s.over) for s in other.segments[phase]]
+        assert [(s.wide, s.processes) for s in segments] == [(s.wide, s.processes) for s in other.segments[phase]]
 
 
 def test_what_a_tensor_is():

@@ -2,35 +2,19 @@
 """Weighted sums of gradients: one launch adds all tensors of a launch class."""
 
 import numpy as np
-import torch
 import triton
 import triton.language as tl
 
-from fusedopt_kernels.device import (
-    TRITON_DTYPES,
-    load_number,
-    load_pointer,
-    load_size,
-    my_piece,
-    narrow,
-    warp_size,
-)
-from fusedopt_kernels.table import LaunchTable, launch_class
+from fusedopt_kernels.device import load_number, load_pointer, narrow
+from fusedopt_kernels.elementwise import launch_elementwise, open_piece
+from fusedopt_kernels.record import INTEGER, NUMBER, TENSOR, Record, Tables
+from fusedopt_kernels.table import LaunchTable
 
-COLUMNS = ("sum", "grad", "previous", "numel")
-"""A row of the table: addresses of what is written, what is added and what it is added to (0: nothing); the size."""
+ROW = Record(sum=TENSOR, grad=TENSOR, previous=TENSOR, numel=INTEGER)
+"""What is written, what is added, and what it is added to: 0 for nothing."""
 
-TENSORS = 3
-
-HYPER = ("weight", "weight32", "weight64", "unused")
-"""The weight as bits of a float64, or as an address of a float32 or float64; the fourth keeps the rows aligned."""
-
-BLOCK = 2048
-THREADS = 256
-"""As in AdamW, whose memory traffic per element is of the same kind."""
-
-_SUM, _GRAD, _PREVIOUS, _NUMEL = map(tl.constexpr, range(4))
-_COLUMNS = tl.constexpr(len(COLUMNS))
+HYPER = Record(weight=NUMBER)
+TABLES = Tables(ROW.places, HYPER.places)
 
 
 @triton.jit
@@ -38,49 +22,34 @@ def add(
     chunks,
     rows,
     hyper,
+    T: tl.constexpr,
     S: tl.constexpr,
     G: tl.constexpr,
     PREVIOUS: tl.constexpr,
     COMPUTE: tl.constexpr,
-    EVEN: tl.constexpr,
-    TOGETHER: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    VECTOR_WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One piece of one tensor. S, G, PREVIOUS: dtypes of sum, gradient and what it is added to; None for nothing."""
-    index, piece = my_piece(chunks)
-    row = rows + index * _COLUMNS
-    start = piece * BLOCK
-    offsets = tl.arange(0, BLOCK)
-    mask = offsets < load_size(row + _NUMEL, EVEN) - start
-    weight = load_number(hyper, hyper + 1, hyper + 2).to(COMPUTE)
-    g = tl.load(load_pointer(row + _GRAD, G, EVEN, TOGETHER) + start + offsets, mask=mask).to(COMPUTE)
+    _, row, first, offsets, mask = open_piece(chunks, rows, T, ALIGNED, BLOCK)
+    weight = load_number(hyper + T.hyper.weight).to(COMPUTE)
+    g = tl.load(load_pointer(row + T.row.grad, G, ALIGNED, VECTOR_WIDTH) + first + offsets, mask=mask).to(COMPUTE)
     # A gradient of no weight may hold anything: the mean over no tokens is NaN.
     total = tl.where(weight == 0.0, 0.0, weight * g)
     if PREVIOUS is not None:
-        previous_at = load_pointer(row + _PREVIOUS, PREVIOUS, EVEN, TOGETHER) + start + offsets
+        previous_at = load_pointer(row + T.row.previous, PREVIOUS, ALIGNED, VECTOR_WIDTH) + first + offsets
         total += tl.load(previous_at, mask=mask).to(COMPUTE)
-    tl.store(load_pointer(row + _SUM, S, EVEN, TOGETHER) + start + offsets, narrow(total, S), mask=mask)
+    tl.store(load_pointer(row + T.row.sum, S, ALIGNED, VECTOR_WIDTH) + first + offsets, narrow(total, S), mask=mask)
 
 
 def accumulate(table: LaunchTable, keys: np.ndarray, numel: np.ndarray) -> None:
     """`sum = previous + weight * grad` for all tensors of a table.
 
     Args:
-        table: rows of `COLUMNS`; one row of `HYPER`.
+        table: rows of `ROW`, one row of `HYPER`.
         keys: int64 [tensors], the launch class of each row.
         numel: int64 [tensors].
     """
-    for key, chunks in table.chunks("add", keys, -(-numel // BLOCK)).items():
-        dtypes, even = launch_class(key, TENSORS)
-        add[(len(chunks),)](
-            chunks,
-            table.rows,
-            table.hyper,
-            *(TRITON_DTYPES[dtype] for dtype in dtypes),
-            COMPUTE=tl.float64 if torch.float64 in dtypes else tl.float32,
-            EVEN=even,
-            TOGETHER=16 // max(dtype.itemsize for dtype in dtypes if dtype),
-            BLOCK=BLOCK,
-            num_warps=THREADS // warp_size(),
-            enable_fp_fusion=False,
-        )
+    tensors = len(ROW.tensors)
+    launch_elementwise(add, "add", table, ROW, keys, numel, (table.rows, table.hyper, TABLES), decisive=tensors)

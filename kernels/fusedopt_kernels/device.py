@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs
 """What every kernel shares on the device: find my piece, read, write, round; the rules' functions.
 
-Memory is reached through int64 addresses out of a launch table. `EVEN` promises that the address is a multiple of 16
+Memory is reached through int64 addresses out of a launch table. `ALIGNED` promises that the address is a multiple of 16
 bytes and the size one of 16 elements: with both, reads and writes are 128 bits wide, masks included.
 """
 
@@ -34,12 +34,12 @@ def device_function(function: Callable[..., Any]) -> Callable[..., Any]:
     return function if _INTERPRETED else triton.jit(function)
 
 
-def _walk(first: Any, last: Any, step: Any) -> range:
+def _loop_range(first: Any, last: Any, step: Any) -> range:
     numbers = (x.handle.data.item() if isinstance(x, tl.tensor) else x for x in (first, last, step))
     return range(*map(int, numbers))
 
 
-walk = _walk if _INTERPRETED else tl.range
+loop_range = _loop_range if _INTERPRETED else tl.range
 """`range` for a loop in a kernel. What the interpreter has for numbers are arrays, which newer numpy takes for none."""
 
 
@@ -86,28 +86,28 @@ def piece_of(chunks, program):
     return tl.load(chunk).to(tl.int64), tl.load(chunk + 1).to(tl.int64)
 
 
-# What EVEN promises has to be said where a value is made, not of an argument, and of an address once it is a pointer:
-# otherwise Triton does not hear it.
+# What ALIGNED promises has to be said where a value is made, not of an argument, and of an address once it is a
+# pointer: otherwise Triton does not hear it.
 
 
 @device_function
-def load_pointer(cell, DTYPE: tl.constexpr, EVEN: tl.constexpr, TOGETHER: tl.constexpr = None):
+def load_pointer(cell, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, VECTOR_WIDTH: tl.constexpr = None):
     """The address in a cell of the table, as a pointer to elements of DTYPE.
 
-    TOGETHER: how many elements an access takes, None for 128 bits. Where tensors of several dtypes are walked over
+    VECTOR_WIDTH: how many elements an access takes, None for 128 bits. Where tensors of several dtypes are walked over
     together it has to be the same for all, or threads exchange elements through shared memory before they write.
     """
     address = tl.load(cell).to(tl.pointer_type(DTYPE))
-    if EVEN:
-        address = tl.multiple_of(address, 16 if TOGETHER is None else TOGETHER * DTYPE.primitive_bitwidth // 8)
+    if ALIGNED:
+        address = tl.multiple_of(address, 16 if VECTOR_WIDTH is None else VECTOR_WIDTH * DTYPE.primitive_bitwidth // 8)
     return address
 
 
 @device_function
-def load_size(cell, EVEN: tl.constexpr):
+def load_size(cell, ALIGNED: tl.constexpr):
     """The number of elements in a cell of the table."""
     number = tl.load(cell)
-    if EVEN:
+    if ALIGNED:
         number = tl.multiple_of(number, 16)
     return number
 
@@ -119,12 +119,12 @@ def load_behind(address, DTYPE: tl.constexpr, absent):
 
 
 @device_function
-def load_number(value, at32, at64):
-    """The float64 numbers that three cells give: by value, or as the address of a float32, or of a float64."""
-    of32 = tl.load(at32)
-    of64 = tl.load(at64)
-    number = tl.where(of32 == 0, load_float64(value), load_behind(of32, tl.float32, 0.0).to(tl.float64))
-    return tl.where(of64 == 0, number, load_behind(of64, tl.float64, 0.0))
+def load_number(cell):
+    """The float64 that a `NUMBER` of a record stands for: its value, or what lies at one of its two addresses."""
+    at32 = tl.load(cell + 1)
+    at64 = tl.load(cell + 2)
+    number = tl.where(at32 == 0, load_float64(cell), load_behind(at32, tl.float32, 0.0).to(tl.float64))
+    return tl.where(at64 == 0, number, load_behind(at64, tl.float64, 0.0))
 
 
 @device_function

@@ -7,28 +7,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedopt_kernels.device import TRITON_DTYPES, load_pointer, load_size, my_piece, warp_size
+from fusedopt_kernels.device import TRITON_DTYPES, load_pointer, warp_size
+from fusedopt_kernels.elementwise import open_piece
+from fusedopt_kernels.record import INTEGER, TENSOR, Record, Tables
 from fusedopt_kernels.table import LaunchTable, launch_class
 
-COLUMNS = ("grad", "numel")
-"""A row of the table: where a gradient lies, how long it is."""
+ROW = Record(grad=TENSOR, numel=INTEGER)
+TABLES = Tables(ROW.places)
 
 BLOCK = 4096
 THREADS = 256
 """16 elements per thread: four 128-bit reads in flight for float32, and one number written per 16 KiB read."""
 
-_GRAD, _NUMEL = map(tl.constexpr, range(2))
-_COLUMNS = tl.constexpr(len(COLUMNS))
-
 
 @triton.jit
-def sum_of_squares(chunks, rows, sums, G: tl.constexpr, COMPUTE: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+def sum_of_squares(
+    chunks,
+    rows,
+    sums,
+    T: tl.constexpr,
+    G: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One piece of one gradient, of dtype G. Always added up in the same order."""
-    index, piece = my_piece(chunks)
-    row = rows + index * _COLUMNS
-    offsets = piece * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < load_size(row + _NUMEL, EVEN)
-    g = tl.load(load_pointer(row + _GRAD, G, EVEN) + offsets, mask=mask, other=0.0).to(COMPUTE)
+    _, row, first, offsets, mask = open_piece(chunks, rows, T, ALIGNED, BLOCK)
+    g = tl.load(load_pointer(row + T.row.grad, G, ALIGNED) + first + offsets, mask=mask, other=0.0).to(COMPUTE)
     # Relative to the largest, whose square float32 may not hold. NaN comes through as NaN, inf as inf.
     largest = tl.max(tl.abs(g), axis=0)
     unit = tl.where((largest > 0.0) & (largest < float("inf")), largest, 1.0)
@@ -41,21 +46,22 @@ def squares(table: LaunchTable, keys: np.ndarray, numel: np.ndarray) -> Tensor:
     """The sums of squares of all pieces of all tensors of a table, float64 [pieces].
 
     Args:
-        table: rows of `COLUMNS`.
+        table: rows of `ROW`.
         keys: int64 [tensors], the launch class of each row.
         numel: int64 [tensors].
     """
     parts = []
     for key, chunks in table.chunks("squares", keys, -(-numel // BLOCK)).items():
-        (dtype,), even = launch_class(key, 1)
+        (dtype,), aligned = launch_class(key, 1)
         parts.append(torch.empty(len(chunks), dtype=torch.float64, device=chunks.device))
         sum_of_squares[(len(chunks),)](
             chunks,
             table.rows,
             parts[-1],
+            TABLES,
             G=TRITON_DTYPES[dtype],
             COMPUTE=tl.float64 if dtype is torch.float64 else tl.float32,
-            EVEN=even,
+            ALIGNED=aligned,
             BLOCK=BLOCK,
             num_warps=THREADS // warp_size(),
             enable_fp_fusion=False,

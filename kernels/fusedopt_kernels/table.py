@@ -1,16 +1,18 @@
 """Launch tables: which memory the programs of a launch work on, and how it gets to the device.
 
-`rows` has a row of int64 per tensor that is updated: addresses and sizes, in columns that the kernel names. `hyper` has
-a row per set of hyper-parameters; its float64 are there as their bits, so that both travel in one copy. `chunks` has a
-row of int32 per program of a launch: (row, piece), the tensor that it works on and which piece of it.
+`rows` has a row per tensor that is updated: addresses and sizes. `hyper` has a row per set of hyper-parameters. Both
+are declared as a `record.Record`; on the device both are int64, float64 as their bits, so that they travel in one copy.
+`chunks` has a row of int32 per program of a launch: (row, piece), the tensor that it works on and which piece of it.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from fusedopt_kernels.record import cells
 
 ROWS_PER_PROGRAM = 128
 """Rows of zeros fill a table up to a multiple of it: kernels that walk over rows need no count, and nothing to mask."""
@@ -37,11 +39,11 @@ class LaunchClass(NamedTuple):
 
     Attributes:
         dtypes: of the tensors in each column; None where there is none.
-        even: whether all addresses are multiples of 16 bytes and all sizes of 16 elements.
+        aligned: whether all addresses are multiples of 16 bytes and all sizes of 16 elements.
     """
 
     dtypes: tuple[torch.dtype | None, ...]
-    even: bool
+    aligned: bool
 
 
 class LaunchTable:
@@ -51,8 +53,8 @@ class LaunchTable:
     reading what it was given.
 
     Attributes:
-        rows: int64 [rows, columns], on the device.
-        hyper: int64 [sets of hyper-parameters, numbers], on the device.
+        rows: int64 [rows, cells], on the device.
+        hyper: int64 [sets of hyper-parameters, cells], on the device.
     """
 
     rows: Tensor
@@ -73,13 +75,16 @@ class LaunchTable:
         table._warm, table._may_warm = self._warm, False
         return table
 
-    def update(self, rows: np.ndarray, hyper: np.ndarray) -> None:
+    def update(self, rows: np.ndarray, hyper: np.ndarray | None = None) -> None:
         """Brings the tables to the device if anything in them changed.
 
         Args:
-            rows: int64 [tensors, columns].
-            hyper: int64 [sets, numbers]; an even number of numbers, so that `rows` behind it keeps its alignment.
+            rows: [tensors], of a record.
+            hyper: [sets], of a record; None for a kernel without hyper-parameters. Its length is a multiple of 16
+                bytes, so that `rows` behind it is aligned.
         """
+        rows = cells(rows)
+        hyper = np.empty((0, 0), np.int64) if hyper is None else cells(hyper)
         if _stream(self.device) != self._stream:
             # Memory belongs to the stream it was made on, and may be given away while another one still reads it.
             self._forget()
@@ -176,9 +181,9 @@ def dtype_codes(dtypes: Sequence[torch.dtype | None]) -> np.ndarray:
     return np.array([_CODES[dtype] for dtype in dtypes], np.int64)
 
 
-def launch_keys(codes: Sequence[np.ndarray], even: np.ndarray) -> np.ndarray:
-    """The launch class of each row as a number, from the `dtype_codes` of each column and whether the row is even."""
-    keys = even.astype(np.int64)
+def launch_keys(codes: Sequence[np.ndarray], aligned: np.ndarray) -> np.ndarray:
+    """The launch class of each row as a number, from the `dtype_codes` of each column and the rows' alignment."""
+    keys = aligned.astype(np.int64)
     for place, column in enumerate(codes):
         keys |= column << (_BITS * place + 1)
     return keys
@@ -190,14 +195,9 @@ def launch_class(key: int, columns: int) -> LaunchClass:
     return LaunchClass(tuple(_DTYPES[code] for code in codes), bool(key & 1))
 
 
-def are_even(numbers: np.ndarray) -> np.ndarray:
+def are_aligned(numbers: np.ndarray) -> np.ndarray:
     """Which rows allow 128-bit accesses, given the addresses and sizes that matter, int64 [rows, numbers]."""
     return (np.bitwise_or.reduce(numbers, axis=1) & 15) == 0
-
-
-def float_bits(numbers: Any) -> np.ndarray:
-    """float64 as the int64 with the same bits, for a table."""
-    return np.asarray(numbers, np.float64).view(np.int64)
 
 
 def _stream(device: torch.device) -> int:

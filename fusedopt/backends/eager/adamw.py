@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedopt.backends.scratch import scratch
-from fusedopt.backends.steps import StepCounts
+from fusedopt.backends.eager.scratch import scratch
+from fusedopt.backends.eager.step_counts import StepCounts
 from fusedopt.batch import AdamWHyper, Batch, Control
 from fusedopt_kernels import rules
 from fusedopt_kernels.layout import is_dense, same_layout

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedopt.backends.adafactor_apply import applied
-from fusedopt.backends.adafactor_shards import shard_update, update_together
-from fusedopt.backends.adafactor_tiles import TILE, tiled_update
-from fusedopt.backends.norms import norm
-from fusedopt.backends.steps import StepCounts
+from fusedopt.backends.eager.adafactor_apply import applied
+from fusedopt.backends.eager.adafactor_shards import shard_update, update_together
+from fusedopt.backends.eager.adafactor_tiles import TILE, tiled_update
+from fusedopt.backends.eager.norms import norm
+from fusedopt.backends.eager.step_counts import StepCounts
 from fusedopt.batch import AdafactorHyper, Batch, Control
 from fusedopt_kernels import rules
 

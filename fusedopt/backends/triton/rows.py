@@ -1,4 +1,4 @@
-"""Rows: tensors that a kernel walks over element by element, looked at anew at every step.
+"""Rows: tensors that a kernel goes through element by element, read anew at every step.
 
 Anything may have moved since the last step: gradients that were dropped and made again, parameters after `model.to()`
 or `p.data = ...`, states that were away on the host. Hence every address is read at every step, and what is derived
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fusedopt_kernels.layout import is_dense, same_layout
-from fusedopt_kernels.table import addresses, are_even, dtype_codes, launch_keys
+from fusedopt_kernels.table import addresses, are_aligned, dtype_codes, launch_keys
 
 Column = Sequence[Tensor | None]
 """One tensor per row, or None."""
@@ -52,14 +52,14 @@ class Rows:
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._grad_copies: list[Tensor] = []  # held until the kernel is queued: their memory must not be given away
 
-    def look(
+    def refresh(
         self,
         params: Sequence[Tensor],
         grads: Column,
         *states: Column,
         like: Callable[[int], Tensor] | None = None,
     ) -> None:
-        """Takes up the tensors of this step.
+        """Takes the tensors of this step.
 
         `like`: for the place of a parameter, a tensor that lies in memory as the kernel wants that row to, itself if
         possible. Default: without gaps.
@@ -74,7 +74,7 @@ class Rows:
         columns: list[Column] = [params, grads, *states]
         lay_at = np.array([addresses(column) for column in columns], np.int64)
         numel = np.array([p.numel() for p in params], np.int64)
-        self._look_at_dtypes(columns)
+        self._refresh_dtypes(columns)
         if not self._are_as_before(columns, lay_at, numel):
             _check_states(params, states)
             self._contiguous_states = [
@@ -93,7 +93,7 @@ class Rows:
             like_row = like(i) if like else _without_gaps(params[i])
             at[:, i] = addresses(self._laid_out(like_row, [column[i] for column in columns]))
         self.addresses = at.T
-        self.keys = launch_keys(self._codes, are_even(np.vstack([at, self.numel]).T))
+        self.keys = launch_keys(self._codes, are_aligned(np.vstack([at, self.numel]).T))
         self._refuse_shared_memory()
 
     def dtype_classes(self, columns: int) -> np.ndarray:
@@ -123,7 +123,7 @@ class Rows:
             original.copy_(copy)
         self._copies, self._grad_copies = [], []
 
-    def _look_at_dtypes(self, columns: list[Column]) -> None:
+    def _refresh_dtypes(self, columns: list[Column]) -> None:
         dtypes = [[None if t is None else t.dtype for t in column] for column in columns]
         last_seen = self._dtypes[1] if self._seen and _same(columns[0], self._seen[0]) else dtypes[0]
         dtypes[1] = [last if dtype is None else dtype for dtype, last in zip(dtypes[1], last_seen)]

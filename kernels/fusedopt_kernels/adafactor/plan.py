@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusedopt_kernels.adafactor_cells import MATRIX, SMALL, VECTOR
-from fusedopt_kernels.adafactor_splits import Room, Segment, Splits, unsplit
+from fusedopt_kernels.adafactor.layout import MATRIX, SMALL, TABLES, VECTOR
+from fusedopt_kernels.adafactor.splits import Segment, Shards, Workspace, no_shards
 from fusedopt_kernels.table import launch_class
 
 BLOCK = 2048
@@ -51,14 +51,16 @@ MEANS = 256
 """How many programs may share the rows of a matrix that are averaged: every later program adds up what they left."""
 
 
-L2_BATCH_BYTES = 0
+CACHE_BATCH_BYTES = 0
 """An experiment: tensors are updated in batches of so many bytes of gradients, all phases of one before the next, so
 that their gradients are read from the L2 cache again. 0: all at once. To be swept from 10 to 50 MB on an H200."""
 
 
 class Spec(NamedTuple):
-    """What a kernel is compiled for: dtypes of parameter, gradient and arithmetic, and the sizes above."""
+    """What a kernel is compiled for: tables, dtypes of parameter, gradient and arithmetic, and the sizes above."""
 
+    row: Any
+    scalars: Any
     param: Any
     grad: Any
     compute: Any
@@ -73,7 +75,9 @@ class Spec(NamedTuple):
 
 def spec_of(param: Any, grad: Any, compute: Any, grad_itemsize: int) -> Spec:
     """What the kernels of a dtype class are compiled for. `param`, `grad`, `compute`: dtypes of Triton."""
-    return Spec(param, grad, compute, BLOCK, BLOCK // 2, TILE_BYTES // grad_itemsize, TILE_HEIGHT, LINES, STRIP, MEANS)
+    tile_width = TILE_BYTES // grad_itemsize
+    tables = TABLES.row, TABLES.scalars
+    return Spec(*tables, param, grad, compute, BLOCK, BLOCK // 2, tile_width, TILE_HEIGHT, LINES, STRIP, MEANS)
 
 
 class Shapes(NamedTuple):
@@ -96,7 +100,7 @@ class Plan(NamedTuple):
     """How tensors are cut, and where in the workspace their sums are.
 
     Attributes:
-        columns: int64 [tensors, 17], the last columns of the table.
+        fields: those of `layout.ROW` that follow from shapes, int64 [tensors] each, by name.
         pieces: int64 [tensors], programs that read gradients.
         matrix_pieces: int64 [tensors], the same without vectors.
         averages: int64 [tensors], programs that bring rows and columns of whole matrices up to date.
@@ -104,14 +108,14 @@ class Plan(NamedTuple):
         shard_matrices: int64 [tensors], how many matrices a shard has.
         whole: int64 [tensors], 1 but for tensors without elements.
         in_float64: int64 [tensors], 1 where arithmetic is in float64, 0 for float32.
-        batch: int64 [tensors], which are updated together; see L2_BATCH_BYTES.
-        work: elements of the workspace for sums that are float32, and for those that are float64.
-        squares: float64 elements of the workspace, for what becomes root mean squares.
-        splits: which tensors are shards.
+        cache_batches: which tensors go through all phases together, in turn; see CACHE_BATCH_BYTES.
+        partial_sums: elements of that workspace in float32, and in float64.
+        square_partials: elements of that workspace.
+        shards: which tensors are shards.
         segments: by phase ("sums", "means", "squares"), what is added up over processes, in this order.
     """
 
-    columns: np.ndarray
+    fields: dict[str, np.ndarray]
     pieces: np.ndarray
     matrix_pieces: np.ndarray
     averages: np.ndarray
@@ -119,10 +123,10 @@ class Plan(NamedTuple):
     shard_matrices: np.ndarray
     whole: np.ndarray
     in_float64: np.ndarray
-    batch: np.ndarray
-    work: tuple[int, int]
-    squares: int
-    splits: Splits
+    cache_batches: list[slice]
+    partial_sums: tuple[int, int]
+    square_partials: int
+    shards: Shards
     segments: dict[str, list[Segment]]
 
 
@@ -143,7 +147,7 @@ def shape_of(t: Tensor, small: bool = True) -> tuple[int, int, int, int, int, in
     return None
 
 
-def plan_of(shapes: Shapes, keys: np.ndarray, splits: Splits | None = None) -> Plan:
+def plan_of(shapes: Shapes, keys: np.ndarray, shards: Shards | None = None) -> Plan:
     """Cuts tensors into pieces, each in a way that depends on nothing but itself.
 
     A matrix of h rows and w columns needs h * ceil(w / tile width) + w * ceil(h / TILE_HEIGHT) numbers of its compute
@@ -153,63 +157,73 @@ def plan_of(shapes: Shapes, keys: np.ndarray, splits: Splits | None = None) -> P
     Args:
         shapes: of the tensors.
         keys: int64 [tensors], the `launch_keys` of their parameters and gradients.
-        splits: which of them are shards, and of what; default: none. Split matrices are no small ones.
+        shards: which of them are shards, and of what; default: none. Matrices of shards are no small ones.
     """
-    splits = splits or unsplit(shapes.numel, shapes.height, shapes.width)
-    is_split = splits.is_split > 0
+    shards = shards or no_shards(shapes.numel, shapes.height, shapes.width)
+    is_shard = shards.is_shard > 0
     dtypes = {key: launch_class(key, 2).dtypes for key in set(keys.tolist())}
     widths = {key: TILE_BYTES // grad.itemsize for key, (_, grad) in dtypes.items() if grad is not None}
     tile_width = np.array([widths[key] for key in keys.tolist()])
-    in_float64 = np.array([dtypes[key][0] is torch.float64 for key in keys.tolist()])
+    wide = np.array([dtypes[key][0] is torch.float64 for key in keys.tolist()]).astype(np.int64)
     kind, numel, matrices, height, width, _ = shapes
-    is_matrix = (kind == MATRIX.value) & ((numel > 0) | is_split)  # rows of an empty shard have averages too
-    across = _ceil(width, tile_width)
-    down = _ceil(height, TILE_HEIGHT)
+    is_matrix = (kind == MATRIX.value) & ((numel > 0) | is_shard)  # rows of an empty shard have averages too
+    tiles_x, tiles_y = _ceil(width, tile_width), _ceil(height, TILE_HEIGHT)
     pieces = np.select(
         [numel == 0, kind == MATRIX.value, kind == SMALL.value],
-        [0, matrices * down * across, _ceil(matrices * height, SHARE)],
+        [0, matrices * tiles_y * tiles_x, _ceil(matrices * height, SHARE)],
         _ceil(numel, BLOCK // 2),
     )
-    span = ENTRIES * np.maximum(1, _ceil(height, ENTRIES * MEANS))
-    shares = _ceil(height, span)
+    rows_per_program = ENTRIES * np.maximum(1, _ceil(height, ENTRIES * MEANS))
+    row_programs = _ceil(height, rows_per_program)
+    averages = np.where(is_matrix, matrices * (row_programs + _ceil(width, ENTRIES)), 0)
 
-    sums = np.where(is_matrix, matrices * (across * height + down * width), 0)
-    work = sums + np.where(is_matrix, matrices * shares, 0)
-    work32, work64 = np.where(in_float64, 0, work), np.where(in_float64, work, 0)
-    sums_at = np.where(in_float64, _starts(work64), _starts(work32))
-    squares_at = _starts(2 * pieces)
-    room = Room([int(work32.sum()), int(work64.sum())])
-    wide = in_float64.astype(np.int64)
-    factored = np.flatnonzero(is_matrix & is_split)
-    of_lines = [(matrices * height, splits.over_columns), (matrices * width, splits.over_rows)]
-    totals = room.lay_out(factored, wide, of_lines)
-    means = room.lay_out(factored, wide, [(matrices, splits.over_rows)])
-    kept = Room([int(2 * pieces.sum())])
-    squares = kept.lay_out(np.flatnonzero(is_split), 0 * wide, [(2 * splits.is_split, splits.over_all)])
-    averages = np.where(is_matrix, matrices * (shares + _ceil(width, ENTRIES)), 0)
-    shards = [
-        *(splits.numel, splits.height, splits.width, *totals.starts),
-        np.where(is_split, means.starts[0], sums_at + sums),
-        np.where(is_split, 1, shares),
-        np.where(is_split, squares.starts[0], squares_at),
-        np.where(is_split, 1, pieces),
-    ]
-    batched = L2_BATCH_BYTES and not is_split.any()
+    sums = np.where(is_matrix, matrices * (tiles_x * height + tiles_y * width), 0)
+    lengths = sums + np.where(is_matrix, matrices * row_programs, 0)
+    narrow_lengths, wide_lengths = np.where(wide, 0, lengths), np.where(wide, lengths, 0)
+    partial_sums = np.where(wide, _starts(wide_lengths), _starts(narrow_lengths))
+    square_partials = _starts(2 * pieces)
+    workspace = Workspace([int(narrow_lengths.sum()), int(wide_lengths.sum())])
+    factored = np.flatnonzero(is_matrix & is_shard)
+    lines = [(matrices * height, shards.reduce_columns), (matrices * width, shards.reduce_rows)]
+    totals = workspace.place(factored, wide, lines)
+    means = workspace.place(factored, wide, [(matrices, shards.reduce_rows)])
+    square_workspace = Workspace([int(2 * pieces.sum())])
+    squares = square_workspace.place(np.flatnonzero(is_shard), 0 * wide, [(2 * shards.is_shard, shards.reduce_all)])
+    row_mean_partials = partial_sums + sums
     return Plan(
-        columns=np.column_stack([across, down, span, shares, pieces, sums_at, sums_at + sums, squares_at, *shards]),
+        fields={
+            **{"tiles_x": tiles_x, "tiles_y": tiles_y, "pieces": pieces},
+            **{"rows_per_program": rows_per_program, "row_programs": row_programs},
+            **{"partial_sums": partial_sums, "row_mean_partials": row_mean_partials},
+            "square_partials": square_partials,
+            **{"whole_numel": shards.numel, "whole_height": shards.height, "whole_width": shards.width},
+            **dict(zip(("row_totals", "column_totals"), totals.starts)),
+            "row_means": np.where(is_shard, means.starts[0], row_mean_partials),
+            "row_means_count": np.where(is_shard, 1, row_programs),
+            "square_totals": np.where(is_shard, squares.starts[0], square_partials),
+            "square_totals_count": np.where(is_shard, 1, pieces),
+        },
         pieces=pieces,
         matrix_pieces=np.where(kind == VECTOR.value, 0, pieces),
-        averages=np.where(is_split, 0, averages),
-        shard_averages=np.where(is_split, averages, 0),
-        shard_matrices=np.where(is_matrix & is_split, matrices, 0),
-        whole=np.where(is_split, 1, np.minimum(numel, 1)),
+        averages=np.where(is_shard, 0, averages),
+        shard_averages=np.where(is_shard, averages, 0),
+        shard_matrices=np.where(is_matrix & is_shard, matrices, 0),
+        whole=np.where(is_shard, 1, np.minimum(numel, 1)),
         in_float64=wide,
-        batch=_starts(numel * TILE_BYTES // tile_width) // L2_BATCH_BYTES if batched else np.zeros_like(numel),
-        work=(room.ends[0], room.ends[1]),
-        squares=kept.ends[0],
-        splits=splits,
+        cache_batches=[slice(None)] if is_shard.any() else _cache_batches(numel * TILE_BYTES // tile_width),
+        partial_sums=(workspace.ends[0], workspace.ends[1]),
+        square_partials=square_workspace.ends[0],
+        shards=shards,
         segments={"sums": totals.segments, "means": means.segments, "squares": squares.segments},
     )
+
+
+def _cache_batches(sizes: np.ndarray) -> list[slice]:
+    """Runs of tensors whose gradients, of these sizes in bytes, begin in the same stretch of CACHE_BATCH_BYTES."""
+    if not CACHE_BATCH_BYTES:
+        return [slice(None)]
+    borders = np.flatnonzero(np.diff(_starts(sizes) // CACHE_BATCH_BYTES)) + 1
+    return [slice(start, stop) for start, stop in zip([0, *borders.tolist()], [*borders.tolist(), len(sizes)])]
 
 
 def _ceil(a: np.ndarray, b: int | np.ndarray) -> np.ndarray:

@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fusedopt.backends.capture import Tables, on_device
+from fusedopt.backends.graphs import on_device
+from fusedopt.backends.triton.capture import Tables
 from fusedopt_kernels import norm as kernels
 from fusedopt_kernels.layout import is_dense
-from fusedopt_kernels.table import addresses, are_even, dtype_codes, launch_keys
+from fusedopt_kernels.record import cells
+from fusedopt_kernels.table import addresses, are_aligned, dtype_codes, launch_keys
 
 
 class Squares:
@@ -21,7 +22,7 @@ class Squares:
 
     @property
     def captured(self) -> bool:
-        """Whether there may be a CUDA graph that goes on reading what this holds."""
+        """True if there may be a CUDA graph that goes on reading what this holds."""
         return self._tables.captured
 
     def __call__(self, grads: Sequence[Tensor]) -> Tensor:
@@ -29,7 +30,9 @@ class Squares:
         with on_device(self._device):
             # The order of elements does not matter, only gaps between them do.
             dense = [g if g.is_contiguous() or is_dense(g) else g.contiguous() for g in grads]
-            rows = np.array([addresses(dense), [g.numel() for g in dense]], np.int64).T
-            keys = launch_keys([dtype_codes([g.dtype for g in dense])], are_even(rows))
-            table = self._tables.filled(rows, np.zeros((1, 2), np.int64), keep=lambda: dense)
-            return kernels.squares(table, keys, rows[:, 1])
+            rows = kernels.ROW.rows(len(dense))
+            rows["grad"] = addresses(dense)
+            rows["numel"] = [g.numel() for g in dense]
+            keys = launch_keys([dtype_codes([g.dtype for g in dense])], are_aligned(cells(rows)))
+            table = self._tables.for_step(rows, None, keep=lambda: dense)
+            return kernels.squares(table, keys, rows["numel"])

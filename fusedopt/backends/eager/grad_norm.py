@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fusedopt.backends.norms import is_large, part_norms
+from fusedopt.backends.eager.norms import is_large, part_norms
 
 
 class Squares:

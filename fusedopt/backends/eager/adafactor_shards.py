@@ -12,8 +12,8 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from fusedopt.backends.adafactor_apply import applied
-from fusedopt.backends.norms import norm
+from fusedopt.backends.eager.adafactor_apply import applied
+from fusedopt.backends.eager.norms import norm
 from fusedopt.batch import AdafactorHyper, Split, Spread
 from fusedopt.sharding import add_up
 from fusedopt_kernels import rules

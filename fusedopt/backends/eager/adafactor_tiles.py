@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedopt.backends.scratch import scratch
+from fusedopt.backends.eager.scratch import scratch
 from fusedopt.batch import AdafactorHyper
 from fusedopt_kernels import rules
 

@@ -1,33 +1,33 @@
-"""Tensors that are shards of whole ones: what Adafactor's plan has to know, and where sums of shards lie."""
+"""Tensors that are shards of whole ones: what the plan has to know of them, and where their sums lie."""
 
 from typing import Any, NamedTuple
 
 import numpy as np
 
 
-class Splits(NamedTuple):
+class Shards(NamedTuple):
     """Of which whole tensors the ones at hand are shards: int64 [tensors] each, and a list each.
 
     Attributes:
-        is_split: 1 for a shard, 0 for a whole tensor.
-        numel, height, width: of the whole tensor, as in `adafactor_plan.Shapes`.
-        over_rows, over_columns, over_all: what stands for the processes over which rows, columns and all elements are
-            split, to be given to `add_up`; anything that can be a key.
+        is_shard: 1 for a shard, 0 for a whole tensor.
+        numel, height, width: of the whole tensor, as in `plan.Shapes`.
+        reduce_rows, reduce_columns, reduce_all: what stands for the processes over which rows, columns and all elements
+            are sharded, to be given to `all_reduce`; anything that can be a key.
     """
 
-    is_split: np.ndarray
+    is_shard: np.ndarray
     numel: np.ndarray
     height: np.ndarray
     width: np.ndarray
-    over_rows: list[Any]
-    over_columns: list[Any]
-    over_all: list[Any]
+    reduce_rows: list[Any]
+    reduce_columns: list[Any]
+    reduce_all: list[Any]
 
 
-def unsplit(numel: np.ndarray, height: np.ndarray, width: np.ndarray) -> Splits:
-    """The splits of whole tensors of these sizes."""
+def no_shards(numel: np.ndarray, height: np.ndarray, width: np.ndarray) -> Shards:
+    """Returns what there is to know of whole tensors of these sizes."""
     none: list[Any] = [None] * len(numel)
-    return Splits(np.zeros_like(numel), numel, height, width, none, none, none)
+    return Shards(np.zeros_like(numel), numel, height, width, none, none, none)
 
 
 class Segment(NamedTuple):
@@ -36,32 +36,30 @@ class Segment(NamedTuple):
     Attributes:
         wide: 1 where they are in the workspace of float64 arithmetic.
         start, stop: where they are.
-        over: what stands for the processes.
+        processes: what stands for the processes.
     """
 
     wide: int
     start: int
     stop: int
-    over: Any
+    processes: Any
 
 
-class LaidOut(NamedTuple):
+class Placed(NamedTuple):
     """Where sums are that processes add up: for each list of lengths, int64 [tensors]; and the segments."""
 
     starts: list[np.ndarray]
     segments: list[Segment]
 
 
-class Room:
-    """What is behind the rest in workspaces that end at these elements."""
+class Workspace:
+    """Workspaces that end at these elements, and grow."""
 
     def __init__(self, ends: list[int]) -> None:
         self.ends = ends
 
-    def lay_out(
-        self, tensors: np.ndarray, wide: np.ndarray, lengths_over: list[tuple[np.ndarray, list[Any]]]
-    ) -> LaidOut:
-        """Places sums, those over the same processes behind each other.
+    def place(self, tensors: np.ndarray, wide: np.ndarray, lengths_over: list[tuple[np.ndarray, list[Any]]]) -> Placed:
+        """Places sums behind what there is, those over the same processes next to each other.
 
         In the order in which the tensors name their processes, whatever the lengths, so that all processes do the same
         in the same order.
@@ -77,10 +75,10 @@ class Room:
             for i in tensors.tolist():
                 alike.setdefault((int(wide[i]), over[i]), []).append((number, i))
         segments = []
-        for (which, over), members in alike.items():
+        for (which, processes), members in alike.items():
             start = self.ends[which]
             for number, i in members:
                 starts[number][i] = self.ends[which]
                 self.ends[which] += int(lengths_over[number][0][i])
-            segments.append(Segment(which, start, self.ends[which], over))
-        return LaidOut(starts, segments)
+            segments.append(Segment(which, start, self.ends[which], processes))
+        return Placed(starts, segments)

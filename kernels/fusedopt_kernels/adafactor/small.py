@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""Adafactor on some of a tensor's small matrices. `SPEC` is an `adafactor_plan.Spec`.
+"""Adafactor on some of a tensor's small matrices. `SPEC` is a `plan.Spec`.
 
 A line is a row, or a column, of one matrix. Lines are numbered as they lie in memory; a program has a block of them in
 hand and walks along them in strips. So what is read at once lies close together, channels_last or not, a line is summed
@@ -9,8 +9,7 @@ divisions of int64 are slow.
 
 import triton.language as tl
 
-from fusedopt_kernels import adafactor_cells as cell
-from fusedopt_kernels.adafactor_tiles import (
+from fusedopt_kernels.adafactor.tiles import (
     column_factor,
     factored_update,
     load_gradient,
@@ -21,23 +20,23 @@ from fusedopt_kernels.adafactor_tiles import (
     store_squares,
     store_updated,
 )
-from fusedopt_kernels.device import device_function, div_rn, load_pointer, sqrt_rn, walk
+from fusedopt_kernels.device import device_function, div_rn, load_pointer, loop_range, sqrt_rn
 
 
 @device_function
-def _sides(row):
+def _sides(row, SPEC: tl.constexpr):
     """Height, width and inner size."""
     return (
-        tl.load(row + cell.HEIGHT).to(tl.int32),
-        tl.load(row + cell.WIDTH).to(tl.int32),
-        tl.load(row + cell.INNER).to(tl.int32),
+        tl.load(row + SPEC.row.height).to(tl.int32),
+        tl.load(row + SPEC.row.width).to(tl.int32),
+        tl.load(row + SPEC.row.inner).to(tl.int32),
     )
 
 
 @device_function
-def _share(row, piece, length):
+def _share(row, piece, length, SPEC: tl.constexpr):
     """Of the lines of a tensor, each of so many elements, the first of a piece, and the one behind its last."""
-    lines, pieces = tl.load(row + cell.NUMEL) // length, tl.load(row + cell.PIECES)
+    lines, pieces = tl.load(row + SPEC.row.numel) // length, tl.load(row + SPEC.row.pieces)
     return lines * piece // pieces, lines * (piece + 1) // pieces
 
 
@@ -62,42 +61,44 @@ def _strip(start, length, at, stride, mask, SPEC: tl.constexpr):
 def _averaged(scalar, gradient, at, length, stride, average_at, mask, SPEC: tl.constexpr):
     """Brings the averages of squares of some lines up to date."""
     squares = tl.full([SPEC.lines, SPEC.strip], 0.0, SPEC.compute)
-    for start in walk(0, length, SPEC.strip):
+    for start in loop_range(0, length, SPEC.strip):
         offsets, inside = _strip(start, length, at, stride, mask, SPEC)
         g = scaled_gradient(gradient, offsets, inside, SPEC)
         squares += g * g
-    new = div_rn(tl.sum(squares, axis=1), length.to(SPEC.compute)) + tl.load(scalar + cell.ADDED).to(SPEC.compute)
+    new = div_rn(tl.sum(squares, axis=1), length.to(SPEC.compute)) + tl.load(scalar + SPEC.scalars.square_eps).to(
+        SPEC.compute
+    )
     average = tl.load(average_at, mask=mask, other=0.0)
-    average = running_average(average, new, tl.load(scalar + cell.SQUARE_WEIGHT).to(SPEC.compute))
+    average = running_average(average, new, tl.load(scalar + SPEC.scalars.square_weight).to(SPEC.compute))
     tl.store(average_at, average, mask=mask)
 
 
 @device_function
-def small_sums(row, scalar, kept, piece, SPEC: tl.constexpr):
+def small_sums(row, scalar, square_partials, piece, SPEC: tl.constexpr):
     """Brings the averages of some rows and columns up to date; the parameter's sum of squares."""
-    height, width, inner = _sides(row)
+    height, width, inner = _sides(row, SPEC)
     g_at, factor = load_gradient(row, scalar, SPEC, False)
-    p_at = load_pointer(row + cell.PARAM, SPEC.param, False)
-    row_at = load_pointer(row + cell.ROW, SPEC.compute, False)
-    col_at = load_pointer(row + cell.COL, SPEC.compute, False)
-    scaled = tl.load(scalar + cell.SCALED).to(tl.int32) != 0
+    p_at = load_pointer(row + SPEC.row.param, SPEC.param, False)
+    row_at = load_pointer(row + SPEC.row.exp_avg_sq_row, SPEC.compute, False)
+    col_at = load_pointer(row + SPEC.row.exp_avg_sq_col, SPEC.compute, False)
+    scaled = tl.load(scalar + SPEC.scalars.scale_parameter).to(tl.int32) != 0
     p_squares = tl.full([SPEC.lines, SPEC.strip], 0.0, SPEC.compute)
 
-    first, last = _share(row, piece, width)
-    for line in walk(first, last, SPEC.lines):
+    first, last = _share(row, piece, width, SPEC)
+    for line in loop_range(first, last, SPEC.lines):
         start, outer, y, i, mask = _lines(line, last, height, inner, SPEC)
         at = (outer * height + y) * width * inner + i
         above = start * (height * width * inner)
         average_at = row_at + start * (inner * height) + (outer * inner + i) * height + y
         _averaged(scalar, (g_at + above, factor), at, width, inner, average_at, mask, SPEC)
-        for x in walk(0, width, SPEC.strip):
+        for x in loop_range(0, width, SPEC.strip):
             offsets, inside = _strip(x, width, at, inner, mask & scaled, SPEC)
             p = tl.load(p_at + above + offsets, mask=inside, other=0.0).to(SPEC.compute)
             p_squares += p * p
-    store_squares(row, kept, piece, None, tl.sum(p_squares))
+    store_squares(row, square_partials, piece, None, tl.sum(p_squares), SPEC)
 
-    first, last = _share(row, piece, height)
-    for line in walk(first, last, SPEC.lines):
+    first, last = _share(row, piece, height, SPEC)
+    for line in loop_range(first, last, SPEC.lines):
         start, outer, x, i, mask = _lines(line, last, width, inner, SPEC)
         at = (outer * height * width + x) * inner + i
         above = start * (height * width * inner)
@@ -109,7 +110,7 @@ def small_sums(row, scalar, kept, piece, SPEC: tl.constexpr):
 def _row_factors(row_at, matrix, y, mask, height, SPEC: tl.constexpr):
     """What row y of each matrix is multiplied by."""
     sums = tl.full([SPEC.lines, SPEC.strip], 0.0, SPEC.compute)
-    for start in walk(0, height, SPEC.strip):
+    for start in loop_range(0, height, SPEC.strip):
         offsets, inside = _strip(start, height, matrix * height, 1, mask, SPEC)
         sums += tl.load(row_at + offsets, mask=inside, other=0.0)
     average = tl.load(row_at + matrix * height + y, mask=mask, other=1.0)
@@ -117,30 +118,30 @@ def _row_factors(row_at, matrix, y, mask, height, SPEC: tl.constexpr):
 
 
 @device_function
-def small_update(row, scalar, kept, piece, SPEC: tl.constexpr, APPLY: tl.constexpr):
+def small_update(row, scalar, square_partials, piece, SPEC: tl.constexpr, APPLY: tl.constexpr):
     """The sum of squares of the update of some rows, or with APPLY, updates them."""
-    height, width, inner = _sides(row)
+    height, width, inner = _sides(row, SPEC)
     g_at, factor = load_gradient(row, scalar, SPEC, False)
-    row_at = load_pointer(row + cell.ROW, SPEC.compute, False)
-    col_at = load_pointer(row + cell.COL, SPEC.compute, False)
+    row_at = load_pointer(row + SPEC.row.exp_avg_sq_row, SPEC.compute, False)
+    col_at = load_pointer(row + SPEC.row.exp_avg_sq_col, SPEC.compute, False)
     p_at, m_at, averages, scales = load_step(row, scalar, SPEC, False)
     u_squares = tl.full([SPEC.lines, SPEC.strip], 0.0, SPEC.compute)
-    first, last = _share(row, piece, width)
-    for line in walk(first, last, SPEC.lines):
+    first, last = _share(row, piece, width, SPEC)
+    for line in loop_range(first, last, SPEC.lines):
         start, outer, y, i, mask = _lines(line, last, height, inner, SPEC)
         above = start * (height * width * inner)
         matrix = outer * inner + i
-        of_row = _row_factors(row_at + start * (inner * height), matrix, y, mask, height, SPEC)
-        for x in walk(0, width, SPEC.strip):
+        row_factors = _row_factors(row_at + start * (inner * height), matrix, y, mask, height, SPEC)
+        for x in loop_range(0, width, SPEC.strip):
             cols, inside = _strip(x, width, matrix * width, 1, mask, SPEC)
             col = tl.load(col_at + start * (inner * width) + cols, mask=inside, other=1.0)
             at, _ = _strip(x, width, (outer * height + y) * width * inner + i, inner, mask, SPEC)
             g = scaled_gradient((g_at + above, factor), at, inside, SPEC)
-            u = factored_update(g, of_row[:, None], column_factor(col, sqrt_rn, div_rn))
+            u = factored_update(g, row_factors[:, None], column_factor(col, sqrt_rn, div_rn))
             if APPLY:
                 store_updated((p_at + above, m_at + above, averages, scales), at, inside, u, SPEC)
             else:
                 u = tl.where(inside, u, 0.0)
                 u_squares += u * u
     if not APPLY:
-        store_squares(row, kept, piece, tl.sum(u_squares), None)
+        store_squares(row, square_partials, piece, tl.sum(u_squares), None, SPEC)

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from fusedopt.backends.capture import capturing
+from fusedopt.backends.graphs import capturing
 
 
-class DeviceNumbers:
+class DeviceScalars:
     """The numbers of one step on one device.
 
     Attributes:
@@ -18,7 +18,7 @@ class DeviceNumbers:
         self.kept: list[Tensor] = []
 
     def number(self, name: str, number: float | Tensor) -> tuple[float, int, int]:
-        """A number as three cells of a table: value, address of a float32, address of a float64 (0: it is the value).
+        """Returns a number as a `record.NUMBER`: value, address of a float32, address of a float64 (0: none).
 
         Nothing waits for a device. A tensor on the CPU is read now.
 

@@ -6,12 +6,12 @@ which none can be had: eager steps see to it.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fusedopt.backends.graphs import capturing
 from fusedopt_kernels.table import LaunchTable
 
 _CAPTURES = 16
@@ -24,17 +24,6 @@ _reserves: dict[torch.device, Tensor] = {}
 
 def _reserve(device: torch.device) -> Tensor:
     return _reserves.get(device, torch.empty(0, dtype=torch.int64))
-
-
-def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Makes `device` the current one: addresses in a table hide from Triton where a kernel has to run."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def capturing(device: torch.device) -> bool:
-    """Whether what is queued on the current stream of `device` goes into a CUDA graph."""
-    with on_device(device):
-        return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class Tables:
@@ -55,7 +44,7 @@ class Tables:
         """Bytes on the device that eager steps hold, besides the tables."""
         return self._eager.workspace
 
-    def filled(self, rows: np.ndarray, hyper: np.ndarray, keep: Callable[[], object]) -> LaunchTable:
+    def for_step(self, rows: np.ndarray, hyper: np.ndarray | None, keep: Callable[[], object]) -> LaunchTable:
         """The table for this step, with these contents; `keep` says what must live as long as a captured step.
 
         Raises:
@@ -68,7 +57,7 @@ class Tables:
             return table
         self._eager.update(rows, hyper)
         # Twice the table, since a captured step may have to bring chunks of its own.
-        size = 2 * _CAPTURES * (hyper.size + self._eager.rows.numel())
+        size = 2 * _CAPTURES * (self._eager.hyper.numel() + self._eager.rows.numel())
         if 2 * len(_reserve(self._device)) < size:
             _reserves[self._device] = torch.empty(size, dtype=torch.int64, pin_memory=self._device.type == "cuda")
         return self._eager

@@ -2,15 +2,14 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fusedopt.backends.capture import capturing, on_device
-from fusedopt.backends.numbers import DeviceNumbers
-from fusedopt.backends.rows import Rows
+from fusedopt.backends.graphs import capturing, on_device
+from fusedopt.backends.triton.rows import Rows
+from fusedopt.backends.triton.scalars import DeviceScalars
 from fusedopt_kernels import accumulate as kernels
-from fusedopt_kernels.table import LaunchTable, float_bits
+from fusedopt_kernels.table import LaunchTable
 
 
 class Adder:
@@ -34,11 +33,15 @@ class Adder:
                 "capture the backward passes without it, or let torch add the gradients up in .grad"
             )
         with on_device(self._device):
-            rows = Rows()  # a new one each time: it would hold on to sums that nobody else needs any more
-            rows.look(sums, grads, previous)
-            numbers = DeviceNumbers(self._device)
-            value, at32, at64 = numbers.number("weight", weight)
-            hyper = np.array([[*float_bits([value]), at32, at64, 0]], np.int64)
-            self._table.update(np.column_stack([rows.addresses, rows.numel]), hyper)
-            kernels.accumulate(self._table, rows.keys, rows.numel)
-            rows.copy_back()
+            tensors = Rows()  # a new one each time: it would hold on to sums that nobody else needs any more
+            tensors.refresh(sums, grads, previous)
+            scalars = DeviceScalars(self._device)
+            hyper = kernels.HYPER.rows(1)
+            hyper["weight"] = scalars.number("weight", weight)
+            rows = kernels.ROW.rows(len(sums))
+            for name, addresses in zip(kernels.ROW.tensors, tensors.addresses.T):
+                rows[name] = addresses
+            rows["numel"] = tensors.numel
+            self._table.update(rows, hyper)
+            kernels.accumulate(self._table, tensors.keys, tensors.numel)
+            tensors.copy_back()

@@ -1,0 +1,169 @@
+"""Adafactor on the Triton backend: what is in its launch table at this step, and how its tensors are cut."""
+
+from collections.abc import Sequence
+from operator import is_
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fusedopt.backends.triton.rows import Column, Rows
+from fusedopt.backends.triton.stepper import States, TritonStepper, gradients
+from fusedopt.batch import AdafactorHyper, Batch, Split
+from fusedopt.sharding import add_up_in_place
+from fusedopt_kernels import rules
+from fusedopt_kernels.adafactor.layout import HYPER, ROW, VECTOR
+from fusedopt_kernels.adafactor.plan import Plan, Shapes, plan_of, shape_of
+from fusedopt_kernels.adafactor.splits import Shards
+from fusedopt_kernels.adafactor.step import adafactor
+from fusedopt_kernels.table import LaunchTable, addresses, are_aligned
+
+_STATES = ("exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col", "RMS")
+
+
+class TritonAdafactor(TritonStepper):
+    """The stepper of Adafactor for one device."""
+
+    row = ROW
+    hyper = HYPER
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._seen: list[Column] = [[]] * len(_STATES)
+        self._kinds: list[tuple[torch.Size, torch.dtype]] = []
+        self._plans = _PlanCache()
+
+    def refresh(self, rows: Rows, batches: Sequence[Batch], params: list[Tensor], states: States) -> None:
+        shards = _shards(batches)
+        exp_avg, exp_avg_sq, *_ = self._state_columns(params, states)
+        averages = [batch.hyper.beta1 is not None for batch in batches for _ in batch.params]
+        rows.refresh(
+            params,
+            gradients(batches),
+            [m if a else None for m, a in zip(exp_avg, averages)],
+            exp_avg_sq,
+            like=lambda i: _like(params[i], shards[i]),
+        )
+
+    def fill_rows(self, rows: np.ndarray, batches: Sequence[Batch], params: list[Tensor], states: States) -> None:
+        self._keys = self._rows.dtype_classes(2)
+        shapes, self._plan = self._plans.of(params, self._keys, _shards(batches))
+        for fields in (shapes._asdict(), self._plan.fields):
+            for name, column in fields.items():
+                rows[name] = column
+        _, _, row, col, rms = map(_addresses, self._seen)
+        elementwise, is_vector = self._rows.addresses[:, :4], shapes.kind == VECTOR.value
+        # Every row of a matrix begins at a multiple of 16 bytes if the first does and its length is a multiple of 16.
+        length = np.where(is_vector, shapes.numel, shapes.width)
+        rows["aligned"] = are_aligned(np.column_stack([elementwise, length]))
+        rows["exp_avg"] = elementwise[:, 2]
+        rows["exp_avg_sq_row"] = np.where(is_vector, elementwise[:, 3], row)
+        rows["exp_avg_sq_col"] = col
+        rows["rms32"] = np.where(self._plan.in_float64, 0, rms)
+        rows["rms64"] = np.where(self._plan.in_float64, rms, 0)
+
+    def hyper_values(self, hyper: AdafactorHyper) -> dict[str, float]:
+        ceiling, slope = rules.RELATIVE_STEP_CEILINGS[hyper.warmup_init]
+        return {
+            "relative_step": hyper.lr is None,
+            "scale_parameter": hyper.scale_parameter,
+            "ceiling": ceiling,
+            "slope": slope,
+            "decay_rate": hyper.decay_rate,
+            "square_eps": hyper.square_floor,
+            "rms_eps": hyper.rms_floor,
+            "clip_threshold": hyper.clip_threshold,
+            "one_minus_beta1": 1.0 if hyper.beta1 is None else 1.0 - hyper.beta1,
+            "weight_decay": hyper.weight_decay,
+        }
+
+    def launch(self, table: LaunchTable) -> None:
+        adafactor(table, self._keys, self._plan, add_up_in_place)
+
+    def _state_columns(self, params: list[Tensor], states: States) -> list[Column]:
+        """The states, by name. Those that were loaded in another dtype than that of the arithmetic are converted."""
+        columns = _columns(states)
+        kinds = [(p.shape, p.dtype) for p in params]
+        if kinds != self._kinds or not all(map(_same, columns, self._seen)):
+            for p, state in zip(params, states):
+                _check_factors(p, state)
+                dtype = torch.promote_types(p.dtype, torch.float32)
+                for name in _STATES:
+                    if name in state:
+                        like = state[name].to(dtype)
+                        # The averages of rows and columns are of no parameter's layout.
+                        state[name] = like.contiguous() if name in ("exp_avg_sq_row", "exp_avg_sq_col") else like
+            columns = self._seen = _columns(states)
+            self._kinds = kinds
+        return columns
+
+
+class _PlanCache:
+    """The plan for the tensors seen last."""
+
+    def __init__(self) -> None:
+        self._layouts: list[tuple[torch.Size, tuple[int, ...] | None]] = []
+        self._keys = np.empty(0, np.int64)
+        self._splits: list[Split | None] = []
+
+    def of(self, params: list[Tensor], keys: np.ndarray, splits: list[Split | None]) -> tuple[Shapes, Plan]:
+        """What parameters look like, as the kernels see them, and how they are cut."""
+        layouts = [(p.shape, None if p.is_contiguous() else p.stride()) for p in params]
+        if layouts != self._layouts or splits != self._splits or not np.array_equal(keys, self._keys):
+            self._layouts, self._keys, self._splits = layouts, keys, splits
+            shapes = [shape_of(_like(p, split), small=split is None) for p, split in zip(params, splits)]
+            self._shapes = Shapes(*np.array(shapes, np.int64).T)
+            self._plan = plan_of(self._shapes, keys, _shards_of(self._shapes, splits))
+        return self._shapes, self._plan
+
+
+def _like(p: Tensor, split: Split | None) -> Tensor:
+    """p, if the kernels can walk over it as it lies; else something contiguous of its shape."""
+    walkable = shape_of(p) if split is None else p.is_contiguous()
+    return p if walkable else torch.empty(p.shape, dtype=p.dtype, device=p.device)
+
+
+def _shards(batches: Sequence[Batch]) -> list[Split | None]:
+    return [s for batch in batches for s in batch.splits or [None] * len(batch.params)]
+
+
+def _shards_of(shapes: Shapes, splits: list[Split | None]) -> Shards:
+    """Of which whole tensors the shards are."""
+    whole = zip(shapes.numel, shapes.height, shapes.width)
+    sizes = [(0, *size) if s is None else (1, s.shape.numel(), *_sides(s.shape)) for s, size in zip(splits, whole)]
+    is_shard, numel, height, width = np.array(sizes, np.int64).T
+    over_rows, over_columns, over_all = ([None if s is None else s[i] for s in splits] for i in (1, 2, 3))
+    return Shards(is_shard, numel, height, width, over_rows, over_columns, over_all)
+
+
+def _sides(shape: torch.Size) -> tuple[int, ...]:
+    return tuple(shape[-2:]) if len(shape) >= 2 else (1, 1)
+
+
+def _check_factors(p: Tensor, state: dict[str, Tensor]) -> None:
+    """Raises where what the kernels would write has another size or place than they take for granted."""
+    if not state:
+        return
+    expected = {"RMS": torch.Size(), "step": torch.Size()}
+    if p.dim() >= 2:
+        expected |= {"exp_avg_sq_row": p.shape[:-1], "exp_avg_sq_col": p.shape[:-2] + p.shape[-1:]}
+    for name, shape in expected.items():
+        t = state.get(name)
+        if t is None or t.shape != shape or t.device != p.device:
+            got = "missing" if t is None else f"of shape {tuple(t.shape)} on {t.device}"
+            raise RuntimeError(
+                f"the state {name} of a parameter of shape {tuple(p.shape)} on {p.device} is {got}, expected shape "
+                f"{tuple(shape)}: was the parameter given another size? Make a new optimizer for it"
+            )
+
+
+def _columns(states: States) -> list[Column]:
+    return [[s.get(name) for s in states] for name in _STATES]
+
+
+def _same(a: Column, b: Column) -> bool:
+    return len(a) == len(b) and all(map(is_, a, b))
+
+
+def _addresses(column: Column) -> np.ndarray:
+    return np.array(addresses(column), np.int64)

@@ -1,0 +1,1 @@
+"""Adafactor for all tensors of a table: `step` has the phases and launches them."""

@@ -1,0 +1,234 @@
+# mypy: allow-untyped-defs
+"""Adafactor for all tensors of a table, in six launches for each dtype class.
+
+    prologue   advances the step counts; works out rates and weights
+    sums       reads g, and p for its root mean square: sums of g² over rows and columns of tiles; for vectors and small
+               matrices, the averages of squares themselves
+    averages   those of matrices: writes exp_avg_sq_row and exp_avg_sq_col
+    squares    reads g: the update's sums of squares
+    finish     both root mean squares of each tensor; from them, its step size
+    apply      reads g and p, writes p
+
+Those that work on next to nothing (`prologue`, `averages`, `finish`) are shared by all classes. So g is read three
+times, p twice, once without `scale_parameter`, and written once. The update's mean square is a bilinear form of g², but
+its two vectors depend on all of g: hence the second reading. Sums are kept for each piece of a tensor, and added up in
+the order of the pieces: two runs give the same bits, whatever else shares the launches. `layout` shows the workspace
+that phases hand sums on in. Shards of tensors go through three more launches, see `shards`.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fusedopt_kernels import rules
+from fusedopt_kernels.adafactor.averages import averages, averages_options, options
+from fusedopt_kernels.adafactor.layout import MATRIX, SMALL, TABLES
+from fusedopt_kernels.adafactor.plan import SQUARES, Plan, Spec, spec_of
+from fusedopt_kernels.adafactor.shards import AllReduce, ShardPhases, sum_up
+from fusedopt_kernels.adafactor.small import small_sums, small_update
+from fusedopt_kernels.adafactor.tiles import matrix_sums, matrix_update, vector_apply, vector_sums
+from fusedopt_kernels.device import (
+    TRITON_DTYPES,
+    device_function,
+    exp,
+    load_float64,
+    load_number,
+    log,
+    minimum,
+    my_piece,
+    piece_of,
+    sqrt_rn,
+)
+from fusedopt_kernels.step import begin_step, run_prologue
+from fusedopt_kernels.table import LaunchTable, launch_class
+
+_square_weight = device_function(rules.square_weight)
+_relative_step = device_function(rules.relative_step)
+_scaled_rate = device_function(rules.scaled_rate)
+_clip_divisor = device_function(rules.clip_divisor)
+
+
+@device_function
+def _fmax(x, y):
+    """The larger number; x where y is NaN."""
+    return tl.where(y > x, y, x)
+
+
+@device_function
+def _maximum(x, y):
+    """The larger number; x where x is NaN."""
+    return tl.where(x < y, y, x)
+
+
+@triton.jit
+def prologue(rows, hyper, scalars, T: tl.constexpr):
+    """Begins the step of each row and works out what does not depend on its elements, in float64."""
+    h, out, count = begin_step(rows, hyper, scalars, T)
+    relative = _relative_step(
+        count, load_float64(h + T.hyper.ceiling), load_float64(h + T.hyper.slope), sqrt_rn, minimum
+    )
+    lr = load_number(h + T.hyper.lr)
+    tl.store(out + T.scalars.rate, tl.where(tl.load(h + T.hyper.relative_step) != 0, relative, lr))
+    square_weight = _square_weight(count, load_float64(h + T.hyper.decay_rate), exp, log)
+    tl.store(out + T.scalars.square_weight, square_weight)
+    tl.store(out + T.scalars.square_eps, load_float64(h + T.hyper.square_eps))
+    tl.store(out + T.scalars.one_minus_beta1, load_float64(h + T.hyper.one_minus_beta1))
+    tl.store(out + T.scalars.scale_parameter, tl.load(h + T.hyper.scale_parameter).to(tl.float64))
+
+
+@triton.jit
+def sums(chunks, rows, scalars, partial_sums, square_partials, SPEC: tl.constexpr):
+    """What one piece of one tensor adds to the averages of squares, and its parameter's sum of squares."""
+    index, piece = my_piece(chunks)
+    row = rows + index * SPEC.row.length
+    scalar = scalars + index * SPEC.scalars.length
+    if tl.load(scalar + SPEC.scalars.active) == 0.0:
+        return
+    kind = tl.load(row + SPEC.row.kind)
+    aligned = tl.load(row + SPEC.row.aligned) != 0
+    if kind == SMALL:
+        small_sums(row, scalar, square_partials, piece, SPEC)
+    elif kind == MATRIX:
+        if aligned:
+            matrix_sums(row, scalar, partial_sums, square_partials, piece, SPEC, True)
+        else:
+            matrix_sums(row, scalar, partial_sums, square_partials, piece, SPEC, False)
+    else:
+        if aligned:
+            vector_sums(row, scalar, square_partials, piece, SPEC, True)
+        else:
+            vector_sums(row, scalar, square_partials, piece, SPEC, False)
+
+
+@triton.jit
+def squares(chunks, rows, scalars, partial_sums, square_partials, SPEC: tl.constexpr):
+    """The sum of squares of one piece of one tensor's update; a vector's is known from `sums`."""
+    # Backwards: what `sums` read last may still be in the cache.
+    index, piece = piece_of(chunks, tl.num_programs(0) - 1 - tl.program_id(0))
+    row = rows + index * SPEC.row.length
+    scalar = scalars + index * SPEC.scalars.length
+    if tl.load(scalar + SPEC.scalars.active) == 0.0:
+        return
+    kind = tl.load(row + SPEC.row.kind)
+    aligned = tl.load(row + SPEC.row.aligned) != 0
+    if kind == SMALL:
+        small_update(row, scalar, square_partials, piece, SPEC, False)
+    elif kind == MATRIX:
+        if aligned:
+            matrix_update(row, scalar, partial_sums, square_partials, piece, SPEC, True, False)
+        else:
+            matrix_update(row, scalar, partial_sums, square_partials, piece, SPEC, False, False)
+
+
+@triton.jit
+def finish(chunks, rows, hyper, scalars, square_partials, T: tl.constexpr, BLOCK: tl.constexpr):
+    """The root mean squares of one tensor and of its update; from them, how far the update goes."""
+    index, _ = my_piece(chunks)
+    row = rows + index * T.row.length
+    h = hyper + tl.load(row + T.row.hyper_index) * T.hyper.length
+    scalar = scalars + index * T.scalars.length
+    if tl.load(scalar + T.scalars.active) == 0.0:
+        return
+    numel = tl.load(row + T.row.whole_numel).to(tl.float64)
+    count = tl.load(row + T.row.square_totals_count)
+    at = square_partials + tl.load(row + T.row.square_totals)
+    update_rms = sqrt_rn(sum_up(at, count, BLOCK) / numel)
+    rate = tl.load(scalar + T.scalars.rate)
+    if tl.load(scalar + T.scalars.scale_parameter) != 0.0:
+        rms = sqrt_rn(sum_up(at + count, count, BLOCK) / numel)
+        rate = _scaled_rate(rate, rms, load_float64(h + T.hyper.rms_eps), _fmax)
+        at32 = tl.load(row + T.row.rms32)
+        at64 = tl.load(row + T.row.rms64)
+        tl.store(at32.to(tl.pointer_type(tl.float32)), rms.to(tl.float32), mask=at32 != 0)
+        tl.store(at64.to(tl.pointer_type(tl.float64)), rms, mask=at64 != 0)
+    divisor = _clip_divisor(update_rms, load_float64(h + T.hyper.clip_threshold), _maximum)
+    tl.store(scalar + T.scalars.step_size, rate / divisor)
+    tl.store(scalar + T.scalars.shrink, rate * load_float64(h + T.hyper.weight_decay))
+
+
+@triton.jit
+def apply(chunks, rows, scalars, partial_sums, square_partials, SPEC: tl.constexpr):
+    """Updates one piece of one tensor."""
+    index, piece = my_piece(chunks)
+    row = rows + index * SPEC.row.length
+    scalar = scalars + index * SPEC.scalars.length
+    if tl.load(scalar + SPEC.scalars.active) == 0.0:
+        return
+    kind = tl.load(row + SPEC.row.kind)
+    aligned = tl.load(row + SPEC.row.aligned) != 0
+    if kind == SMALL:
+        small_update(row, scalar, square_partials, piece, SPEC, True)
+    elif kind == MATRIX:
+        if aligned:
+            matrix_update(row, scalar, partial_sums, square_partials, piece, SPEC, True, True)
+        else:
+            matrix_update(row, scalar, partial_sums, square_partials, piece, SPEC, False, True)
+    else:
+        if aligned:
+            vector_apply(row, scalar, piece, SPEC, True)
+        else:
+            vector_apply(row, scalar, piece, SPEC, False)
+
+
+def adafactor(table: LaunchTable, keys: np.ndarray, plan: Plan, all_reduce: AllReduce | None = None) -> None:
+    """One step of all tensors of a table.
+
+    Args:
+        table: rows of `layout.ROW`, sets of hyper-parameters of `layout.HYPER`.
+        keys: int64 [tensors], the dtype class of each row: `launch_keys` of parameter and gradient.
+        plan: of the same tensors.
+        all_reduce: puts the sums over all processes that have a share in the place of local sums; for a plan with
+            shards.
+    """
+    scalars = run_prologue(prologue, table, TABLES)
+    square_partials = table.scratch("square_partials", plan.square_partials, dtype=torch.float64)
+    dtypes = torch.float32, torch.float64
+    partial_sums = [table.scratch(f"partial_sums {d}", n, dtype=d) for d, n in zip(dtypes, plan.partial_sums)]
+    shards = ShardPhases(table, plan, scalars, partial_sums, square_partials, all_reduce)
+    all_rows = np.zeros_like(keys)
+
+    for tensors in plan.cache_batches:
+        for key, chunks in _launches(table, "pieces", keys, plan.pieces, tensors):
+            spec, wide = _spec(key)
+            arguments = table.rows, scalars, partial_sums[wide], square_partials, spec
+            sums[(len(chunks),)](chunks, *arguments, **options())
+        for wide, chunks in _launches(table, "averages", plan.in_float64, plan.averages, tensors):
+            averages[(len(chunks),)](chunks, table.rows, scalars, partial_sums[wide], **averages_options(wide))
+        shards.averages()
+        for key, chunks in _launches(table, "squares", keys, plan.matrix_pieces, tensors):
+            spec, wide = _spec(key)
+            arguments = table.rows, scalars, partial_sums[wide], square_partials, spec
+            squares[(len(chunks),)](chunks, *arguments, **options())
+        shards.squares()
+        for _, chunks in _launches(table, "finish", all_rows, plan.whole, tensors):
+            tables = table.rows, table.hyper
+            finish[(len(chunks),)](chunks, *tables, scalars, square_partials, TABLES, SQUARES, enable_fp_fusion=False)
+        for key, chunks in _launches(table, "pieces", keys, plan.pieces, tensors):
+            spec, wide = _spec(key)
+            arguments = table.rows, scalars, partial_sums[wide], square_partials, spec
+            apply[(len(chunks),)](chunks, *arguments, **options())
+
+
+def _launches(
+    table: LaunchTable, phase: str, keys: np.ndarray, pieces: np.ndarray, tensors: slice
+) -> Iterator[tuple[int, Tensor]]:
+    """Yields key and chunks of each launch of a phase, for some of the tensors."""
+    for key, chunks in table.chunks(phase, keys, pieces).items():
+        if tensors != slice(None):
+            starts = np.cumsum([0, *np.where(keys == key, pieces, 0)])
+            chunks = chunks[starts[tensors.start] : starts[tensors.stop]]
+        if len(chunks):
+            yield key, chunks
+
+
+def _spec(key: int) -> tuple[Spec, int]:
+    """What a launch is compiled for; 1 if it computes in float64, else 0."""
+    (param, grad), _ = launch_class(key, 2)
+    assert param is not None and grad is not None
+    wide = int(param is torch.float64)
+    compute = tl.float64 if wide else tl.float32
+    return spec_of(TRITON_DTYPES[param], TRITON_DTYPES[grad], compute, grad.itemsize), wide

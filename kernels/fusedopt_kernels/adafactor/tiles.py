@@ -1,0 +1,187 @@
+# mypy: allow-untyped-defs
+"""Adafactor on one piece of a vector, or of matrices. `SPEC` is a `plan.Spec`."""
+
+import triton.language as tl
+
+from fusedopt_kernels import rules
+from fusedopt_kernels.device import device_function, div_rn, load_pointer, load_size, loop_range, narrow, sqrt_rn
+
+running_average = device_function(rules.running_average)
+row_factor = device_function(rules.row_factor)
+column_factor = device_function(rules.column_factor)
+factored_update = device_function(rules.factored_update)
+unfactored_update = device_function(rules.unfactored_update)
+adafactor_apply = device_function(rules.adafactor_apply)
+
+
+@device_function
+def load_gradient(row, scalar, SPEC: tl.constexpr, ALIGNED: tl.constexpr):
+    """What `scaled_gradient` reads from."""
+    return load_pointer(row + SPEC.row.grad, SPEC.grad, ALIGNED), tl.load(scalar + SPEC.scalars.factor).to(SPEC.compute)
+
+
+@device_function
+def scaled_gradient(gradient, at, mask, SPEC: tl.constexpr):
+    """The gradient at these offsets, 0 outside of the mask."""
+    pointer, factor = gradient
+    return tl.load(pointer + at, mask=mask, other=0.0).to(SPEC.compute) * factor
+
+
+@device_function
+def store_squares(row, square_partials, piece, update_squares, param_squares, SPEC: tl.constexpr):
+    """Keeps a piece's sums of squares; None for those that another phase keeps."""
+    at = square_partials + tl.load(row + SPEC.row.square_partials) + piece
+    if update_squares is not None:
+        tl.store(at, update_squares.to(tl.float64))
+    if param_squares is not None:
+        tl.store(at + tl.load(row + SPEC.row.pieces), param_squares.to(tl.float64))
+
+
+@device_function
+def load_step(row, scalar, SPEC: tl.constexpr, ALIGNED: tl.constexpr):
+    """What `store_updated` works with."""
+    return (
+        load_pointer(row + SPEC.row.param, SPEC.param, ALIGNED),
+        load_pointer(row + SPEC.row.exp_avg, SPEC.compute, ALIGNED),
+        tl.load(row + SPEC.row.exp_avg) != 0,
+        (
+            tl.load(scalar + SPEC.scalars.step_size).to(SPEC.compute),
+            tl.load(scalar + SPEC.scalars.one_minus_beta1).to(SPEC.compute),
+            tl.load(scalar + SPEC.scalars.shrink).to(SPEC.compute),
+        ),
+    )
+
+
+@device_function
+def store_updated(step, at, mask, u, SPEC: tl.constexpr):
+    """Averages the update u and takes it off the parameter, at these offsets."""
+    p_at, m_at, averages, scales = step
+    step_size, one_minus_beta1, shrink = scales
+    p = tl.load(p_at + at, mask=mask, other=0.0).to(SPEC.compute)
+    u *= step_size
+    if averages:
+        u = running_average(tl.load(m_at + at, mask=mask, other=0.0), u, one_minus_beta1)
+        tl.store(m_at + at, u, mask=mask)
+    tl.store(p_at + at, narrow(adafactor_apply(p, u, shrink), SPEC.param), mask=mask)
+
+
+@device_function
+def vector_sums(row, scalar, square_partials, piece, SPEC: tl.constexpr, ALIGNED: tl.constexpr):
+    """Brings the average of squares of one block up to date; its sums of squares, update and parameter."""
+    at = piece * SPEC.half_block + tl.arange(0, SPEC.half_block)
+    mask = at < load_size(row + SPEC.row.numel, ALIGNED)
+    scaled = tl.load(scalar + SPEC.scalars.scale_parameter).to(tl.int32) != 0
+    v_at = load_pointer(row + SPEC.row.exp_avg_sq_row, SPEC.compute, ALIGNED) + at
+    g = scaled_gradient(load_gradient(row, scalar, SPEC, ALIGNED), at, mask, SPEC)
+    v = tl.load(v_at, mask=mask, other=0.0)
+    p_at = load_pointer(row + SPEC.row.param, SPEC.param, ALIGNED) + at
+    p = tl.load(p_at, mask=mask & scaled, other=0.0).to(SPEC.compute)
+    new = g * g + tl.load(scalar + SPEC.scalars.square_eps).to(SPEC.compute)
+    v = running_average(v, new, tl.load(scalar + SPEC.scalars.square_weight).to(SPEC.compute))
+    tl.store(v_at, v, mask=mask)
+    u = tl.where(mask, unfactored_update(g, v, sqrt_rn, div_rn), 0.0)
+    store_squares(row, square_partials, piece, tl.sum(u * u), tl.sum(p * p), SPEC)
+
+
+@device_function
+def vector_apply(row, scalar, piece, SPEC: tl.constexpr, ALIGNED: tl.constexpr):
+    """Updates one block."""
+    at = piece * SPEC.half_block + tl.arange(0, SPEC.half_block)
+    mask = at < load_size(row + SPEC.row.numel, ALIGNED)
+    g = scaled_gradient(load_gradient(row, scalar, SPEC, ALIGNED), at, mask, SPEC)
+    v = tl.load(load_pointer(row + SPEC.row.exp_avg_sq_row, SPEC.compute, ALIGNED) + at, mask=mask, other=1.0)
+    u = unfactored_update(g, v, sqrt_rn, div_rn)
+    store_updated(load_step(row, scalar, SPEC, ALIGNED), at, mask, u, SPEC)
+
+
+@device_function
+def _tile(row, piece, SPEC: tl.constexpr, ALIGNED: tl.constexpr):
+    """A tile of a matrix: which matrix; first row, row behind the last; columns, and which of them exist."""
+    tiles_x, tiles_y = tl.load(row + SPEC.row.tiles_x), tl.load(row + SPEC.row.tiles_y)
+    first = piece // tiles_x % tiles_y * SPEC.tile_height
+    columns = piece % tiles_x * SPEC.tile_width + tl.arange(0, SPEC.tile_width)
+    last = tl.minimum(first + SPEC.tile_height, tl.load(row + SPEC.row.height))
+    return piece // tiles_x // tiles_y, first, last, columns, columns < load_size(row + SPEC.row.width, ALIGNED)
+
+
+@device_function
+def _some_rows(row, matrix, y, last, columns, inside, SPEC: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr):
+    """Of the rows of a tile from y on: which, which of them exist, and the offsets of their elements, with mask."""
+    ys = y + tl.arange(0, ROWS)
+    lines = (matrix * tl.load(row + SPEC.row.height) + ys)[:, None]
+    at = lines * load_size(row + SPEC.row.width, ALIGNED) + columns[None, :]
+    return ys, ys < last, at, (ys < last)[:, None] & inside[None, :]
+
+
+@device_function
+def matrix_sums(row, scalar, partial_sums, square_partials, piece, SPEC: tl.constexpr, ALIGNED: tl.constexpr):
+    """Sums of g² over each row and each column of one tile; the parameter's sum of squares."""
+    ROWS: tl.constexpr = (SPEC.block if ALIGNED else SPEC.half_block) // SPEC.tile_width
+    height, width = tl.load(row + SPEC.row.height), load_size(row + SPEC.row.width, ALIGNED)
+    tiles_x, tiles_y = tl.load(row + SPEC.row.tiles_x), tl.load(row + SPEC.row.tiles_y)
+    row_sums_at = partial_sums + tl.load(row + SPEC.row.partial_sums)
+    column_sums_at = row_sums_at + tl.load(row + SPEC.row.matrices) * tiles_x * height
+    row_sums_at += (piece // tiles_x // tiles_y * tiles_x + piece % tiles_x) * height
+    column_sums_at += piece // tiles_x * width
+
+    matrix, first, last, columns, inside = _tile(row, piece, SPEC, ALIGNED)
+    gradient = load_gradient(row, scalar, SPEC, ALIGNED)
+    p_at = load_pointer(row + SPEC.row.param, SPEC.param, ALIGNED)
+    scaled = tl.load(scalar + SPEC.scalars.scale_parameter).to(tl.int32) != 0
+    column_sums = tl.full([ROWS, SPEC.tile_width], 0.0, SPEC.compute)
+    p_squares = tl.full([ROWS, SPEC.tile_width], 0.0, SPEC.compute)
+    for y in loop_range(first, last, ROWS):
+        ys, exists, at, mask = _some_rows(row, matrix, y, last, columns, inside, SPEC, ALIGNED, ROWS)
+        g = scaled_gradient(gradient, at, mask, SPEC)
+        p = tl.load(p_at + at, mask=mask & scaled, other=0.0).to(SPEC.compute)
+        tl.store(row_sums_at + ys, tl.sum(g * g, axis=1), mask=exists)
+        column_sums += g * g
+        p_squares += p * p
+    tl.store(column_sums_at + columns, tl.sum(column_sums, axis=0), mask=inside)
+    store_squares(row, square_partials, piece, None, tl.sum(p_squares), SPEC)
+
+
+@device_function
+def _factors(row, partial_sums, matrix, columns, inside, SPEC: tl.constexpr):
+    """For one matrix, what the rows' factors are made of, and the factors of some columns."""
+    height = tl.load(row + SPEC.row.height)
+    count = tl.load(row + SPEC.row.row_means_count)
+    parts = tl.arange(0, SPEC.means)
+    sums_at = partial_sums + tl.load(row + SPEC.row.row_means) + matrix * count
+    sums = tl.load(sums_at + parts, mask=parts < count, other=0.0)
+    row_at = load_pointer(row + SPEC.row.exp_avg_sq_row, SPEC.compute, False) + matrix * height
+    col_at = load_pointer(row + SPEC.row.exp_avg_sq_col, SPEC.compute, False) + matrix * tl.load(row + SPEC.row.width)
+    col = tl.load(col_at + columns, mask=inside, other=1.0)
+    return (
+        row_at,
+        div_rn(tl.sum(sums), tl.load(row + SPEC.row.whole_height).to(SPEC.compute)),
+        column_factor(col, sqrt_rn, div_rn),
+    )
+
+
+@device_function
+def matrix_update(
+    row, scalar, partial_sums, square_partials, piece, SPEC: tl.constexpr, ALIGNED: tl.constexpr, APPLY: tl.constexpr
+):
+    """The sum of squares of the update of one tile, or with APPLY, updates it.
+
+    The squares are those of the update, not made of g²: that may underflow where the update does not.
+    """
+    ROWS: tl.constexpr = (SPEC.block if ALIGNED else SPEC.half_block) // SPEC.tile_width
+    matrix, first, last, columns, inside = _tile(row, piece, SPEC, ALIGNED)
+    gradient = load_gradient(row, scalar, SPEC, ALIGNED)
+    step = load_step(row, scalar, SPEC, ALIGNED)
+    row_at, row_mean, column_factors = _factors(row, partial_sums, matrix, columns, inside, SPEC)
+    u_squares = tl.full([ROWS, SPEC.tile_width], 0.0, SPEC.compute)
+    for y in loop_range(first, last, ROWS):
+        ys, exists, at, mask = _some_rows(row, matrix, y, last, columns, inside, SPEC, ALIGNED, ROWS)
+        g = scaled_gradient(gradient, at, mask, SPEC)
+        row_factors = row_factor(tl.load(row_at + ys, mask=exists, other=1.0), row_mean, sqrt_rn, div_rn)
+        u = factored_update(g, row_factors[:, None], column_factors[None, :])
+        if APPLY:
+            store_updated(step, at, mask, u, SPEC)
+        else:
+            u = tl.where(mask, u, 0.0)
+            u_squares += u * u
+    if not APPLY:
+        store_squares(row, square_partials, piece, tl.sum(u_squares), None, SPEC)

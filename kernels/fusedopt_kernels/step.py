@@ -1,0 +1,74 @@
+# mypy: allow-untyped-defs
+"""What the step of every optimizer begins with: counts, overflows, and the factor on gradients.
+
+The fields here are part of every optimizer's records; its own come behind them.
+"""
+
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from fusedopt_kernels.device import device_function, load_behind, load_float64, load_number
+from fusedopt_kernels.record import ADDRESS, FLOAT, INTEGER, NUMBER, TENSOR, Field, Record, Tables
+from fusedopt_kernels.table import ROWS_PER_PROGRAM, LaunchTable
+
+_ROWS = tl.constexpr(ROWS_PER_PROGRAM)
+
+
+def row_record(*states: str, **fields: Field) -> Record:
+    """A row of an optimizer's table: parameter, gradient, states of the same shape; step count, size, hyper-parameters.
+
+    `hyper_index` is the row of `hyper` that the parameter is updated with.
+    """
+    tensors = {name: TENSOR for name in ("param", "grad", *states)}
+    return Record(**tensors, step=ADDRESS, numel=INTEGER, hyper_index=INTEGER, **fields)
+
+
+def hyper_record(**fields: Field) -> Record:
+    """A set of hyper-parameters.
+
+    Gradients are multiplied by `sign * scale` and divided by `grad_scale`. Where `found_inf` is not 0, nothing changes.
+    With `shared_steps`, counts go on without a gradient too.
+    """
+    return Record(
+        shared_steps=INTEGER, sign=FLOAT, scale=NUMBER, grad_scale=ADDRESS, found_inf=ADDRESS, lr=NUMBER, **fields
+    )
+
+
+def scalars_record(*names: str) -> Record:
+    """What a prologue leaves for each row: whether it is active, the factor on its gradient, and what else it names."""
+    return Record(active=FLOAT, factor=FLOAT, **{name: FLOAT for name in names})
+
+
+@device_function
+def begin_step(rows, hyper, scalars, T: tl.constexpr):
+    """Advances the step count of each of a program's rows, and stores `active` and `factor`.
+
+    Returns where the rows' hyper-parameters are, where their scalars are, and the counts as float64.
+    """
+    index = tl.program_id(0) * _ROWS + tl.arange(0, _ROWS)
+    row = rows + index * T.row.length
+    h = hyper + tl.load(row + T.row.hyper_index) * T.hyper.length
+    out = scalars + index * T.scalars.length
+
+    finite = load_behind(tl.load(h + T.hyper.found_inf), tl.float32, 0.0) == 0.0
+    has_gradient = tl.load(row + T.row.grad) != 0
+    step = tl.load(row + T.row.step)
+    count = load_behind(step, tl.float32, 0.0) + 1.0
+    advances = finite & (step != 0) & (has_gradient | (tl.load(h + T.hyper.shared_steps) != 0))
+    tl.store(step.to(tl.pointer_type(tl.float32)), count, mask=advances)
+
+    scale = load_float64(h + T.hyper.sign) * load_number(h + T.hyper.scale)
+    unscaled_by = load_behind(tl.load(h + T.hyper.grad_scale), tl.float32, 1.0).to(tl.float64)
+    tl.store(out + T.scalars.active, (finite & has_gradient).to(tl.float64))
+    tl.store(out + T.scalars.factor, scale / unscaled_by)
+    return h, out, count.to(tl.float64)
+
+
+def run_prologue(prologue: Any, table: LaunchTable, tables: Tables) -> Tensor:
+    """Launches a prologue over all rows; returns the scalars that it leaves, float64 [rows, scalars]."""
+    scalars = table.scratch("scalars", len(table.rows), tables.scalars.length, dtype=torch.float64)
+    prologue[(len(table.rows) // ROWS_PER_PROGRAM,)](table.rows, table.hyper, scalars, tables, enable_fp_fusion=False)
+    return scalars
