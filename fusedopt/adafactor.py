@@ -110,6 +110,7 @@ class Adafactor(FusedOptimizer):
 
     rule = "adafactor"
     state_options = ("beta1",)
+    optional_states = ("exp_avg",)
     checks = {
         "eps": _eps,
         "clip_threshold": _clip_threshold,
@@ -198,6 +199,14 @@ class Adafactor(FusedOptimizer):
         if group["beta1"] is not None:
             state["exp_avg"] = torch.zeros_like(p, dtype=dtype)
         return state
+
+    def state_shapes(self, p: Tensor, group: dict[str, Any]) -> dict[str, torch.Size]:
+        shapes = {"RMS": torch.Size()}
+        if p.dim() >= 2:
+            shapes |= {"exp_avg_sq_row": p.shape[:-1], "exp_avg_sq_col": p.shape[:-2] + p.shape[-1:]}
+        else:
+            shapes["exp_avg_sq"] = p.shape
+        return shapes if group["beta1"] is None else {**shapes, "exp_avg": p.shape}
 
     def foreign_state(self, state: dict[str, Any]) -> dict[str, Any]:
         """The original's state: RMS may be the int 0, and what it loaded for 16-bit parameters is in 16 bits."""

@@ -9,12 +9,12 @@ from torch import Tensor
 from fusedopt import backends, checkpoint, checks, outside_graphs, sharding
 from fusedopt.backends.capture import capturing
 from fusedopt.batch import Batch, Control
+from fusedopt.checks import FLOATS
 from fusedopt.guard import Guard
+from fusedopt.states import StateCheck
 
 # Options of torch's optimizers that say how a step runs, not what it computes: here `backend=` says it.
 _TORCH_BACKEND_OPTIONS = ("fused", "foreach", "capturable", "differentiable")
-
-_FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 _NO_STATE: dict[str, Tensor] = {}
 
@@ -33,6 +33,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     state_options: ClassVar[tuple[str, ...]] = ()
     """Options of a group that decide which tensors a state has."""
+
+    optional_states: ClassVar[tuple[str, ...]] = ()
+    """The tensors of a state that they decide about."""
 
     _state_options: list[dict[str, Any]] | None
 
@@ -67,6 +70,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """The state of a parameter before its first update, without its `step`. Called on meta tensors too."""
+        raise NotImplementedError
+
+    def state_shapes(self, p: Tensor, group: dict[str, Any]) -> dict[str, torch.Size]:
+        """The shape of each tensor of `new_state`, for a parameter or one shard of it."""
         raise NotImplementedError
 
     def shares_steps(self) -> bool:
@@ -128,6 +135,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self.check_group(group)
             for p in group["params"]:
                 checks.parameter(p)
+            checks.no_parameter_twice([group])
         except Exception:
             self.param_groups.pop()
             raise
@@ -153,7 +161,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: a gradient is sparse or does not fit its parameter; nothing was changed.
+            ValueError: an option of a group was set to a value that the constructor refuses, or a parameter comes
+                twice; nothing was changed.
+            RuntimeError: a gradient is sparse, or a gradient or a state does not fit its parameter, which has been
+                given another size, for instance; nothing was changed.
         """
         loss = None
         if closure is not None:
@@ -226,6 +237,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._given = None
 
     def _update(self, grads: list[list[Tensor | None]], control: Control) -> None:
+        for group in self.param_groups:
+            self.check_group({**group, "lr": checks.rate_in_use(group.get("lr"))})
         flat = [g for row in grads for g in row if g is not None]
         if any(map(Tensor.is_neg, flat)):
             # Autograd of complex numbers makes them: in memory they have the other sign.
@@ -233,6 +246,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             flat = [g for row in grads for g in row if g is not None]
         for group, row in zip(self.param_groups, grads):
             _check_gradients(group["params"], row)
+        self._check_states(grads)
         sharded = self._are_sharded(grads)
         if sharded and control.found_inf is not None:
             control = control._replace(found_inf=sharding.found_anywhere(control.found_inf, flat))
@@ -253,7 +267,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 "updated on the others would not be replayed; use one optimizer per device"
             )
         steppers = [self._stepper(device) for device in devices]
-        self._init_states(grads)
+        if self._state_check.missing:
+            self._init_states(grads)
         self._complete_states()
         whole = self.batches(grads)
         batches = [sharding.local(batch) for batch in whole] if sharded else whole
@@ -267,6 +282,14 @@ class FusedOptimizer(torch.optim.Optimizer):
             p for group, row in zip(self.param_groups, grads) for p, g in zip(group["params"], row) if g is not None
         ]
         torch.autograd.graph.increment_version(updated)
+
+    def _check_states(self, grads: list[list[Tensor | None]]) -> None:
+        """Raises where a state does not fit its parameter, or a parameter comes twice; nothing has changed."""
+        self._state_check(self, grads)
+        if self._state_check.moved:
+            self._homes = None
+        if self._state_check.incomplete:
+            self._state_options = None
 
     def _are_sharded(self, grads: list[list[Tensor | None]]) -> bool:
         """Whether there are sharded parameters; raises where a gradient is not sharded as its parameter is."""
@@ -351,6 +374,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         steppers = getattr(self, "_steppers", {}).values()
         self._captured = getattr(self, "_captured", []) + [s for s in steppers if getattr(s, "captured", False)]
         self._steppers: dict[tuple[torch.device, str, sharding.Spread], Any] = {}
+        self._state_check = StateCheck()
         self._homes = None
         self._state_options = None
         self._given = None
@@ -407,7 +431,7 @@ def _check_gradients(params: list[Tensor], grads: list[Tensor | None]) -> None:
     pairs = [(p, g) for p, g in zip(params, grads) if g is not None]
     if (
         {g.layout for _, g in pairs} <= {torch.strided}
-        and {g.dtype for _, g in pairs} <= _FLOATS
+        and {g.dtype for _, g in pairs} <= FLOATS
         and [g.device for _, g in pairs] == [p.device for p, _ in pairs]
         and [g.shape for _, g in pairs] == [p.shape for p, _ in pairs]
     ):
@@ -418,7 +442,7 @@ def _check_gradients(params: list[Tensor], grads: list[Tensor | None]) -> None:
                 f"the gradient of a parameter of shape {tuple(p.shape)} is sparse ({g.layout}): make it dense "
                 "(nn.Embedding(sparse=False)) or use torch.optim.SparseAdam for this parameter"
             )
-        if g.shape != p.shape or g.device != p.device or g.dtype not in _FLOATS:
+        if g.shape != p.shape or g.device != p.device or g.dtype not in FLOATS:
             raise RuntimeError(
                 f"a gradient of shape {tuple(g.shape)}, {g.dtype}, on {g.device} does not fit its parameter of shape "
                 f"{tuple(p.shape)} on {p.device}: shape and device must be the same, the dtype float16 to float64"

@@ -125,7 +125,7 @@ def follow_parameters(optimizer: "FusedOptimizer") -> None:
     for group in optimizer.param_groups:
         for p in group["params"]:
             for name, value in optimizer.state.get(p, {}).items():
-                if value.device != p.device:
+                if isinstance(value, Tensor) and value.device != p.device:
                     optimizer.state[p][name] = value.to(p.device)
 
 

@@ -2,13 +2,16 @@
 
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusedopt_kernels.layout import overlaps_itself
+
+FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+"""What parameters, gradients and states may be."""
 
 Check = Callable[[str, Any], None]
 
@@ -37,6 +40,20 @@ def learning_rate(name: str, value: Any) -> None:
     finite_non_negative(name, value)
 
 
+_ROUNDING = 1e-12
+"""How far below 0 the last rate of a schedule may be: formulas that end at 0 miss it by some 1e-17."""
+
+
+def rate_in_use(rate: Any) -> Any:
+    """The rate of a group for its check at a step, which waits for no device; 0.0 for one that rounding made negative.
+
+    Of a tensor elsewhere than on the CPU, what it holds is not looked at.
+    """
+    if isinstance(rate, Tensor) and rate.numel() == 1 and rate.is_floating_point():
+        rate = rate.item() if rate.device.type == "cpu" else 0.0
+    return 0.0 if isinstance(rate, float) and -_ROUNDING < rate < 0.0 else rate
+
+
 def beta(name: str, value: Any) -> None:
     """A decay rate of a running average, in [0, 1)."""
     amount = number(name, value)
@@ -56,6 +73,19 @@ def flag(name: str, value: Any) -> None:
     """True or False."""
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def no_parameter_twice(groups: Sequence[dict[str, Any]]) -> None:
+    """Refuses groups in which a parameter comes twice: it would be updated twice in a step."""
+    seen: set[int] = set()
+    for group in groups:
+        for p in group["params"]:
+            if id(p) in seen:
+                raise ValueError(
+                    f"a parameter of shape {tuple(p.shape)} comes twice in the param groups: it would be updated twice "
+                    "in a step, list it once"
+                )
+            seen.add(id(p))
 
 
 def parameter(p: Tensor) -> None:

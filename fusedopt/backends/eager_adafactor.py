@@ -12,7 +12,7 @@ from fusedopt.backends.adafactor_apply import applied
 from fusedopt.backends.adafactor_shards import shard_update, update_together
 from fusedopt.backends.adafactor_tiles import TILE, tiled_update
 from fusedopt.backends.norms import norm
-from fusedopt.backends.steps import StepCounts
+from fusedopt.backends.steps import advance
 from fusedopt.batch import AdafactorHyper, Batch, Control
 from fusedopt_kernels import rules
 
@@ -34,14 +34,13 @@ class EagerAdafactor:
 
     def __init__(self, device: torch.device) -> None:
         self._on_cpu = device.type == "cpu"
-        self._counts = StepCounts()
 
     def __call__(self, batches: Sequence[Batch], control: Control) -> None:
         active = [[i for i, g in enumerate(batch.grads) if g is not None] for batch in batches]
         if not any(active) or control.skips():
             return
         scale = control.factor()
-        steps = iter(self._counts.advance([batch.states[i] for batch, which in zip(batches, active) for i in which]))
+        steps = iter(advance([batch.states[i]["step"] for batch, which in zip(batches, active) for i in which]))
         shards = []
         for batch, which in zip(batches, active):
             alike: dict[tuple[float, torch.Size, torch.dtype], list[_Work]] = {}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedopt.backends.scratch import scratch
-from fusedopt.backends.steps import StepCounts
+from fusedopt.backends.steps import advance
 from fusedopt.batch import AdamWHyper, Batch, Control
 from fusedopt_kernels import rules
 from fusedopt_kernels.layout import is_dense, same_layout
@@ -40,7 +40,6 @@ class EagerAdamW:
 
     def __init__(self, device: torch.device) -> None:
         self._on_cpu = device.type == "cpu"
-        self._counts = StepCounts()
 
     def __call__(self, batches: Sequence[Batch], control: Control) -> None:
         if control.skips():
@@ -52,15 +51,16 @@ class EagerAdamW:
         advancing = [[i for i, s in enumerate(batch.states) if s] for batch in batches] if shared else active
         if not any(advancing):
             return
-        counts = self._counts.advance([batch.states[i] for batch, which in zip(batches, advancing) for i in which])
+        counts = advance([batch.states[i]["step"] for batch, which in zip(batches, advancing) for i in which])
         for batch, which in zip(batches, advancing):
             steps = [step for step, i in zip(counts, which) if batch.grads[i] is not None]
             counts = counts[len(which) :]
             columns = _columns(batch)
-            for step in dict.fromkeys(steps):
-                same = [i for i, s in enumerate(steps) if s == step]
-                part = columns if len(same) == len(steps) else columns.only(same)
-                self._update(batch.hyper, part, step, factor)
+            alike: dict[float, list[int]] = {}
+            for i, step in enumerate(steps):
+                alike.setdefault(step, []).append(i)
+            for step, same in alike.items():
+                self._update(batch.hyper, columns if len(alike) == 1 else columns.only(same), step, factor)
 
     def _update(self, hyper: AdamWHyper, columns: _Columns, step: float, factor: float) -> None:
         scalars = _scalars(hyper, step)

@@ -96,7 +96,6 @@ class TritonAdafactor:
         kinds = [(p.shape, p.dtype) for p in params]
         if kinds != self._kinds or not all(map(_same, columns, self._seen)):
             for p, state in zip(params, states):
-                _check_factors(p, state)
                 dtype = torch.promote_types(p.dtype, torch.float32)
                 for name in _STATES:
                     if name in state:
@@ -144,23 +143,6 @@ def _splits(shapes: Shapes, splits: list[Split | None]) -> Splits:
 
 def _sides(shape: torch.Size) -> tuple[int, ...]:
     return tuple(shape[-2:]) if len(shape) >= 2 else (1, 1)
-
-
-def _check_factors(p: Tensor, state: dict[str, Tensor]) -> None:
-    """Raises where what the kernels would write has another size or place than they take for granted."""
-    if not state:
-        return
-    expected = {"RMS": torch.Size(), "step": torch.Size()}
-    if p.dim() >= 2:
-        expected |= {"exp_avg_sq_row": p.shape[:-1], "exp_avg_sq_col": p.shape[:-2] + p.shape[-1:]}
-    for name, shape in expected.items():
-        t = state.get(name)
-        if t is None or t.shape != shape or t.device != p.device:
-            got = "missing" if t is None else f"of shape {tuple(t.shape)} on {t.device}"
-            raise RuntimeError(
-                f"the state {name} of a parameter of shape {tuple(p.shape)} on {p.device} is {got}, expected shape "
-                f"{tuple(shape)}: was the parameter given another size? Make a new optimizer for it"
-            )
 
 
 def _columns(states: list[dict[str, Tensor]]) -> list[Column]:
