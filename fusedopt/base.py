@@ -1,6 +1,8 @@
 """The only `step()` of the package: closures, missing gradients, state, choice of backend. Subclasses declare."""
 
 from collections.abc import Callable, Iterable
+from itertools import chain, repeat
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -144,7 +146,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def batches(self, grads: list[list[Tensor | None]]) -> list[Batch]:
         """This step's work, given one gradient (or None) per parameter of each group."""
         return [
-            Batch(self.hyper(group), group["params"], row, [self.state.get(p, _NO_STATE) for p in group["params"]])
+            Batch(self.hyper(group), group["params"], row, list(map(self.state.get, group["params"], repeat(_NO_STATE))))
             for group, row in zip(self.param_groups, grads)
         ]
 
@@ -244,9 +246,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             # Autograd of complex numbers makes them: in memory they have the other sign.
             grads = [[g if g is None else g.resolve_neg() for g in row] for row in grads]
             flat = [g for row in grads for g in row if g is not None]
-        for group, row in zip(self.param_groups, grads):
-            _check_gradients(group["params"], row)
-        self._check_states(grads)
+        params = [p for group in self.param_groups for p in group["params"]]
+        updated = [p for p, g in zip(params, chain.from_iterable(grads)) if g is not None]
+        shapes = _check_gradients(updated, flat)
+        self._check_states(grads, shapes if len(updated) == len(params) else None)
         sharded = self._are_sharded(grads)
         if sharded and control.found_inf is not None:
             control = control._replace(found_inf=sharding.found_anywhere(control.found_inf, flat))
@@ -278,14 +281,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             for batch, shards in zip(whole, batches):
                 sharding.put_back(batch.states, shards.states)
         # Neither torch's fused kernel nor ours tells autograd that it wrote to the parameters.
-        updated = [
-            p for group, row in zip(self.param_groups, grads) for p, g in zip(group["params"], row) if g is not None
-        ]
         torch.autograd.graph.increment_version(updated)
 
-    def _check_states(self, grads: list[list[Tensor | None]]) -> None:
+    def _check_states(self, grads: list[list[Tensor | None]], shapes: list[torch.Size] | None) -> None:
         """Raises where a state does not fit its parameter, or a parameter comes twice; nothing has changed."""
-        self._state_check(self, grads)
+        self._state_check(self, grads, shapes)
         if self._state_check.moved:
             self._homes = None
         if self._state_check.incomplete:
@@ -426,17 +426,20 @@ def refuse_unknown(where: str, options: dict[str, Any]) -> None:
         raise TypeError(f"{where} got an unexpected argument {name}={value!r}")
 
 
-def _check_gradients(params: list[Tensor], grads: list[Tensor | None]) -> None:
-    """Raises for a gradient that no backend can use, before anything has changed. Whole lists: thousands are common."""
-    pairs = [(p, g) for p, g in zip(params, grads) if g is not None]
+def _check_gradients(params: list[Tensor], grads: list[Tensor]) -> list[torch.Size]:
+    """Raises for a gradient that no backend can use, before anything has changed. Returns the shapes of the parameters.
+
+    Whole lists: thousands are common.
+    """
+    shapes = list(map(attrgetter("shape"), params))
     if (
-        {g.layout for _, g in pairs} <= {torch.strided}
-        and {g.dtype for _, g in pairs} <= FLOATS
-        and [g.device for _, g in pairs] == [p.device for p, _ in pairs]
-        and [g.shape for _, g in pairs] == [p.shape for p, _ in pairs]
+        set(map(attrgetter("layout"), grads)) <= {torch.strided}
+        and set(map(attrgetter("dtype"), grads)) <= FLOATS
+        and list(map(attrgetter("device"), grads)) == list(map(attrgetter("device"), params))
+        and list(map(attrgetter("shape"), grads)) == shapes
     ):
-        return
-    for p, g in pairs:
+        return shapes
+    for p, g in zip(params, grads):
         if g.layout is not torch.strided:
             raise RuntimeError(
                 f"the gradient of a parameter of shape {tuple(p.shape)} is sparse ({g.layout}): make it dense "
@@ -447,3 +450,4 @@ def _check_gradients(params: list[Tensor], grads: list[Tensor | None]) -> None:
                 f"a gradient of shape {tuple(g.shape)}, {g.dtype}, on {g.device} does not fit its parameter of shape "
                 f"{tuple(p.shape)} on {p.device}: shape and device must be the same, the dtype float16 to float64"
             )
+    return shapes

@@ -1,9 +1,8 @@
 """States as a step finds them: each must fit its parameter, whatever was done to either since the last step."""
 
 import weakref
-from collections.abc import Sequence
-from itertools import chain
-from operator import attrgetter, eq, is_
+from itertools import chain, repeat
+from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
     from fusedopt.base import FusedOptimizer
 
 _NONE: dict[str, Any] = {}
-_SHAPE = attrgetter("shape")
 _WAY_OUT = (
     "nothing was changed: delete optimizer.state[parameter] to begin with a new state, or load a checkpoint that fits"
 )
@@ -45,8 +43,15 @@ class StateCheck:
         self.missing = self.moved = self.incomplete = False
         self._seen: _Seen | None = None
 
-    def __call__(self, optimizer: "FusedOptimizer", grads: list[list[Tensor | None]]) -> None:
+    def __call__(
+        self, optimizer: "FusedOptimizer", grads: list[list[Tensor | None]], shapes: list[torch.Size] | None
+    ) -> None:
         """Looks at what the coming step works on.
+
+        Args:
+            optimizer: whose groups and states they are.
+            grads: one gradient, or None, per parameter of each group.
+            shapes: of all parameters, if the caller has them.
 
         Raises:
             ValueError: a parameter comes twice.
@@ -54,35 +59,37 @@ class StateCheck:
         """
         groups = optimizer.param_groups
         params = [p for group in groups for p in group["params"]]
-        states = [optimizer.state.get(p, _NONE) for p in params]
+        states: list[dict[str, Any]] = list(map(optimizer.state.get, params, repeat(_NONE)))
         ids = list(map(id, params))
         self.missing = self.moved = self.incomplete = False
         if not all(states):
+            shapes = None  # A lazy parameter has none yet, nor a state.
             params = [p for p, state in zip(params, states) if state]
             self.missing = any(g is not None and not s for g, s in zip(chain.from_iterable(grads), states))
         values = list(chain.from_iterable(map(dict.values, states)))
         options = [[group[name] for name in optimizer.state_options] for group in groups]
-        if self._are_as_before(ids, options, params, values):
+        if shapes is None:
+            shapes = list(map(attrgetter("shape"), params))
+        if self._are_as_before(ids, options, shapes, values):
             return
         self._seen = None
         checks.no_parameter_twice(groups)
         if self._all_fit(optimizer, grads) and all(isinstance(value, Tensor) for value in values):
             sizes = list(map(Tensor.numel, values))
-            self._seen = _Seen(ids, options, list(map(_SHAPE, params)), list(map(weakref.ref, values)), sizes)
+            self._seen = _Seen(ids, options, shapes, list(map(weakref.ref, values)), sizes)
 
     def _are_as_before(
-        self, ids: list[int], options: list[list[Any]], params: Sequence[Tensor], values: Sequence[Any]
+        self, ids: list[int], options: list[list[Any]], shapes: list[torch.Size], values: list[Any]
     ) -> bool:
         seen = self._seen
         return (
             seen is not None
             and ids == seen.params
             and options == seen.options
-            and len(params) == len(seen.shapes)
+            and shapes == seen.shapes
             and len(values) == len(seen.values)
             and all(map(is_, values, [value() for value in seen.values]))
-            and all(map(eq, map(_SHAPE, params), seen.shapes))
-            and all(map(eq, map(Tensor.numel, values), seen.sizes))
+            and list(map(Tensor.numel, values)) == seen.sizes
         )
 
     def _all_fit(self, optimizer: "FusedOptimizer", grads: list[list[Tensor | None]]) -> bool:

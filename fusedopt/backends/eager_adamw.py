@@ -56,11 +56,14 @@ class EagerAdamW:
             steps = [step for step, i in zip(counts, which) if batch.grads[i] is not None]
             counts = counts[len(which) :]
             columns = _columns(batch)
+            if len(set(steps)) == 1:  # thousands, usually
+                self._update(batch.hyper, columns, steps[0], factor)
+                continue
             alike: dict[float, list[int]] = {}
             for i, step in enumerate(steps):
                 alike.setdefault(step, []).append(i)
             for step, same in alike.items():
-                self._update(batch.hyper, columns if len(alike) == 1 else columns.only(same), step, factor)
+                self._update(batch.hyper, columns.only(same), step, factor)
 
     def _update(self, hyper: AdamWHyper, columns: _Columns, step: float, factor: float) -> None:
         scalars = _scalars(hyper, step)

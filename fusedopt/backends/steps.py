@@ -20,7 +20,7 @@ def advance(steps: Sequence[Tensor]) -> list[float]:
     """
     if not steps or steps[0].device.type != "cpu":
         return _advance_each(steps)
-    at = np.array([step.data_ptr() for step in steps], np.int64)
+    at = np.array(list(map(Tensor.data_ptr, steps)), np.int64)
     flat, start = _storage_of(steps[0])
     places = (at - start) // _ITEMSIZE
     if places.min() < 0 or places.max() >= len(flat):
