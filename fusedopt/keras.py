@@ -227,7 +227,7 @@ class AdamWeightDecay(AdamW):
         return hyper._replace(lr=hyper.lr / (1.0 + self.decay * group["iterations"])) if self.decay else hyper
 
     def batches(self, grads: Gradients) -> list[Batch]:
-        if self._decaying is None:
+        if self._decaying is None or self._state_check.regrouped:
             self._decaying = [self._who_decays(group) for group in self.param_groups]
         batches: list[Batch] = []
         for batch, (decaying, others) in zip(super().batches(grads), self._decaying):

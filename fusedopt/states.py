@@ -23,7 +23,6 @@ _WAY_OUT = (
 class _Seen(NamedTuple):
     """What was found right. Weak references: whoever deletes a state wants its memory now, not after the next step."""
 
-    params: list[int]
     options: list[list[Any]]
     shapes: list[torch.Size]
     values: list["weakref.ref[Tensor]"]
@@ -34,6 +33,7 @@ class StateCheck:
     """Looks at parameters and states before a step; only at what is not as it was, since thousands are common.
 
     Attributes:
+        regrouped: whether the groups do not hold the parameters that they held at the last look.
         missing: whether a parameter with a gradient has no state.
         moved: whether a state is not on the device of its parameter.
         incomplete: whether a state lacks what an option of its group asks for.
@@ -41,6 +41,8 @@ class StateCheck:
 
     def __init__(self) -> None:
         self.missing = self.moved = self.incomplete = False
+        self.regrouped = True
+        self._params: list[list[int]] = []
         self._seen: _Seen | None = None
 
     def __call__(
@@ -60,7 +62,8 @@ class StateCheck:
         groups = optimizer.param_groups
         params = [p for group in groups for p in group["params"]]
         states: list[dict[str, Any]] = list(map(optimizer.state.get, params, repeat(_NONE)))
-        ids = list(map(id, params))
+        ids = [list(map(id, group["params"])) for group in groups]
+        self.regrouped = ids != self._params
         self.missing = self.moved = self.incomplete = False
         if not all(states):
             shapes = None  # A lazy parameter has none yet, nor a state.
@@ -70,21 +73,20 @@ class StateCheck:
         options = [[group[name] for name in optimizer.state_options] for group in groups]
         if shapes is None:
             shapes = list(map(attrgetter("shape"), params))
-        if self._are_as_before(ids, options, shapes, values):
+        if not self.regrouped and self._are_as_before(options, shapes, values):
             return
         self._seen = None
-        checks.no_parameter_twice(groups)
+        if self.regrouped:
+            checks.no_parameter_twice(groups)
+            self._params = ids
         if self._all_fit(optimizer, grads) and all(isinstance(value, Tensor) for value in values):
             sizes = list(map(Tensor.numel, values))
-            self._seen = _Seen(ids, options, shapes, list(map(weakref.ref, values)), sizes)
+            self._seen = _Seen(options, shapes, list(map(weakref.ref, values)), sizes)
 
-    def _are_as_before(
-        self, ids: list[int], options: list[list[Any]], shapes: list[torch.Size], values: list[Any]
-    ) -> bool:
+    def _are_as_before(self, options: list[list[Any]], shapes: list[torch.Size], values: list[Any]) -> bool:
         seen = self._seen
         return (
             seen is not None
-            and ids == seen.params
             and options == seen.options
             and shapes == seen.shapes
             and len(values) == len(seen.values)
