@@ -146,7 +146,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     def batches(self, grads: list[list[Tensor | None]]) -> list[Batch]:
         """This step's work, given one gradient (or None) per parameter of each group."""
         return [
-            Batch(self.hyper(group), group["params"], row, list(map(self.state.get, group["params"], repeat(_NO_STATE))))
+            Batch(
+                self.hyper(group), group["params"], row, list(map(self.state.get, group["params"], repeat(_NO_STATE)))
+            )
             for group, row in zip(self.param_groups, grads)
         ]
 

@@ -475,7 +475,10 @@ def test_names_go_with_their_parameters_when_groups_are_swapped():
         params = {"kernel": weight(2), "bias": weight(2), "scale": weight(2)}
         named = list(params.items())
         optimizer = AdamWeightDecay(
-            [{"params": named[:1]}, {"params": named[1:]}], 0.1, weight_decay_rate=0.5, exclude_from_weight_decay=["bias"]
+            [{"params": named[:1]}, {"params": named[1:]}],
+            0.1,
+            weight_decay_rate=0.5,
+            exclude_from_weight_decay=["bias"],
         )
         optimizer.apply_gradients([(torch.zeros(2), p) for p in params.values()])
         if swap:
