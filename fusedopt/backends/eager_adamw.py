@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fusedopt.backends.rounding import round_into
 from fusedopt.backends.scratch import scratch
 from fusedopt.backends.steps import advance
 from fusedopt.batch import AdamWHyper, Batch, Control
@@ -183,9 +184,9 @@ def _rule_update(
     wide_g = g.to(dtype) if factor == 1.0 else g.to(dtype) * factor
     weight1, weight2 = 1.0 - hyper.beta1, 1.0 - hyper.beta2
     new_m, new_v = rules.adam_moments(wide_g, m.to(dtype), v.to(dtype), hyper.beta1, weight1, hyper.beta2, weight2)
-    m.copy_(new_m)
-    v.copy_(new_v)
+    round_into(m, new_m)
+    round_into(v, new_v)
     if hyper.amsgrad:
         new_v = torch.maximum(h[0].to(dtype), new_v)
-        h[0].copy_(new_v)
+        round_into(h[0], new_v)
     p.copy_(rules.adamw_update(p.to(dtype), new_m, new_v, shrink, step_size, eps_hat, sqrt=torch.sqrt, div=torch.div))

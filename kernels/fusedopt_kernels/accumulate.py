@@ -13,7 +13,7 @@ from fusedopt_kernels.device import (
     load_size,
     my_piece,
     narrow,
-    warp_size,
+    options,
 )
 from fusedopt_kernels.table import LaunchTable, launch_class
 
@@ -81,6 +81,5 @@ def accumulate(table: LaunchTable, keys: np.ndarray, numel: np.ndarray) -> None:
             EVEN=even,
             TOGETHER=16 // max(dtype.itemsize for dtype in dtypes if dtype),
             BLOCK=BLOCK,
-            num_warps=THREADS // warp_size(),
-            enable_fp_fusion=False,
+            **options(THREADS),
         )

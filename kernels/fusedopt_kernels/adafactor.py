@@ -24,8 +24,8 @@ from torch import Tensor
 
 from fusedopt_kernels import adafactor_cells as cell
 from fusedopt_kernels import rules
-from fusedopt_kernels.adafactor_averages import launch_averages, options
-from fusedopt_kernels.adafactor_plan import SQUARES, Plan, Spec, spec_of
+from fusedopt_kernels.adafactor_averages import launch_averages
+from fusedopt_kernels.adafactor_plan import SQUARES, Plan, Spec, as_spec, spec_of
 from fusedopt_kernels.adafactor_shards import AddUp, Shards, sum_up
 from fusedopt_kernels.adafactor_small import small_sums, small_update
 from fusedopt_kernels.adafactor_tiles import matrix_sums, matrix_update, vector_apply, vector_sums
@@ -39,10 +39,14 @@ from fusedopt_kernels.device import (
     log,
     minimum,
     my_piece,
+    options,
     piece_of,
     sqrt_rn,
 )
 from fusedopt_kernels.table import ROWS_PER_PROGRAM, LaunchTable, launch_class
+
+THREADS = 256
+"""Of the phases that read gradients."""
 
 _ROWS = tl.constexpr(ROWS_PER_PROGRAM)
 
@@ -93,8 +97,25 @@ def prologue(rows, hyper, scalars):
 
 
 @triton.jit
-def sums(chunks, rows, scalars, work, kept, SPEC: tl.constexpr):
+def sums(
+    chunks,
+    rows,
+    scalars,
+    work,
+    kept,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
+    TILE_WIDTH: tl.constexpr,
+    TILE_HEIGHT: tl.constexpr,
+    LINES: tl.constexpr,
+    STRIP: tl.constexpr,
+    MEANS: tl.constexpr,
+):
     """What one piece of one tensor adds to the averages of squares, and its parameter's sum of squares."""
+    SPEC: tl.constexpr = as_spec(P, G, COMPUTE, BLOCK, HALF_BLOCK, TILE_WIDTH, TILE_HEIGHT, LINES, STRIP, MEANS)
     index, piece = my_piece(chunks)
     row = rows + index * cell.ROW_LENGTH
     scalar = scalars + index * cell.SCALARS_LENGTH
@@ -144,8 +165,26 @@ def finish(chunks, rows, hyper, scalars, kept, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def update(chunks, rows, scalars, work, kept, SPEC: tl.constexpr, APPLY: tl.constexpr):
+def update(
+    chunks,
+    rows,
+    scalars,
+    work,
+    kept,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
+    TILE_WIDTH: tl.constexpr,
+    TILE_HEIGHT: tl.constexpr,
+    LINES: tl.constexpr,
+    STRIP: tl.constexpr,
+    MEANS: tl.constexpr,
+    APPLY: tl.constexpr,
+):
     """The sum of squares of one piece of one tensor's update, or with APPLY, updates it. A vector's square is known."""
+    SPEC: tl.constexpr = as_spec(P, G, COMPUTE, BLOCK, HALF_BLOCK, TILE_WIDTH, TILE_HEIGHT, LINES, STRIP, MEANS)
     program = tl.program_id(0)
     if not APPLY:
         program = tl.num_programs(0) - 1 - program  # backwards: what `sums` read last may still be in the cache
@@ -190,23 +229,23 @@ def adafactor(table: LaunchTable, keys: np.ndarray, plan: Plan, add_up: AddUp | 
     work = [table.scratch(f"work {d}", n, dtype=d) for d, n in zip((torch.float32, torch.float64), plan.work)]
     shards = Shards(table, plan, scalars, work, kept, add_up)
 
-    prologue[(len(table.rows) // ROWS_PER_PROGRAM,)](table.rows, table.hyper, scalars, enable_fp_fusion=False)
+    prologue[(len(table.rows) // ROWS_PER_PROGRAM,)](table.rows, table.hyper, scalars, **options(ROWS_PER_PROGRAM))
     for number in sorted(set(plan.batch.tolist())):
         for key, chunks in _of_batch(pieces, number):
             spec, wide = _spec(key)
-            sums[(len(chunks),)](chunks, table.rows, scalars, work[wide], kept, spec, **options())
+            sums[(len(chunks),)](chunks, table.rows, scalars, work[wide], kept, *spec, **options(THREADS))
         for key, chunks in _of_batch(averaged, number):
             launch_averages(chunks, table.rows, scalars, work[key], "tiles", "averages")
         shards.averages()
         for key, chunks in _of_batch(matrices, number):
             spec, wide = _spec(key)
-            update[(len(chunks),)](chunks, table.rows, scalars, work[wide], kept, spec, False, **options())
+            update[(len(chunks),)](chunks, table.rows, scalars, work[wide], kept, *spec, False, **options(THREADS))
         shards.squares()
         for _, chunks in _of_batch(whole, number):
             finish[(len(chunks),)](chunks, table.rows, table.hyper, scalars, kept, SQUARES, enable_fp_fusion=False)
         for key, chunks in _of_batch(pieces, number):
             spec, wide = _spec(key)
-            update[(len(chunks),)](chunks, table.rows, scalars, work[wide], kept, spec, True, **options())
+            update[(len(chunks),)](chunks, table.rows, scalars, work[wide], kept, *spec, True, **options(THREADS))
 
 
 _BATCH_SHIFT = 16

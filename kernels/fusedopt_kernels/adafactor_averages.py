@@ -1,8 +1,6 @@
 # mypy: allow-untyped-defs
 """Adafactor's averages of squares over rows and columns of matrices, and what becomes of sums of shards."""
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -10,15 +8,10 @@ from torch import Tensor
 from fusedopt_kernels import adafactor_cells as cell
 from fusedopt_kernels.adafactor_plan import ENTRIES, PARTIALS
 from fusedopt_kernels.adafactor_tiles import running_average
-from fusedopt_kernels.device import device_function, div_rn, my_piece, walk, warp_size
+from fusedopt_kernels.device import device_function, div_rn, my_piece, options, walk
 
-THREADS = 256
-"""Of `averages`, and of the phases that read gradients."""
-
-
-def options() -> dict[str, Any]:
-    """How such phases are compiled."""
-    return {"num_warps": THREADS // warp_size(), "enable_fp_fusion": False}
+THREADS = 128
+"""As many as ENTRIES, each of which one thread alone has to have in hand: it is written where it was read."""
 
 
 @device_function
@@ -97,4 +90,6 @@ def averages(
 def launch_averages(chunks: Tensor, rows: Tensor, scalars: Tensor, work: Tensor, source: str, result: str) -> None:
     """`averages` of the tensors of some chunks, whose arithmetic has the dtype of `work`."""
     compute = tl.float64 if work.dtype.itemsize == 8 else tl.float32
-    averages[(len(chunks),)](chunks, rows, scalars, work, compute, ENTRIES, PARTIALS, source, result, **options())
+    averages[(len(chunks),)](
+        chunks, rows, scalars, work, compute, ENTRIES, PARTIALS, source, result, **options(THREADS)
+    )

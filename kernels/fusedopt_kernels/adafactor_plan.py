@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import triton
 from torch import Tensor
 
 from fusedopt_kernels.adafactor_cells import MATRIX, SMALL, VECTOR
@@ -57,7 +58,11 @@ that their gradients are read from the L2 cache again. 0: all at once. To be swe
 
 
 class Spec(NamedTuple):
-    """What a kernel is compiled for: dtypes of parameter, gradient and arithmetic, and the sizes above."""
+    """What a kernel is compiled for: dtypes of parameter, gradient and arithmetic, and the sizes above.
+
+    A kernel takes each by itself, and puts them together with `as_spec`: what serializes the constants of a kernel
+    (compile hooks, `JITFunction.preload`) knows dtypes and numbers, but no tuple that holds them.
+    """
 
     param: Any
     grad: Any
@@ -74,6 +79,12 @@ class Spec(NamedTuple):
 def spec_of(param: Any, grad: Any, compute: Any, grad_itemsize: int) -> Spec:
     """What the kernels of a dtype class are compiled for. `param`, `grad`, `compute`: dtypes of Triton."""
     return Spec(param, grad, compute, BLOCK, BLOCK // 2, TILE_BYTES // grad_itemsize, TILE_HEIGHT, LINES, STRIP, MEANS)
+
+
+@triton.constexpr_function
+def as_spec(*constants: Any) -> Spec:
+    """The `Spec` of a kernel's constants, inside of the kernel."""
+    return Spec(*constants)
 
 
 class Shapes(NamedTuple):

@@ -69,6 +69,7 @@ def _averaged(scalar, gradient, at, length, stride, average_at, mask, SPEC: tl.c
     new = div_rn(tl.sum(squares, axis=1), length.to(SPEC.compute)) + tl.load(scalar + cell.ADDED).to(SPEC.compute)
     average = tl.load(average_at, mask=mask, other=0.0)
     average = running_average(average, new, tl.load(scalar + cell.SQUARE_WEIGHT).to(SPEC.compute))
+    tl.debug_barrier()  # There are fewer lines than threads: more than one of them has read what one now writes.
     tl.store(average_at, average, mask=mask)
 
 
@@ -80,7 +81,7 @@ def small_sums(row, scalar, kept, piece, SPEC: tl.constexpr):
     p_at = load_pointer(row + cell.PARAM, SPEC.param, False)
     row_at = load_pointer(row + cell.ROW, SPEC.compute, False)
     col_at = load_pointer(row + cell.COL, SPEC.compute, False)
-    scaled = tl.load(scalar + cell.SCALED).to(tl.int32) != 0
+    scaled = tl.broadcast_to(tl.load(scalar + cell.SCALED).to(tl.int32), [SPEC.lines]) != 0
     p_squares = tl.full([SPEC.lines, SPEC.strip], 0.0, SPEC.compute)
 
     first, last = _share(row, piece, width)

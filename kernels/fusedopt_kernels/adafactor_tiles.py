@@ -71,7 +71,8 @@ def vector_sums(row, scalar, kept, piece, SPEC: tl.constexpr, EVEN: tl.constexpr
     """Brings the average of squares of one block up to date; its sums of squares, update and parameter."""
     at = piece * SPEC.half_block + tl.arange(0, SPEC.half_block)
     mask = at < load_size(row + cell.NUMEL, EVEN)
-    scaled = tl.load(scalar + cell.SCALED).to(tl.int32) != 0
+    # Compared after it is broadcast: the interpreter of triton 3.9 makes a number of a truth value that it broadcasts.
+    scaled = tl.broadcast_to(tl.load(scalar + cell.SCALED).to(tl.int32), [SPEC.half_block]) != 0
     v_at = load_pointer(row + cell.ROW, SPEC.compute, EVEN) + at
     g = scaled_gradient(load_gradient(row, scalar, SPEC, EVEN), at, mask, SPEC)
     v = tl.load(v_at, mask=mask, other=0.0)
@@ -127,7 +128,7 @@ def matrix_sums(row, scalar, work, kept, piece, SPEC: tl.constexpr, EVEN: tl.con
     matrix, first, last, columns, inside = _tile(row, piece, SPEC, EVEN)
     gradient = load_gradient(row, scalar, SPEC, EVEN)
     p_at = load_pointer(row + cell.PARAM, SPEC.param, EVEN)
-    scaled = tl.load(scalar + cell.SCALED).to(tl.int32) != 0
+    scaled = tl.broadcast_to(tl.load(scalar + cell.SCALED).to(tl.int32), [ROWS, SPEC.tile_width]) != 0
     column_sums = tl.full([ROWS, SPEC.tile_width], 0.0, SPEC.compute)
     p_squares = tl.full([ROWS, SPEC.tile_width], 0.0, SPEC.compute)
     for y in walk(first, last, ROWS):

@@ -21,8 +21,8 @@ from fusedopt_kernels.device import (
     load_size,
     my_piece,
     narrow,
+    options,
     sqrt_rn,
-    warp_size,
 )
 from fusedopt_kernels.table import ROWS_PER_PROGRAM, LaunchTable, launch_class
 
@@ -171,7 +171,7 @@ def adamw(table: LaunchTable, keys: np.ndarray, numel: np.ndarray) -> None:
     """
     launches = table.chunks("update", keys, -(-numel // BLOCK))
     scalars = table.scratch("scalars", len(table.rows), _SCALARS.value, dtype=torch.float64)
-    prologue[(len(table.rows) // ROWS_PER_PROGRAM,)](table.rows, table.hyper, scalars, enable_fp_fusion=False)
+    prologue[(len(table.rows) // ROWS_PER_PROGRAM,)](table.rows, table.hyper, scalars, **options(ROWS_PER_PROGRAM))
     for key, chunks in launches.items():
         dtypes, even = launch_class(key, TENSORS)
         update[(len(chunks),)](
@@ -183,6 +183,5 @@ def adamw(table: LaunchTable, keys: np.ndarray, numel: np.ndarray) -> None:
             EVEN=even,
             TOGETHER=16 // max(dtype.itemsize for dtype in dtypes if dtype),
             BLOCK=BLOCK,
-            num_warps=THREADS // warp_size(),
-            enable_fp_fusion=False,
+            **options(THREADS),
         )

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedopt_kernels.device import TRITON_DTYPES, load_pointer, load_size, my_piece, warp_size
+from fusedopt_kernels.device import TRITON_DTYPES, load_pointer, load_size, my_piece, options
 from fusedopt_kernels.table import LaunchTable, launch_class
 
 COLUMNS = ("grad", "numel")
@@ -57,7 +57,6 @@ def squares(table: LaunchTable, keys: np.ndarray, numel: np.ndarray) -> Tensor:
             COMPUTE=tl.float64 if dtype is torch.float64 else tl.float32,
             EVEN=even,
             BLOCK=BLOCK,
-            num_warps=THREADS // warp_size(),
-            enable_fp_fusion=False,
+            **options(THREADS),
         )
     return parts[0] if len(parts) == 1 else torch.cat([*parts, table.rows.new_zeros(1, dtype=torch.float64)])
