@@ -120,7 +120,7 @@ def _is_named_with_arguments(item: Any) -> bool:
 
 def _stand_in(lrs: Sequence[float]) -> torch.optim.Optimizer:
     """An optimizer with nothing but learning rates."""
-    groups = [{"params": [torch.zeros((), requires_grad=True)], "lr": lr} for lr in lrs]
+    groups = [{"params": [torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)], "lr": lr} for lr in lrs]
     return torch.optim.SGD(groups, lr=lrs[0])
 
 
