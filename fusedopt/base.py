@@ -291,11 +291,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             return
         params = [p for group in self.param_groups for p in group["params"]]
         if not known:
-            for p in () if mode else filter(Tensor.is_inference, params):
-                raise RuntimeError(
-                    f"a parameter of shape {tuple(p.shape)} was made in torch.inference_mode() and can only be updated "
-                    "there: make the model outside of it, or step in it"
-                )
+            for p in params:
+                if not mode and not is_lazy(p) and p.is_inference():
+                    raise RuntimeError(
+                        f"a parameter of shape {tuple(p.shape)} was made in torch.inference_mode() and can only be "
+                        "updated there: make the model outside of it, or step in it"
+                    )
             checkpoint.follow_parameters(self)
         self._homes, self._in_inference_mode = homes, mode
         self._some_without_data = not all(map(has_data, params))
@@ -361,7 +362,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 "a CUDA graph is being captured before the optimizer has state, which every replay would set to zero "
                 "again: take one step, which compiles the kernels as well, before the capture"
             )
-        begun = next((s["step"] for s in self.state.values() if s and not s["step"].is_meta), None) if self.shares_steps() else None
+        counts = (state["step"] for state in self.state.values() if state)
+        begun = next((count for count in counts if not count.is_meta), None) if self.shares_steps() else None
         with outside_inference_mode():
             for device, entries in missing.items():
                 steps = torch.zeros(len(entries), dtype=torch.float32, device=device)
