@@ -254,7 +254,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         grads, control = self.prepare(grads, control)
         if not flat:
             return
-        devices = list(dict.fromkeys(self._homes or ()))
+        devices = [device for device in dict.fromkeys(self._homes or ()) if device.type != "meta"]
         if len({capturing(device) for device in devices if device.type == "cuda"}) > 1:
             raise RuntimeError(
                 f"a CUDA graph is being captured on some of the devices {', '.join(map(str, devices))} alone: what is "
