@@ -9,7 +9,7 @@ class StepCounts:
 
     def __init__(self) -> None:
         self._views: list[Tensor] = []
-        self._flat = torch.empty(0, dtype=torch.float32, device="cpu")
+        self._flat = torch.empty(0)
 
     def advance(self, states: list[dict[str, Tensor]]) -> list[float]:
         """Adds one to every count and returns the new counts. On a device other than the CPU this synchronises."""
