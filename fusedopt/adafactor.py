@@ -211,7 +211,7 @@ class Adafactor(FusedOptimizer):
     def foreign_state(self, state: dict[str, Any]) -> dict[str, Any]:
         """The original's state: RMS may be the int 0, and what it loaded for 16-bit parameters is in 16 bits."""
         if not isinstance(state.get("RMS", 0.0), Tensor):
-            state["RMS"] = torch.tensor(float(state["RMS"]), dtype=torch.float32)
+            state["RMS"] = torch.tensor(float(state["RMS"]), dtype=torch.float32, device="cpu")
         return {
             name: value.to(torch.promote_types(value.dtype, torch.float32)) if isinstance(value, Tensor) else value
             for name, value in state.items()
@@ -272,7 +272,8 @@ class Adafactor(FusedOptimizer):
 
 def rate_on_device(hyper: AdafactorHyper, step: Tensor, rms: Tensor, before: float) -> Tensor:
     """The rate of update number `step` as a 0-d tensor, `before` if it is 0. Waits for no device."""
-    rate = torch.as_tensor(hyper.rate(step, rms, torch.sqrt, torch.minimum, number_maximum), device=step.device)
+    rate = hyper.rate(step, rms, torch.sqrt, torch.minimum, number_maximum)
+    rate = torch.as_tensor(rate, dtype=step.dtype, device=step.device)
     return torch.where(step > 0.0, rate.reshape(()), before)
 
 

@@ -14,6 +14,8 @@ from fusedopt.batch import Batch, Control
 from fusedopt.checks import FLOATS
 from fusedopt.guard import Guard
 from fusedopt.states import StateCheck
+from fusedopt.without_data import has_data, is_lazy
+from fusedopt_kernels.memory import outside_inference_mode
 
 # Options of torch's optimizers that say how a step runs, not what it computes: here `backend=` says it.
 _TORCH_BACKEND_OPTIONS = ("fused", "foreach", "capturable", "differentiable")
@@ -43,6 +45,12 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     _homes: list[torch.device] | None
     """Where the parameters were at the last step, and with them their states."""
+
+    _in_inference_mode: bool
+    """Whether the last step was taken in `torch.inference_mode()`."""
+
+    _some_without_data: bool
+    """Whether there were parameters without data at the last step."""
 
     constructor_options: ClassVar[tuple[str, ...]] = ("backend", "guard")
     """Attributes that belong to the optimizer, not to a group or a checkpoint; copies and pickles carry them."""
@@ -252,6 +260,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         updated = [p for p, g in zip(params, chain.from_iterable(grads)) if g is not None]
         shapes = _check_gradients(updated, flat)
         self._check_states(grads, shapes if len(updated) == len(params) else None)
+        self._look_at_parameters()
+        if self._some_without_data:
+            grads = self._leave_out(grads)
+            flat = [g for row in grads for g in row if g is not None]
+            updated = list(filter(has_data, updated))
         sharded = self._are_sharded(grads)
         if sharded and control.found_inf is not None:
             control = control._replace(found_inf=sharding.found_anywhere(control.found_inf, flat))
@@ -261,11 +274,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         grads, control = self.prepare(grads, control)
         if not flat:
             return
-        homes = [p.device for group in self.param_groups for p in group["params"]]
-        if homes != self._homes:
-            checkpoint.follow_parameters(self)
-            self._homes = homes
-        devices = list(dict.fromkeys(homes))
+        devices = [device for device in dict.fromkeys(self._homes or ()) if device.type != "meta"]
         if len({capturing(device) for device in devices if device.type == "cuda"}) > 1:
             raise RuntimeError(
                 f"a CUDA graph is being captured on some of the devices {', '.join(map(str, devices))} alone: what is "
@@ -276,6 +285,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._init_states(grads)
         self._complete_states()
         whole = self.batches(grads)
+        if self._some_without_data:
+            whole = [batch.only(has_data) for batch in whole]
         batches = [sharding.local(batch) for batch in whole] if sharded else whole
         for device, stepper in zip(devices, steppers):
             stepper(batches if len(devices) == 1 else [batch.on(device) for batch in batches], control)
@@ -292,6 +303,35 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._homes = None
         if self._state_check.incomplete:
             self._state_options = None
+    def _look_at_parameters(self) -> None:
+        """Takes notice of where parameters are, and of those that cannot be updated or have nothing to update.
+
+        Raises:
+            RuntimeError: a parameter can only be written to in inference mode, and this step is not.
+        """
+        homes = [p.device for group in self.param_groups for p in group["params"]]
+        mode = torch.is_inference_mode_enabled()
+        known = homes == self._homes and mode is self._in_inference_mode
+        if known and not self._some_without_data:
+            return
+        params = [p for group in self.param_groups for p in group["params"]]
+        if not known:
+            for p in params:
+                if not mode and not is_lazy(p) and p.is_inference():
+                    raise RuntimeError(
+                        f"a parameter of shape {tuple(p.shape)} was made in torch.inference_mode() and can only be "
+                        "updated there: make the model outside of it, or step in it"
+                    )
+            checkpoint.follow_parameters(self)
+        self._homes, self._in_inference_mode = homes, mode
+        self._some_without_data = not all(map(has_data, params))
+
+    def _leave_out(self, grads: list[list[Tensor | None]]) -> list[list[Tensor | None]]:
+        """The gradients of parameters with data; the state of the others is made, which is all there is to do."""
+        have = [[has_data(p) for p in group["params"]] for group in self.param_groups]
+        pairs = [list(zip(row, column)) for row, column in zip(grads, have)]
+        self._init_states([[None if here else g for g, here in row] for row in pairs])
+        return [[g if here else None for g, here in row] for row in pairs]
 
     def _are_sharded(self, grads: list[list[Tensor | None]]) -> bool:
         """Whether there are sharded parameters; raises where a gradient is not sharded as its parameter is."""
@@ -329,6 +369,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         For tools that look at the state before the first step, and before a CUDA graph is captured.
         `torch.distributed.checkpoint` gets its state without this call.
         """
+        if any(is_lazy(p) for group in self.param_groups for p in group["params"]):
+            raise RuntimeError("a lazy parameter has no shape yet, so its state has none: run a forward pass first")
         self._init_states([[p if p.requires_grad else None for p in group["params"]] for group in self.param_groups])
 
     def _init_states(self, wanted: list[list[Tensor | None]]) -> None:
@@ -345,13 +387,15 @@ class FusedOptimizer(torch.optim.Optimizer):
                 "a CUDA graph is being captured before the optimizer has state, which every replay would set to zero "
                 "again: take one step, which compiles the kernels as well, before the capture"
             )
-        begun = next((s["step"] for s in self.state.values() if s), None) if self.shares_steps() else None
-        for device, entries in missing.items():
-            steps = torch.zeros(len(entries), dtype=torch.float32, device=device)
-            if begun is not None:
-                steps += begun.to(device, non_blocking=True)
-            for (p, group), step in zip(entries, steps.unbind()):
-                self.state[p] = {"step": step, **self.new_state(p, group)}
+        counts = (state["step"] for state in self.state.values() if state)
+        begun = next((count for count in counts if not count.is_meta), None) if self.shares_steps() else None
+        with outside_inference_mode():
+            for device, entries in missing.items():
+                steps = torch.zeros(len(entries), dtype=torch.float32, device=device)
+                if begun is not None:
+                    steps += begun.to(device, non_blocking=True)
+                for (p, group), step in zip(entries, steps.unbind()):
+                    self.state[p] = {"step": step, **self.new_state(p, group)}
 
     def _complete_states(self) -> None:
         """Adds what states lack since an option was switched on after they were made: amsgrad, beta1."""
@@ -363,7 +407,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             for p in group["params"]:
                 state = self.state.get(p)
                 if state:
-                    new = self.new_state(p, group)
+                    with outside_inference_mode():
+                        new = self.new_state(p, group)
                     if new.keys() - state.keys() and capturing(p.device):
                         raise RuntimeError(
                             "an option that needs more state was set before a capture: take a step first"
@@ -378,6 +423,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._steppers: dict[tuple[torch.device, str, sharding.Spread], Any] = {}
         self._state_check = StateCheck()
         self._homes = None
+        self._in_inference_mode = self._some_without_data = False
         self._state_options = None
         self._given = None
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from fusedopt import sharding
+from fusedopt.without_data import is_lazy
+from fusedopt_kernels.memory import outside_inference_mode
 
 if TYPE_CHECKING:
     from fusedopt.base import FusedOptimizer
@@ -64,6 +66,8 @@ def prepare(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
 def _fit(
     optimizer: "FusedOptimizer", p: Tensor, group: dict[str, Any], index: int, saved: dict[str, Any]
 ) -> dict[str, Any]:
+    if is_lazy(p):
+        raise ValueError(f"parameter {index} is lazy and has no shape yet: run a forward pass before loading its state")
     saved = optimizer.foreign_state(dict(saved))
     expected = optimizer.new_state(torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device="meta"), group)
     who = f"the checkpoint's state of parameter {index} (shape {tuple(p.shape)})"
@@ -99,14 +103,19 @@ def _is_count(step: Any) -> bool:
 
 def lay_out(optimizer: "FusedOptimizer") -> None:
     """Puts loaded values on their parameter's device, in its layout and in the dtype they were saved in."""
+    with outside_inference_mode():
+        _lay_out(optimizer)
+
+
+def _lay_out(optimizer: "FusedOptimizer") -> None:
     for group in optimizer.param_groups:
         for p in group["params"]:
             state = optimizer.state.get(p)
             if not state or not any(isinstance(value, _Saved) for value in state.values()):
                 continue
             values = {name: value.value for name, value in state.items()}
-            step = torch.as_tensor(values.pop("step"), dtype=torch.float32)
-            state["step"] = step.reshape(()).to(p.device, copy=True)
+            step = torch.as_tensor(values.pop("step"), dtype=torch.float32, device=p.device)
+            state["step"] = step.reshape(()).clone()
             fresh = optimizer.new_state(p, group) if sharding.is_sharded(p) else {}
             for name, value in values.items():
                 value = sharding.sharded_like(value, fresh.get(name))
@@ -126,7 +135,8 @@ def follow_parameters(optimizer: "FusedOptimizer") -> None:
         for p in group["params"]:
             for name, value in optimizer.state.get(p, {}).items():
                 if isinstance(value, Tensor) and value.device != p.device:
-                    optimizer.state[p][name] = value.to(p.device)
+                    with outside_inference_mode():
+                        optimizer.state[p][name] = value.to(p.device)
 
 
 def torch_looks_at_state() -> bool:

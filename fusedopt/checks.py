@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedopt.without_data import is_lazy
 from fusedopt_kernels.layout import overlaps_itself
 
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -90,7 +91,7 @@ def no_parameter_twice(groups: Sequence[dict[str, Any]]) -> None:
 
 def parameter(p: Tensor) -> None:
     """A parameter that can be updated in place: real, floating, dense, without two elements in one place."""
-    what = f"a parameter of shape {tuple(p.shape)}"
+    what = "a lazy parameter" if is_lazy(p) else f"a parameter of shape {tuple(p.shape)}"
     if p.layout is not torch.strided:
         raise ValueError(
             f"{what} is {p.layout}: only dense parameters can be updated, use torch.optim.SparseAdam for it"
@@ -100,7 +101,7 @@ def parameter(p: Tensor) -> None:
             f"{what} is {p.dtype}: parameters must be float16, bfloat16, float32 or float64; "
             "for a complex one pass torch.view_as_real of it"
         )
-    if overlaps_itself(p):
+    if not is_lazy(p) and overlaps_itself(p):
         raise ValueError(
             f"{what} with strides {p.stride()} has several elements in one place of memory (an expanded tensor?): "
             "pass the tensor before it was expanded, or a clone of it"

@@ -120,7 +120,8 @@ def _is_named_with_arguments(item: Any) -> bool:
 
 def _stand_in(lrs: Sequence[float]) -> torch.optim.Optimizer:
     """An optimizer with nothing but learning rates."""
-    groups = [{"params": [torch.zeros((), requires_grad=True)], "lr": lr} for lr in lrs]
+    options: Any = {"dtype": torch.float32, "device": "cpu", "requires_grad": True}
+    groups = [{"params": [torch.zeros((), **options)], "lr": lr} for lr in lrs]
     return torch.optim.SGD(groups, lr=lrs[0])
 
 

@@ -260,7 +260,7 @@ def train(settings: Settings, *, resume: bool = False) -> Outcome:
     # the same on every device).
     text = Text(content, CONTEXT)
     held_out = [part.to(device) for part in text.held_out(HELD_OUT_WINDOWS)]
-    batches = torch.Generator().manual_seed(settings.seed)
+    batches = torch.Generator("cpu").manual_seed(settings.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = GPT(settings.layers, settings.width, CONTEXT)
@@ -295,7 +295,7 @@ def train(settings: Settings, *, resume: bool = False) -> Outcome:
             micro_batches = [(tokens.to(device), targets.to(device)) for tokens, targets in drawn]
             for run in runs:
                 # Forward and backward. The loss stays on the device until the step is done.
-                loss_sum = torch.zeros((), device=device)
+                loss_sum = torch.zeros((), dtype=torch.float32, device=device)
                 for tokens, targets in micro_batches:
                     loss = run.model.loss(tokens, targets) / settings.accumulate
                     loss.backward()

@@ -75,11 +75,13 @@ class Text:
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """`size` windows from random places: tokens and targets, int64 [size, context]."""
-        return _shifted(self._train[torch.randint(len(self._train), (size,), generator=generator)])
+        last = len(self._train)
+        return _shifted(self._train[torch.randint(last, (size,), generator=generator, dtype=torch.int64, device="cpu")])
 
     def held_out(self, windows: int) -> tuple[Tensor, Tensor]:
         """Tokens and targets of `windows` windows spread evenly over the part held out, always the same."""
-        return _shifted(self._held_out[torch.linspace(0, len(self._held_out) - 1, windows).long()])
+        last = len(self._held_out) - 1
+        return _shifted(self._held_out[torch.linspace(0, last, windows, dtype=torch.float32, device="cpu").long()])
 
 
 def _shifted(windows: Tensor) -> tuple[Tensor, Tensor]:

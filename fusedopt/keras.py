@@ -224,7 +224,10 @@ class AdamWeightDecay(AdamW):
 
     def hyper(self, group: dict[str, Any]) -> AdamWHyper:
         hyper = super().hyper(group)
-        return hyper._replace(lr=hyper.lr / (1.0 + self.decay * group["iterations"])) if self.decay else hyper
+        if not self.decay:
+            return hyper
+        lr = hyper.lr.double() if isinstance(hyper.lr, Tensor) else hyper.lr
+        return hyper._replace(lr=lr / (1.0 + self.decay * group["iterations"]))
 
     def batches(self, grads: Gradients) -> list[Batch]:
         if self._decaying is None or self._state_check.regrouped:

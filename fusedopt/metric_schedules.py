@@ -35,8 +35,9 @@ class ReduceLROnPlateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
         for group, min_lr in zip(groups, self.min_lrs, strict=True):
             lr = group["lr"]
             if isinstance(lr, torch.Tensor):
-                reduced = (lr * self.factor).clamp(min=min_lr)
-                lr.copy_(torch.where(lr - reduced > self.eps, reduced, lr))
+                before = lr.double()
+                reduced = (before * self.factor).clamp(min=min_lr)
+                lr.copy_(torch.where(before - reduced > self.eps, reduced, before))
             elif lr - max(lr * self.factor, min_lr) > self.eps:
                 group["lr"] = max(lr * self.factor, min_lr)
 

@@ -200,9 +200,9 @@ def _verification(name: str, lr: float, counts: dict[str, float], specific: dict
         raise ValueError(f"schedule {name!r} follows a metric, so there is no curve to verify against; name another")
     figure = Figure(figsize=(12.6, 6.8), dpi=100, layout="constrained")
     labelled: dict[str, Any] = {}
-    x = torch.linspace(-1.0, 1.0, 32)
+    x = torch.linspace(-1.0, 1.0, 32, dtype=torch.float32, device="cpu")
     for ax, (title, loop) in zip(figure.subplots(2, 3, sharex=True, sharey=True).flat, _LOOPS.items()):
-        line = torch.zeros(2, requires_grad=True)
+        line = torch.zeros(2, dtype=torch.float32, device="cpu", requires_grad=True)
         optimizer = torch.optim.AdamW([line], lr=lr)
         recorder = LRRecorder(optimizer)
 

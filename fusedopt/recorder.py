@@ -45,7 +45,7 @@ def _copied(lr: Any) -> Any:
 def _stacked(lrs: list[Any]) -> torch.Tensor:
     if lrs and all(isinstance(lr, torch.Tensor) for lr in lrs):
         return torch.stack([lr.reshape(()) for lr in lrs])
-    return torch.tensor([float(lr) for lr in lrs], dtype=torch.float64)
+    return torch.tensor([float(lr) for lr in lrs], dtype=torch.float64, device="cpu")
 
 
 class LRRecorder:

@@ -184,4 +184,4 @@ def _unfactored(tiles: _Tiles, state: dict[str, Tensor], weight: float, floor: f
         room = tiles.room(i)
         return torch.div(tiles.gradient(i), torch.sqrt(v[i], out=room), out=room)
 
-    return _Update(made, torch.ones(1, dtype=tiles.dtype), lambda factors: [factors] * len(v))
+    return _Update(made, torch.ones(1, dtype=tiles.dtype, device="cpu"), lambda factors: [factors] * len(v))

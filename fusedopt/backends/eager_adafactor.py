@@ -45,20 +45,23 @@ class EagerAdafactor:
         for batch, which in zip(batches, active):
             alike: dict[tuple[float, torch.Size, torch.dtype], list[_Work]] = {}
             splits = batch.splits or [None] * len(batch.params)
+            hyper: AdafactorHyper = batch.hyper
+            if isinstance(hyper.lr, Tensor):  # a number whatever its dtype, as on the other backend
+                hyper = hyper._replace(lr=float(hyper.lr))
             for i, step in zip(which, steps):
                 p, g, state = batch.params[i], batch.grads[i], batch.states[i]
                 split = splits[i]
                 if g is None or (p.numel() == 0 and split is None):
                     continue
                 if split is not None:
-                    shards.append(shard_update(batch.hyper, step, scale, p, g, state, split))
+                    shards.append(shard_update(hyper, step, scale, p, g, state, split))
                 elif self._on_cpu and p.numel() > SMALL and _matrices_follow_each_other(p, g, state):
-                    tiled_update(batch.hyper, step, scale, p, g, state)
+                    tiled_update(hyper, step, scale, p, g, state)
                 else:
                     alike.setdefault((step, p.shape, p.dtype), []).append(_Work(p, g, state))
             for (step, _, _), works in alike.items():
                 for together in _together(works):
-                    _update_by_rules(batch.hyper, step, scale, together)
+                    _update_by_rules(hyper, step, scale, together)
         update_together(shards)
 
 

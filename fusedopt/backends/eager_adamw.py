@@ -163,7 +163,7 @@ def _fused_update(
     lr = step_size * correction1 / root2
     torch._fused_adamw_(
         *columns,
-        [torch.tensor(step, dtype=torch.float32)] * len(columns.p),
+        [torch.tensor(step, dtype=torch.float32, device="cpu")] * len(columns.p),
         lr=lr,
         beta1=hyper.beta1,
         beta2=hyper.beta2,

@@ -17,6 +17,7 @@ from fusedopt_kernels import rules
 from fusedopt_kernels.adafactor_cells import VECTOR, Numbers
 from fusedopt_kernels.adafactor_plan import Plan, Shapes, plan_of, shape_of
 from fusedopt_kernels.adafactor_splits import Splits
+from fusedopt_kernels.memory import outside_inference_mode
 from fusedopt_kernels.table import addresses, are_even, float_bits
 
 _STATES = ("exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col", "RMS")
@@ -99,9 +100,10 @@ class TritonAdafactor:
                 dtype = torch.promote_types(p.dtype, torch.float32)
                 for name in _STATES:
                     if name in state:
-                        like = state[name].to(dtype)
-                        # The averages of rows and columns are of no parameter's layout.
-                        state[name] = like.contiguous() if name in ("exp_avg_sq_row", "exp_avg_sq_col") else like
+                        with outside_inference_mode():
+                            like = state[name].to(dtype)
+                            # The averages of rows and columns are of no parameter's layout.
+                            state[name] = like.contiguous() if name in ("exp_avg_sq_row", "exp_avg_sq_col") else like
             columns = self._seen = _columns(states)
             self._kinds = kinds
         return columns
@@ -119,10 +121,10 @@ class _Cut:
         """What parameters look like, as the kernels see them, and how they are cut."""
         layouts = [(p.shape, None if p.is_contiguous() else p.stride()) for p in params]
         if layouts != self._layouts or splits != self._splits or not np.array_equal(keys, self._keys):
-            self._layouts, self._keys, self._splits = layouts, keys, splits
             shapes = [shape_of(_like(p, split), small=split is None) for p, split in zip(params, splits)]
             self._shapes = Shapes(*np.array(shapes, np.int64).T)
             self._plan = plan_of(self._shapes, keys, _splits(self._shapes, splits))
+            self._layouts, self._keys, self._splits = layouts, keys, splits
         return self._shapes, self._plan
 
 
