@@ -71,7 +71,7 @@ class AdamW(FusedOptimizer):
     """
 
     rule = "adamw"
-    state_options = ("amsgrad",)
+    state_options = {"amsgrad": (False, True)}
     checks = {
         "lr": checks.learning_rate,
         "betas": checks.betas,
@@ -140,6 +140,9 @@ class AdamW(FusedOptimizer):
     def new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * group["amsgrad"]
         return {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in names}
+
+    def whole_options(self) -> dict[str, Any]:
+        return {**super().whole_options(), "convention": self.convention}
 
     def shares_steps(self) -> bool:
         return CONVENTIONS[self.convention].shared_steps

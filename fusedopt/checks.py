@@ -37,6 +37,12 @@ def learning_rate(name: str, value: Any) -> None:
     finite_non_negative(name, value)
 
 
+def count(name: str, value: Any) -> None:
+    """A whole number >= 0."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 0:
+        raise ValueError(f"{name} must be a whole number >= 0, got {value!r}")
+
+
 def beta(name: str, value: Any) -> None:
     """A decay rate of a running average, in [0, 1)."""
     amount = number(name, value)
