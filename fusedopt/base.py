@@ -395,9 +395,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Loads a checkpoint of this optimizer, or of the one that it replaces, whichever backend or device made it.
 
         Group options that the checkpoint lacks keep their present value; options of the whole optimizer stay the
-        constructor's. States keep the dtype they were saved in and are laid out like their parameter. Where an option
-        was switched on or off since they were made, `amsgrad` or `beta1`, they may lack what it needs, which then starts
-        from zero, or have more. A rate that was a tensor becomes a tensor of this optimizer's own.
+        constructor's. States keep the dtype they were saved in and are laid out like their parameter. They may lack
+        what `amsgrad` or `beta1` needs, which then starts from zero, or have it without need: both can be switched on
+        and off between steps. A rate that was a tensor becomes a tensor of this group's own.
 
         Raises:
             ValueError: the checkpoint does not fit the parameters, or is another optimizer's. After this, as after any

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def packed(optimizer: "FusedOptimizer") -> dict[str, Any]:
-    """The state dict in torch's layout: parameters are numbered, and tensors are the optimizer's own but for the counts.
+    """The state dict in torch's layout: parameters are numbered, tensors but for counts are the optimizer's own.
 
     The states of tensors that are in no group any more are left out.
     """

@@ -50,8 +50,8 @@ class AdamWeightDecay(AdamW):
         backend: "auto" (Triton for CUDA and ROCm tensors, eager for the others), "triton" or "eager".
         max_grad_norm, skip_nonfinite: as in `AdamW`; the first excludes Keras' clippings.
         **kwargs: Keras' `clipvalue`, `clipnorm`, `global_clipnorm` (the last two exclude each other), `decay` (the rate
-            is divided by 1 + decay * calls) and `lr` (instead of `learning_rate`, with a warning). With `betas`, torch's
-            names stand for Keras', as they do in `defaults`: `AdamWeightDecay(params, **optimizer.defaults)`.
+            is divided by 1 + decay * calls) and `lr` (instead of `learning_rate`, with a warning). With `betas` come
+            the other options under torch's names, too, which `defaults` have.
 
     Raises:
         ValueError: an option is out of range; patterns without names; at a step, a function that returns no rate.

@@ -20,6 +20,8 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _LARGEST_COUNT = torch.finfo(torch.float32).max
 
+_Place = tuple[Any, Tensor, dict[str, Any]]
+
 
 def loaded(optimizer: "FusedOptimizer", state_dict: Any) -> dict[str, Any]:
     """The state and the param groups that a checkpoint gives this optimizer, which stays as it is.
@@ -96,7 +98,7 @@ def _is_of(optimizer: "FusedOptimizer", whom: str, evidence: str) -> str:
     )
 
 
-def _places(optimizer: "FusedOptimizer", saved_groups: list[dict[str, Any]]) -> list[tuple[Any, Tensor, dict[str, Any]]]:
+def _places(optimizer: "FusedOptimizer", saved_groups: list[dict[str, Any]]) -> list[_Place]:
     """For each parameter the key of its saved state, itself, and its present group."""
     groups = optimizer.param_groups
     if len(groups) != len(saved_groups):
@@ -114,9 +116,7 @@ def _places(optimizer: "FusedOptimizer", saved_groups: list[dict[str, Any]]) -> 
     ]
 
 
-def _merged(
-    optimizer: "FusedOptimizer", number: int, group: dict[str, Any], saved: dict[str, Any]
-) -> dict[str, Any]:
+def _merged(optimizer: "FusedOptimizer", number: int, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
     """A param group with the saved options, as far as there are any; those of the whole optimizer stay its own."""
     left_out = {"params", *_FOREIGN_GROUP_KEYS, *optimizer.whole_options()}
     options = {name: copy.deepcopy(checkpoint.plain(v)) for name, v in saved.items() if name not in left_out}
