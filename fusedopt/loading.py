@@ -140,7 +140,7 @@ def _merged(optimizer: "FusedOptimizer", number: int, group: dict[str, Any], sav
     if "param_names" in group:  # Those of the model that is here, which may have been renamed or wrapped.
         options.pop("param_names", None)
     merged = {**group, **options}
-    lr = merged.get("lr")
+    lr: Any = merged.get("lr")
     # A schedule may have brought the rate below 0; what it was made with has been checked.
     is_number = isinstance(lr, (int, float, Tensor)) and not isinstance(lr, bool)
     optimizer.check_group({**merged, "lr": abs(lr)} if is_number else merged)
@@ -240,11 +240,12 @@ def _check_value(what: str, value: Any, like: Tensor, p: Tensor) -> None:
 
 def _count(who: str, p: Tensor, step: Any) -> float:
     count = step
+    step = step.full_tensor() if sharding.is_sharded(step) else step
     if isinstance(step, Tensor):
         if step.is_meta and p.is_meta:
             return 0.0
         if step.numel() == 1 and step.layout is torch.strided and not step.is_meta:
-            count = (step.full_tensor() if sharding.is_sharded(step) else step).item()
+            count = step.item()
     else:
         count = _number(checkpoint.plain(step))
     if isinstance(count, bool) or not isinstance(count, (int, float)):

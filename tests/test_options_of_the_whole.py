@@ -96,7 +96,7 @@ def test_a_group_that_contradicts_the_whole_optimizer_is_refused_with_both_value
     with pytest.raises(TypeError, match=re.escape(message)):
         AdamW([{"params": [p], "convention": "keras"}], convention="torch")
     optimizer = AdamW([p])
-    with pytest.raises(TypeError, match="max_grad_norm=1.0.*has max_grad_norm=None"):
+    with pytest.raises(TypeError, match=r"max_grad_norm=1\.0.*has max_grad_norm=None"):
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "max_grad_norm": 1.0})
     assert len(optimizer.param_groups) == 1
 
