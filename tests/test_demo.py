@@ -283,6 +283,7 @@ def test_a_damaged_checkpoint_is_one_sentence_that_names_the_file(tiny, damage, 
     damage(checkpoint)
     torch.save(checkpoint, path)
     before = metrics(tiny)
+    capsys.readouterr()
     assert cli.main(["demo", "--resume", "--out", str(tiny.out)]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "Traceback" not in said and f"cannot resume: {path}" in said
