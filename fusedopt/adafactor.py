@@ -109,7 +109,7 @@ class Adafactor(FusedOptimizer):
     """
 
     rule = "adafactor"
-    state_options = ("beta1",)
+    state_options = {"beta1": (None, 0.0)}
     optional_states = ("exp_avg",)
     checks = {
         "eps": _eps,
@@ -160,7 +160,8 @@ class Adafactor(FusedOptimizer):
         super().__init__(params, defaults, backend, unknown, Guard(max_grad_norm, skip_nonfinite))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        _check_lr_is_meant({**self.defaults, **param_group})
+        if isinstance(param_group, dict):
+            _check_lr_is_meant({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
     def check_group(self, group: dict[str, Any]) -> None:
@@ -209,11 +210,9 @@ class Adafactor(FusedOptimizer):
         return shapes if group["beta1"] is None else {**shapes, "exp_avg": p.shape}
 
     def foreign_state(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The original's state: RMS may be the int 0, and what it loaded for 16-bit parameters is in 16 bits."""
-        if not isinstance(state.get("RMS", 0.0), Tensor):
-            state["RMS"] = torch.tensor(float(state["RMS"]), dtype=torch.float32, device="cpu")
+        """The original's state: what it loaded for 16-bit parameters is in 16 bits."""
         return {
-            name: value.to(torch.promote_types(value.dtype, torch.float32)) if isinstance(value, Tensor) else value
+            name: value.float() if getattr(value, "dtype", None) in (torch.float16, torch.bfloat16) else value
             for name, value in state.items()
         }
 

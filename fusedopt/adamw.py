@@ -71,7 +71,7 @@ class AdamW(FusedOptimizer):
     """
 
     rule = "adamw"
-    state_options = ("amsgrad",)
+    state_options = {"amsgrad": (False, True)}
     optional_states = ("max_exp_avg_sq",)
     checks = {
         "lr": checks.learning_rate,
@@ -144,6 +144,9 @@ class AdamW(FusedOptimizer):
 
     def state_shapes(self, p: Tensor, group: dict[str, Any]) -> dict[str, torch.Size]:
         return dict.fromkeys(["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * group["amsgrad"], p.shape)
+
+    def whole_options(self) -> dict[str, Any]:
+        return {**super().whole_options(), "convention": self.convention}
 
     def shares_steps(self) -> bool:
         return CONVENTIONS[self.convention].shared_steps

@@ -1,5 +1,6 @@
 """The only `step()` of the package: closures, missing gradients, state, choice of backend. Subclasses declare."""
 
+import copy
 from collections.abc import Callable, Iterable
 from itertools import chain, repeat
 from operator import attrgetter
@@ -8,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fusedopt import backends, checkpoint, checks, outside_graphs, sharding
+from fusedopt import backends, checkpoint, checks, loading, outside_graphs, sharding
 from fusedopt.backends.capture import capturing
 from fusedopt.batch import Batch, Control
 from fusedopt.checks import FLOATS
@@ -35,8 +36,11 @@ class FusedOptimizer(torch.optim.Optimizer):
     _given: tuple[dict[Tensor, Tensor | None], Control] | None
     """Gradients that `apply_gradients` hands to `step`."""
 
-    state_options: ClassVar[tuple[str, ...]] = ()
-    """Options of a group that decide which tensors a state has."""
+    state_options: ClassVar[dict[str, tuple[Any, Any]]] = {}
+    """Options of a group that decide which tensors a state has: without more tensors, and with."""
+
+    counters: ClassVar[frozenset[str]] = frozenset()
+    """Numbers that a group has beside its options."""
 
     optional_states: ClassVar[tuple[str, ...]] = ()
     """The tensors of a state that they decide about."""
@@ -55,9 +59,6 @@ class FusedOptimizer(torch.optim.Optimizer):
     constructor_options: ClassVar[tuple[str, ...]] = ("backend", "guard")
     """Attributes that belong to the optimizer, not to a group or a checkpoint; copies and pickles carry them."""
 
-    whole_options: ClassVar[tuple[str, ...]] = ("max_grad_norm", "skip_nonfinite")
-    """Options of the constructor, beside those, that go for the whole optimizer: a group may not have its own."""
-
     _step_supports_amp_scaling = True
     """A GradScaler hands its scale to `step` as the attributes `grad_scale` and `found_inf`."""
 
@@ -69,7 +70,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.backend = backend
         self.guard = guard or Guard()
         self._forget()
-        super().__init__(params, defaults)
+        super().__init__(params, checkpoint.plain({**defaults, **self.whole_options()}))
         outside_graphs.keep(type(self))
 
     # What a subclass declares.
@@ -89,6 +90,14 @@ class FusedOptimizer(torch.optim.Optimizer):
     def shares_steps(self) -> bool:
         """Whether all parameters count the applied steps of the whole optimizer."""
         return False
+
+    def whole_options(self) -> dict[str, Any]:
+        """The constructor's options that go for the whole optimizer. `defaults` has them, groups have none of them."""
+        return {
+            "backend": self.backend,
+            "max_grad_norm": self.guard.max_grad_norm,
+            "skip_nonfinite": self.guard.skip_nonfinite,
+        }
 
     def needs_all_gradients(self) -> str | None:
         """The option that makes no sense before all gradients are known, as `name=value`; None if there is none."""
@@ -129,23 +138,34 @@ class FusedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; options that it does not give are the constructor's.
 
+        A rate that is a tensor stays that tensor, unless another group has it already: then this one gets a copy.
+
         Raises:
             ValueError: an option is out of range or a parameter cannot be updated; the optimizer is as before.
+            TypeError: it is no dict, or has an option that a group cannot have.
         """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"a param group must be a dict with the key 'params', got {type(param_group).__name__}")
         refuse_unknown("a param group", {k: v for k, v in param_group.items() if k in _TORCH_BACKEND_OPTIONS})
-        for name in (*self.constructor_options, *self.whole_options):
-            if name in param_group:
+        whole = self.whole_options()
+        for name, own in whole.items():
+            # Wrappers repeat the constructor's options in every group.
+            if name in param_group and param_group[name] is not own and param_group[name] != own:
                 raise TypeError(
-                    f"a param group got {name}={param_group[name]!r}, which goes for the whole optimizer: "
-                    f"pass it to {type(self).__name__}"
+                    f"a param group got {name}={param_group[name]!r}, which goes for the whole optimizer, and this "
+                    f"{type(self).__name__} has {name}={own!r}: give the constructor the value that is meant for all"
                 )
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
+            for name in whole:
+                group.pop(name, None)
+            group.update({name: checkpoint.plain(value) for name, value in group.items() if name != "params"})
             self.check_group(group)
             for p in group["params"]:
                 checks.parameter(p)
             checks.no_parameter_twice([group])
+            checkpoint.separate_rates(self.param_groups)
         except Exception:
             self.param_groups.pop()
             raise
@@ -303,6 +323,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._homes = None
         if self._state_check.incomplete:
             self._state_options = None
+
     def _look_at_parameters(self) -> None:
         """Takes notice of where parameters are, and of those that cannot be updated or have nothing to update.
 
@@ -402,7 +423,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         options = [{k: v for k, v in group.items() if k in self.state_options} for group in self.param_groups]
         if options == self._state_options:
             return
-        self._state_options = options
+        added = []
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state.get(p)
@@ -413,7 +434,10 @@ class FusedOptimizer(torch.optim.Optimizer):
                         raise RuntimeError(
                             "an option that needs more state was set before a capture: take a step first"
                         )
-                    state.update({name: value for name, value in new.items() if name not in state})
+                    added.append((state, {name: value for name, value in new.items() if name not in state}))
+        for state, entries in added:
+            state.update(entries)
+        self._state_options = options
 
     def _forget(self) -> None:
         """Drops what was derived from groups and states: backends, where states are, and gradients in flight."""
@@ -430,37 +454,44 @@ class FusedOptimizer(torch.optim.Optimizer):
     # Checkpoints and copies.
 
     def state_dict(self) -> dict[str, Any]:
-        """The state in torch's names and layout; step counts are 0-d tensors of their own."""
-        saved = super().state_dict()
-        saved["state"] = {
-            key: {**state, "step": state["step"].clone()} if "step" in state else state
-            for key, state in saved["state"].items()
-        }
-        return saved
+        """The state in torch's names and layout; step counts are 0-d tensors of their own, numbers are Python's.
+
+        Post hooks get it as it is, and may change it or return something else.
+        """
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        saved = checkpoint.packed(self)
+        passed: dict[str, Any] = checkpoint.through_hooks(self._optimizer_state_dict_post_hooks.values(), self, saved)
+        return passed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of this optimizer, or of the one that it replaces, whichever backend or device made it.
 
-        Group options that the checkpoint lacks keep their present value; states keep the dtype they were saved in and
-        are laid out like their parameter.
+        Group options that the checkpoint lacks keep their present value; options of the whole optimizer stay the
+        constructor's. States keep the dtype they were saved in and are laid out like their parameter. They may lack
+        what `amsgrad` or `beta1` needs, which then starts from zero, or have it without need: both can be switched on
+        and off between steps. A rate that was a tensor becomes a tensor of this group's own.
 
         Raises:
-            ValueError: the checkpoint does not fit the parameters; nothing was changed.
+            ValueError: the checkpoint does not fit the parameters, or is another optimizer's. After this, as after any
+                other error, such as one for want of memory, nothing was changed.
         """
-        handle = self.register_load_state_dict_pre_hook(checkpoint.prepare)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
+        hooks = self._optimizer_load_state_dict_pre_hooks.values()
+        passed = checkpoint.through_hooks(hooks, self, copy.copy(state_dict))
+        self.__setstate__(loading.loaded(self, passed))
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: getattr(self, name) for name in self.constructor_options}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        # torch puts it there for optimizers of its own.
+        self.defaults.pop("differentiable", None)
+        checkpoint.separate_rates(self.param_groups)
         outside_graphs.keep(type(self))
         self._forget()
-        checkpoint.lay_out(self)
 
 
 def refuse_unknown(where: str, options: dict[str, Any]) -> None:

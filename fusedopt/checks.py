@@ -55,6 +55,12 @@ def rate_in_use(rate: Any) -> Any:
     return 0.0 if isinstance(rate, float) and -_ROUNDING < rate < 0.0 else rate
 
 
+def count(name: str, value: Any) -> None:
+    """A whole number >= 0."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 0:
+        raise ValueError(f"{name} must be a whole number >= 0, got {value!r}")
+
+
 def beta(name: str, value: Any) -> None:
     """A decay rate of a running average, in [0, 1)."""
     amount = number(name, value)

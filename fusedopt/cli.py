@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 
 import fusedopt
-from fusedopt import backends, demo, demo_checkpoint, demo_report
+from fusedopt import backends, demo, demo_report
 from fusedopt.plot_command import add_plot_command
 
 
@@ -121,7 +121,7 @@ def run_demo(options: argparse.Namespace) -> None:
     given = {name: value for name, value in vars(options).items() if name not in ("run", "command", "resume")}
     if options.resume:
         folder = given.get("out", demo.Settings().out)
-        saved = demo_checkpoint.load(Path(folder) / demo.CHECKPOINT)["settings"]
+        saved = demo.read_checkpoint(folder)["settings"]
         given = {**saved, **given, "out": folder}
     settings = demo.Settings(**given)
     out = Path(settings.out)

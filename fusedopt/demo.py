@@ -232,6 +232,15 @@ class Run:
                 self.scheduler.step()
 
 
+def read_checkpoint(folder: str | Path) -> dict[str, Any]:
+    """The checkpoint in a folder that a run has left.
+
+    Raises:
+        ValueError: There is none, or it is no checkpoint of the demo.
+    """
+    return demo_checkpoint.load(Path(folder) / CHECKPOINT, asdict(Settings()))
+
+
 def train(settings: Settings, *, resume: bool = False) -> Outcome:
     """Trains both runs side by side, step by step, and leaves metrics.jsonl and checkpoint.pt in `settings.out`.
 
@@ -273,13 +282,14 @@ def train(settings: Settings, *, resume: bool = False) -> Outcome:
     # Where to begin: at the first step, or after the last one of the checkpoint. Records of later steps are dropped.
     done, records = 0, []
     if resume:
-        checkpoint = demo_checkpoint.load(out / CHECKPOINT)
+        checkpoint = read_checkpoint(out)
         demo_checkpoint.check_same_run(checkpoint, identity, settings.steps)
         done, records = checkpoint["step"], checkpoint["records"]
-        batches.set_state(checkpoint["batches"])
-        for run in runs:
-            another_total = checkpoint["settings"]["steps"] != settings.steps
-            run.load_state_dict(checkpoint["runs"][run.name], replay_schedule=done if another_total else None)
+        with demo_checkpoint.reading(out / CHECKPOINT):
+            batches.set_state(checkpoint["batches"])
+            for run in runs:
+                another_total = checkpoint["settings"]["steps"] != settings.steps
+                run.load_state_dict(checkpoint["runs"][run.name], replay_schedule=done if another_total else None)
     out.mkdir(parents=True, exist_ok=True)
     if not resume:  # A checkpoint of an earlier run is none of this one, which may be interrupted before its first.
         (out / CHECKPOINT).unlink(missing_ok=True)

@@ -50,7 +50,8 @@ class AdamWeightDecay(AdamW):
         backend: "auto" (Triton for CUDA and ROCm tensors, eager for the others), "triton" or "eager".
         max_grad_norm, skip_nonfinite: as in `AdamW`; the first excludes Keras' clippings.
         **kwargs: Keras' `clipvalue`, `clipnorm`, `global_clipnorm` (the last two exclude each other), `decay` (the rate
-            is divided by 1 + decay * calls) and `lr` (instead of `learning_rate`, with a warning).
+            is divided by 1 + decay * calls) and `lr` (instead of `learning_rate`, with a warning). With `betas` come
+            the other options under torch's names, too, which `defaults` have.
 
     Raises:
         ValueError: an option is out of range; patterns without names; at a step, a function that returns no rate.
@@ -84,7 +85,7 @@ class AdamWeightDecay(AdamW):
         *AdamW.constructor_options,
         *("schedule", "decay", "clipping", "include_in_weight_decay", "exclude_from_weight_decay", "name"),
     )
-    whole_options: ClassVar[tuple[str, ...]] = (*AdamW.whole_options, *Clipping._fields)
+    counters = frozenset({"iterations"})
 
     def __init__(
         self,
@@ -114,6 +115,17 @@ class AdamWeightDecay(AdamW):
                 raise ValueError(f"{field}={bound!r} and max_grad_norm={max_grad_norm!r} both clip: pass one of them")
         self.decay = kwargs.pop("decay", 0.0)
         checks.finite_non_negative("decay", self.decay)
+        eps = _keras_epsilon(epsilon)
+        as_torch = {}
+        if "betas" in kwargs:
+            # `defaults` have torch's names, and a function's first rate beside the function.
+            rate = kwargs.pop("lr", learning_rate)
+            learning_rate = learning_rate if callable(learning_rate) else rate
+            checks.betas("betas", kwargs["betas"])
+            beta_1, beta_2 = kwargs.pop("betas")
+            eps = kwargs.pop("eps", eps)
+            weight_decay_rate = kwargs.pop("weight_decay", weight_decay_rate)
+            as_torch = {name: kwargs.pop(name) for name in ("correct_bias", "maximize") if name in kwargs}
         if "lr" in kwargs:
             checks.learning_rate("lr", kwargs["lr"])
             warnings.warn("lr is Keras' old name of learning_rate, which it overrides here", stacklevel=2)
@@ -132,13 +144,14 @@ class AdamWeightDecay(AdamW):
             params,
             lr=learning_rate,
             betas=(beta_1, beta_2),
-            eps=_keras_epsilon(epsilon),
+            eps=eps,
             weight_decay=weight_decay_rate,
             amsgrad=amsgrad,
             convention="keras",
             backend=backend,
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
+            **as_torch,
         )
         if self.schedule is not None:
             self._followed = 0, self.defaults["lr"]
@@ -157,6 +170,8 @@ class AdamWeightDecay(AdamW):
         Raises:
             ValueError: an option is out of range; patterns without names; an own rate beside a function of the step.
         """
+        if not isinstance(param_group, dict):
+            super().add_param_group(param_group)  # refuses it
         group = {_GROUP_OPTIONS.get(key, key): value for key, value in param_group.items()}
         if "epsilon" in param_group:
             group["eps"] = _keras_epsilon(group["eps"])
@@ -165,6 +180,8 @@ class AdamWeightDecay(AdamW):
             group["betas"] = (group.pop("beta_1", beta_1), group.pop("beta_2", beta_2))
         group.setdefault("iterations", self.iterations)
         if self.schedule is not None:
+            if group.get("lr") == self.schedule:
+                del group["lr"]  # a wrapper repeats the constructor's options
             if "lr" in group:
                 raise ValueError(
                     f"a param group got the rate {group['lr']!r}, but learning_rate is a function of the step, which "
@@ -173,12 +190,27 @@ class AdamWeightDecay(AdamW):
             group["lr"] = _rate(self.schedule, group["iterations"])
         super().add_param_group(group)
 
+    def whole_options(self) -> dict[str, Any]:
+        options = super().whole_options()
+        del options["convention"]
+        return {
+            **options,
+            **({} if self.schedule is None else {"learning_rate": self.schedule}),
+            "include_in_weight_decay": self.include_in_weight_decay,
+            "exclude_from_weight_decay": self.exclude_from_weight_decay,
+            "name": self.name,
+            "decay": self.decay,
+            **self.clipping._asdict(),
+        }
+
     def needs_all_gradients(self) -> str | None:
         bound = self.clipping.global_clipnorm
         return super().needs_all_gradients() if bound is None else f"global_clipnorm={bound!r}"
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
+        if "iterations" in group:
+            checks.count("iterations", group["iterations"])
         if "params" in group and "param_names" not in group:
             for option in ("include_in_weight_decay", "exclude_from_weight_decay"):
                 if getattr(self, option):

@@ -228,10 +228,6 @@ def broken_checkpoints():
         "other groups": ({"state": {}, "param_groups": []}, "0 param groups"),
         "missing state": (missing, "missing .'exp_avg_sq'."),
         "unknown state": (unknown, "unknown .'momentum_buffer'."),
-        "amsgrad without its state": (
-            {"state": good["state"], "param_groups": [{**good["param_groups"][0], "amsgrad": True}]},
-            "max_exp_avg_sq",
-        ),
         "no checkpoint": ({"model": {}}, "'state' is NoneType"),
         "Adam that decays its gradients": (decaying, "added to the gradients"),
         "no count": (count, "step=-1.0"),

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusedopt import demo, demo_checkpoint, demo_report
+from fusedopt import cli, demo, demo_checkpoint, demo_report
 from fusedopt.demo import Settings, train
 from fusedopt.demo_model import GPT
 from fusedopt.demo_text import DEFAULT_BYTES, Text, read_text
@@ -254,6 +254,40 @@ def test_refuses_what_is_no_checkpoint(tiny, content):
         torch.save({"state": 1}, path)
     with pytest.raises(ValueError, match=r"checkpoint\.pt (does not exist|is damaged|is no checkpoint)"):
         train(tiny, resume=True)
+
+
+DAMAGE = {
+    "settings": lambda c: c.update(settings=[1]),
+    "an unknown setting": lambda c: c["settings"].update(colour="blue"),
+    "a setting of another kind": lambda c: c["settings"].update(steps="four"),
+    "identity": lambda c: c.update(identity=None),
+    "step": lambda c: c.update(step="four"),
+    "a step too many": lambda c: c.update(step=c["step"] + 1),
+    "records": lambda c: c.update(records=None),
+    "a record that is a number": lambda c: c["records"].__setitem__(0, 1),
+    "a record without loss": lambda c: c["records"][0].pop("train_loss"),
+    "batches": lambda c: c.update(batches=None),
+    "batches of another generator": lambda c: c.update(batches=torch.zeros(3, dtype=torch.uint8)),
+    "runs": lambda c: c.update(runs={}),
+    "a run without model": lambda c: c["runs"]["fused"].pop("model"),
+    "weights": lambda c: c["runs"]["fused"]["model"].popitem(),
+    "moments": lambda c: c["runs"]["fused"]["optimizer"]["state"][0].update(exp_avg=torch.ones(2)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint_is_one_sentence_that_names_the_file(tiny, damage, capsys):
+    train(tiny)
+    path = Path(tiny.out) / demo.CHECKPOINT
+    checkpoint = torch.load(path, weights_only=True)
+    damage(checkpoint)
+    torch.save(checkpoint, path)
+    before = metrics(tiny)
+    capsys.readouterr()
+    assert cli.main(["demo", "--resume", "--out", str(tiny.out)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "Traceback" not in said and f"cannot resume: {path}" in said
+    assert metrics(tiny) == before
 
 
 @pytest.mark.parametrize("moment", ["while writing", "before renaming"])

@@ -15,7 +15,8 @@ KERNELS = sorted((ROOT / "kernels" / "fusedopt_kernels").rglob("*.py"))
 LAYERS = [
     {"batch", "checks", "outside_graphs", "sharding"},
     {"backends"},
-    {"checkpoint", "states"},
+    {"checkpoint", "states", "whose", "without_data"},
+    {"loading"},
     {"base"},
     {"adamw", "adafactor"},
     {"adafactor_schedule", "keras", "accumulate", "decay_groups", "in_backward", "reference"},
