@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from fusedopt.demo_checkpoint import write_atomically
+from fusedopt.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
