@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import fusedopt
 from fusedopt.threads import share_the_cores
 
+
 class _Parser(argparse.ArgumentParser):
     """Answers a mistake with one sentence instead of the whole usage."""
 

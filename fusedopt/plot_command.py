@@ -112,7 +112,9 @@ def _arguments(name: str, counts: dict[str, float], args: argparse.Namespace) ->
     own = dict(_key_and_value(text) for text in args.set)
     for key in own:
         if key in counts:
-            raise ValueError(f"--set takes a schedule's own arguments; give {key} as --{key.removeprefix('num_').replace('_', '-')}")
+            raise ValueError(
+                f"--set takes a schedule's own arguments; give {key} as --{key.removeprefix('num_').replace('_', '-')}"
+            )
         if key in ("optimizer", "last_epoch"):
             raise ValueError(f"--set takes a schedule's own arguments; a picture is of a new run, without {key}")
     for key, value in own.items():
