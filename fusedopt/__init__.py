@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from fusedopt.public import *
+    from fusedopt.public import *  # noqa: F403
 else:
     # The first name that is asked for imports all of them, and torch. Before that the command line can settle what
     # torch reads from the environment when it is imported, and answer Ctrl-C while it is.

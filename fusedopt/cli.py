@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _prepare_streams() -> None:
-    """Output never fails for its letters: what a terminal cannot show is spelled `\\xe9`. A closed stream is no error."""
+    """What a terminal cannot show is spelled `\\xe9`; what goes to a closed stream is lost."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:

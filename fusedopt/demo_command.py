@@ -39,8 +39,8 @@ def add_demo_command(commands: Any) -> None:
     option("--dtype", "of weights, activations and gradients", defaults.dtype, choices=demo.DTYPES)
     option("--device", "auto takes the GPU if there is one", defaults.device, choices=demo.DEVICES)
     option("--seed", "of starting weights and batches", defaults.seed, type=int, metavar="N")
-    option("--text", f"file to learn from, of which the first {LARGEST_TEXT // 10**6} MB are read (default: the sources of "
-           "Python's standard library)", metavar="PATH")  # fmt: skip
+    text = f"file to learn from, {LARGEST_TEXT // 10**6} MB of it at most"
+    option("--text", f"{text} (default: the sources of Python's standard library)", metavar="PATH")
     option("--out", "folder for metrics.jsonl, demo.png and checkpoint.pt", defaults.out, metavar="DIR")
     option("--checkpoint-every", "steps between checkpoints; 0: only at the end", defaults.checkpoint_every, type=int,
            metavar="N")  # fmt: skip

@@ -293,7 +293,7 @@ def test_a_full_disk_names_the_file(tmp_path, wrapped):
             raise OSError(errno.ENOSPC, "No space left on device")
         except OSError:
             if wrapped:
-                raise RuntimeError("unexpected pos 64 vs 0")
+                raise RuntimeError("unexpected pos 64 vs 0")  # noqa: B904 - as C++ does
             raise
 
     with pytest.raises(OSError, match="No space left") as caught:
