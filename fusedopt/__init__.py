@@ -12,11 +12,13 @@ else:
     def __getattr__(name):
         if name == "__all__" or not name.startswith("__"):
             from importlib import import_module
+            from importlib.util import find_spec
 
+            if find_spec(f"fusedopt.{name}"):  # a module of ours, perhaps on the way to those names
+                return import_module(f"fusedopt.{name}")
             public = import_module("fusedopt.public")
-            if hasattr(public, "__all__"):  # else it is being imported, and a module of ours is looked for
-                globals().update({known: getattr(public, known) for known in public.__all__})
-                globals()["__all__"] = ["__version__", *public.__all__]
+            globals().update({known: getattr(public, known) for known in public.__all__})
+            globals()["__all__"] = ["__version__", *public.__all__]
             if name in globals():
                 return globals()[name]
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

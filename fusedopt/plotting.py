@@ -33,6 +33,7 @@ _TOLD_APART = len(_COLOURS) * len(_DASHES)
 _NAMED_OF_MANY = 10
 # The text of legends, and the height of one of their rows, in points.
 _SMALL, _ROW = 8.3, 14.5
+_MOST_ROWS = 10
 
 
 def plot_schedule(
@@ -76,8 +77,6 @@ def plot_schedule(
     figure, ax = _canvas(ax)
     drawn, others = _draw(ax, curves, metric="metric" if metrics is not None else "metric: an example loss")
     _place_legend(ax, drawn, others, below=created)
-    if ax.get_yscale() == "linear" and ax.dataLim.ymin >= 0:  # 0 is in sight: a constant rate is no zigzag
-        ax.set_ylim(bottom=min(ax.get_ylim()[0], -0.045 * ax.get_ylim()[1]))
     alone = curves[0] if len(curves) == 1 else None
     title = title or (alone.label if alone else "learning-rate schedules")
     _finish(ax, relative, title, alone.details if alone else "")
@@ -185,6 +184,7 @@ def plot_verification(
     others = [_key(lines, dots, "used, as meant"), *(crosses[:1] and [_key(crosses, crosses, "used, differs")])]
     if warm_up > run.steps[0]:
         others.append(_shade_warm_up(ax, warm_up, start=run.steps[0]))
+    _fit(ax)
     if legend:
         _place_legend(ax, lines, others, below=alone)
     title = title or ("the run followed the schedule" if run.ok else "the run left the schedule")
@@ -250,7 +250,20 @@ def _draw(
             if curve.warm_up > 0
         ]
         others.append(ends[0])
+    _fit(ax)
     return lines, others
+
+
+def _fit(ax: Axes) -> None:
+    """Limits around what is drawn, and 0 between them where no rate is negative; none that the user has set."""
+    ax.margins(x=0.02, y=0.06)
+    if _may_move(ax) and ax.dataLim.ymin >= 0:
+        low, high = ax.get_ylim()
+        ax.set_ylim(min(low, -0.045 * high), high, auto=True)
+
+
+def _may_move(ax: Axes) -> bool:
+    return ax.get_yscale() == "linear" and ax.get_autoscaley_on()
 
 
 def _key(lines: list[Any], points: list[Any], label: str) -> Any:
@@ -277,8 +290,10 @@ def _place_legend(ax: Axes, lines: list[Any], others: list[Any], below: bool) ->
         height, width = height * ax.get_position().height, width * ax.get_position().width
     labels = [_shortened(handle.get_label(), 0.94 * width - 5 * _SMALL) for handle in handles]
     columns = max(1, min(4, int(0.94 * width / (max(map(_width, labels)) + 5 * _SMALL))))
+    if below and len(handles) > _MOST_ROWS * columns:  # shorter names rather than a longer page
+        columns = -(-len(handles) // _MOST_ROWS)
+        labels = [_shortened(label, 0.94 * width / columns - 5 * _SMALL) for label in labels]
     rows = -(-len(handles) // columns)
-    ax.margins(x=0.02, y=0.06)
     if not below:
         most = max(1, int(0.45 * height / _ROW))
         if rows > most:
@@ -290,8 +305,8 @@ def _place_legend(ax: Axes, lines: list[Any], others: list[Any], below: bool) ->
         share = min(0.6, (1.3 * _ROW * (rows + bool(title)) + 8) / height)
         for each in {ax, *(handle.axes for handle in handles if handle.axes is not None)}:
             low, high = each.get_ylim()
-            if each.get_yscale() == "linear":
-                each.set_ylim(low, low + (high - low) / (1 - share))
+            if _may_move(each):
+                each.set_ylim(low, low + (high - low) / (1 - share), auto=True)
     options: dict[str, Any] = {"ncols": columns, "frameon": False, "fontsize": _SMALL, "title": title}
     options |= {"title_fontsize": _SMALL}
     # Matplotlib leaves out what begins with an underscore.
@@ -300,7 +315,7 @@ def _place_legend(ax: Axes, lines: list[Any], others: list[Any], below: bool) ->
         figure.set_figheight(figure.get_figheight() + max(0, rows + bool(title) - 1) * _ROW / 72)
         legend = figure.legend(handles, named, loc="outside lower center", **options)
     else:
-        legend = ax.legend(handles, named, loc="upper right", **options)
+        legend = ax.legend(handles, named, loc="upper right" if _may_move(ax) else "best", **options)
     for text in legend.get_texts():
         text.set_parse_math(False)
 
@@ -340,7 +355,6 @@ def _finish(ax: Axes, relative: bool, title: str, below: str = "", lines: int = 
     """Labels with units, the title with a smaller text below it, room for so many lines of it at least."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    ax.margins(x=0.02, y=0.06)
     # Of the largest number that the axis can show, so that no tick reads 10 or more.
     largest = np.abs(ax.get_ylim()).max() if np.abs(ax.dataLim.intervaly).max() > 0 else 0.0
     exponent = int(np.floor(np.log10(largest))) if 0 < largest < np.inf else 0
