@@ -251,8 +251,8 @@ def _verification(name: str, lr: float, total: int, arguments: dict[str, Any]) -
 
         def make_scheduler(optimizer: torch.optim.Optimizer = optimizer) -> LambdaLR:
             specific = dict(arguments)
-            counts = [specific.pop(count, None) for count in ("num_warmup_steps", "num_training_steps")]
-            scheduler = get_scheduler(name, optimizer, *counts, specific)
+            warm_up, length = specific.pop("num_warmup_steps"), specific.pop("num_training_steps", None)
+            scheduler = get_scheduler(name, optimizer, warm_up, length, specific)
             assert isinstance(scheduler, LambdaLR)
             return scheduler
 

@@ -172,7 +172,7 @@ def plot_verification(
         where = f", group {group}" if group else ""
         lines += ax.plot(run.steps, meant, **style, linewidth=1.6, label=f"schedule{where}", zorder=1)
         right, off = np.where(wrong, np.nan, used), np.where(wrong, used, np.nan)
-        points = {"linestyle": "", "markersize": size}
+        points: dict[str, Any] = {"linestyle": "", "markersize": size}
         label = f"used, as meant{where}"
         dots += ax.plot(run.steps, right, marker="o", color=style["color"], **points, label=label, zorder=2)
         if wrong.any():
@@ -212,7 +212,7 @@ def _styles(number: int) -> list[dict[str, Any]]:
         ]
     from matplotlib import colormaps
 
-    table = np.array(colormaps["viridis"].colors)[:236]  # its end is too light for a white page
+    table = colormaps["viridis"](np.linspace(0, 0.92, 256))[:, :3]  # its end is too light for a white page
     places = np.linspace(0, len(table) - 1, number)
     channels = [np.interp(places, np.arange(len(table)), channel) for channel in table.T]
     return [{"color": tuple(map(float, colour)), "linestyle": "-"} for colour in zip(*channels)]
@@ -243,7 +243,7 @@ def _draw(
     warm_ups = {curve.warm_up for curve in curves if curve.warm_up > 0}
     if len(warm_ups) == 1:
         others.append(_shade_warm_up(ax, warm_ups.pop()))
-    elif warm_ups:
+    elif 0 < len(warm_ups) <= len(_COLOURS):
         ends = [
             ax.axvline(curve.warm_up, color=style["color"], linewidth=0.9, linestyle=":", label="end of its warm-up")
             for curve, style in zip(curves, styles)
@@ -288,7 +288,7 @@ def _place_legend(ax: Axes, lines: list[Any], others: list[Any], below: bool) ->
     height, width = 72 * figure.get_figheight(), 72 * figure.get_figwidth()
     if not below:
         height, width = height * ax.get_position().height, width * ax.get_position().width
-    labels = [_shortened(handle.get_label(), 0.94 * width - 5 * _SMALL) for handle in handles]
+    labels: list[str] = [_shortened(handle.get_label(), 0.94 * width - 5 * _SMALL) for handle in handles]
     columns = max(1, min(4, int(0.94 * width / (max(map(_width, labels)) + 5 * _SMALL))))
     if below and len(handles) > _MOST_ROWS * columns:  # shorter names rather than a longer page
         columns = -(-len(handles) // _MOST_ROWS)
@@ -300,7 +300,7 @@ def _place_legend(ax: Axes, lines: list[Any], others: list[Any], below: bool) ->
             rows, shown = most, max(1, most * columns - len(others) - 1)
             more = Line2D([], [], linestyle="", label=f"and {len(lines) - shown} more")
             handles = [*lines[:shown], more, *others]
-            labels = [*labels[:shown], more.get_label(), *labels[len(lines) :]]
+            labels = [*labels[:shown], str(more.get_label()), *labels[len(lines) :]]
         # The curves make room. Layout engines take some of the height for labels, so there is more of it than needed.
         share = min(0.6, (1.3 * _ROW * (rows + bool(title)) + 8) / height)
         for each in {ax, *(handle.axes for handle in handles if handle.axes is not None)}:
