@@ -12,9 +12,11 @@ else:
     def __getattr__(name):
         if name == "__all__" or not name.startswith("__"):
             from importlib import import_module
-            from importlib.util import find_spec
+            from pkgutil import iter_modules
 
-            if find_spec(f"fusedopt.{name}"):  # a module of ours, perhaps on the way to those names
+            if name in {
+                module.name for module in iter_modules(__path__)
+            }:  # a module of ours, perhaps on the way to those names
                 return import_module(f"fusedopt.{name}")
             public = import_module("fusedopt.public")
             globals().update({known: getattr(public, known) for known in public.__all__})
