@@ -14,9 +14,8 @@ else:
             from importlib import import_module
             from pkgutil import iter_modules
 
-            if name in {
-                module.name for module in iter_modules(__path__)
-            }:  # a module of ours, perhaps on the way to those names
+            # A module of ours, perhaps on the way to those names.
+            if name in [module.name for module in iter_modules(__path__)]:  # noqa: F405
                 return import_module(f"fusedopt.{name}")
             public = import_module("fusedopt.public")
             globals().update({known: getattr(public, known) for known in public.__all__})

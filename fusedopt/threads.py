@@ -6,7 +6,7 @@ WAITING = {"GOMP_SPINCOUNT": "300"}
 """How often a thread of torch looks whether the others have arrived before it sleeps.
 
 OpenMP's own 300,000 looks last longer than most operations of the demo. Beside another busy program a thread that looks
-keeps the core from the one that it waits for: 12 steps on two cores took 6.0 s alone and over 95 s beside a busy loop;
+keeps the core from the one that it waits for: on two cores 12 steps took 6.0 s alone, over 95 s beside a busy loop;
 with 300 looks 6.1 s and 8.3 s, with 1,000 6.5 s and 8.8 s, without any 6.2 s and 7.9 s.
 """
 
