@@ -21,6 +21,7 @@ import fusedopt
 from fusedopt import backends, demo_checkpoint
 from fusedopt.demo_model import GPT
 from fusedopt.demo_text import Text, read_text
+from fusedopt.files import naming, write_atomically
 from fusedopt.reference import ReferenceAdafactor, ReferenceAdamW, ReferenceAdamWeightDecay
 from fusedopt.schedules import SchedulerType, example_arguments, get_scheduler, needs_metric
 
@@ -293,11 +294,11 @@ def train(settings: Settings, *, resume: bool = False) -> Outcome:
     out.mkdir(parents=True, exist_ok=True)
     if not resume:  # A checkpoint of an earlier run is none of this one, which may be interrupted before its first.
         (out / CHECKPOINT).unlink(missing_ok=True)
-    demo_checkpoint.write_atomically(out / METRICS, lambda file: file.writelines(map(_line, records)))
+    write_atomically(out / METRICS, lambda file: file.writelines(map(_line, records)))
 
     with (
         deterministic(device),
-        open(out / METRICS, "ab") as log,
+        open(out / METRICS, "ab", buffering=0) as log,  # a crash, or Ctrl-C, loses no step
         tqdm(total=settings.steps, initial=done, unit="step", mininterval=0.5, dynamic_ncols=True) as bar,
     ):
         for step in range(done + 1, settings.steps + 1):
@@ -325,10 +326,10 @@ def train(settings: Settings, *, resume: bool = False) -> Outcome:
                 if step == 1 or step % MEASURE_EVERY == 0 or step == settings.steps:
                     record["val_loss"] = validation_loss(run.model, *held_out)
                 records.append({**record, "lr": lr, "optimizer_ms": optimizer_ms})
-                log.write(_line(records[-1]))
+                with naming(out / METRICS):
+                    log.write(_line(records[-1]))
                 run.advance_schedule(train_loss)
 
-            log.flush()
             bar.set_postfix_str("loss " + ", ".join(f"{r['run']} {r['train_loss']:.4f}" for r in records[-2:]), False)
             bar.update()
             if step == settings.steps or (settings.checkpoint_every and step % settings.checkpoint_every == 0):

@@ -1,29 +1,13 @@
-"""Checkpoints of the demo: a crash leaves the old one or the new one, and what does not fit is named."""
+"""Checkpoints of the demo: what does not fit is named."""
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Replaces `path` by what `write` puts into a file; until all of it is on the disk, `path` stays what it was."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    # The new name must reach the disk as well; Windows cannot open a folder, and needs not.
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+from fusedopt.files import write_atomically
 
 
 def save(path: Path, checkpoint: dict[str, Any]) -> None:

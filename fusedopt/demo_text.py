@@ -80,8 +80,9 @@ class Text:
 
     def held_out(self, windows: int) -> tuple[Tensor, Tensor]:
         """Tokens and targets of `windows` windows spread evenly over the part held out, always the same."""
-        last = len(self._held_out) - 1
-        return _shifted(self._held_out[torch.linspace(0, last, windows, dtype=torch.float32, device="cpu").long()])
+        # In integers: a float32 cannot tell the places of a long text apart, and may round past its end.
+        last, gaps = len(self._held_out) - 1, max(1, windows - 1)
+        return _shifted(self._held_out[torch.arange(windows, dtype=torch.int64, device="cpu") * last // gaps])
 
 
 def _shifted(windows: Tensor) -> tuple[Tensor, Tensor]:

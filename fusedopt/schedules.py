@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from difflib import get_close_matches
 from enum import Enum
 from typing import Any
 
@@ -92,7 +93,10 @@ class SchedulerType(str, Enum):
 
     @classmethod
     def _missing_(cls, value: object) -> SchedulerType:
-        raise ValueError(f"unknown schedule {value!r}; choose one of {', '.join(member.value for member in cls)}")
+        names = [member.value for member in cls]
+        near = get_close_matches(value, names, n=1) if isinstance(value, str) else []
+        hint = f", did you mean {near[0]!r}?" if near else ";"
+        raise ValueError(f"unknown schedule {value!r}{hint} choose one of {', '.join(names)}")
 
 
 _FUNCTIONS: dict[SchedulerType, Callable[..., LambdaLR | ReduceLROnPlateau | GreedyLR]] = {
