@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fusedopt.base import FusedOptimizer
 from fusedopt.batch import Control
+from fusedopt.wrappers import unwrapped_optimizer
 
 
 def register_step_in_backward(optimizer: FusedOptimizer, model: torch.nn.Module) -> "StepInBackward":
@@ -49,7 +50,7 @@ def register_step_in_backward(optimizer: FusedOptimizer, model: torch.nn.Module)
         True
         >>> optimizer.step()
     """
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's and Lightning's wrappers
+    optimizer = unwrapped_optimizer(optimizer)
     if not isinstance(optimizer, FusedOptimizer):
         raise ValueError(
             f"the optimizer must be one of fusedopt's, got {type(optimizer).__name__}: take AdamW, for instance"

@@ -16,6 +16,7 @@ from fusedopt.curves import Curve, curves_of
 from fusedopt.recorder import LRRecorder
 from fusedopt.schedules import SchedulerType, example_arguments
 from fusedopt.verification import verify_schedule
+from fusedopt.wrappers import unwrapped_scheduler
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -172,6 +173,7 @@ def plot_verification(
         if wrong.any():
             ax.plot(run.steps, off, "x", color=_WRONG, markersize=size + 1, label=f"used, differs{where}", zorder=3)
             ax.fill_between(run.steps, off, meant, color=_WRONG, alpha=0.15, linewidth=0, zorder=0)
+    schedule = unwrapped_scheduler(schedule)
     functions = getattr(schedule, "lr_lambdas", schedule if isinstance(schedule, (list, tuple)) else [schedule])
     warm_up = max(getattr(function, "num_warmup_steps", 0) for function in functions)
     if warm_up > run.steps[0]:

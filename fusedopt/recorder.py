@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
+from fusedopt.wrappers import unwrapped_optimizer
+
 # Rates that are tensors are stacked in blocks of this many: on a GPU each tensor takes 512 bytes, however small it is.
 _BLOCK = 1024
 
@@ -56,7 +58,7 @@ class LRRecorder:
     before each. `verify_schedule` and `plot_verification` compare the record with a schedule.
 
     Args:
-        optimizer: Any torch optimizer.
+        optimizer: Any torch optimizer, or Accelerate's or Lightning's wrapper around one.
         first_step: The number of optimizer steps that went before: 0, or that of the checkpoint a run goes on from.
 
     Raises:
@@ -77,7 +79,7 @@ class LRRecorder:
     def __init__(self, optimizer: Optimizer, first_step: int = 0) -> None:
         if first_step < 0:
             raise ValueError(f"first_step must be >= 0, got {first_step}; it counts the optimizer steps before these")
-        self.optimizer = optimizer
+        self.optimizer = optimizer = unwrapped_optimizer(optimizer)
         self.first_step = first_step
         self._length = 0
         self._columns: list[_Column] = []

@@ -13,6 +13,7 @@ from fusedopt.keras_schedules import RateSchedule
 from fusedopt.mistakes import Run, explain
 from fusedopt.recorder import LRRecorder
 from fusedopt.schedule_base import Schedule
+from fusedopt.wrappers import unwrapped_scheduler
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +64,8 @@ def verify_schedule(
 
     Args:
         recorder: The record of the run.
-        schedule: The schedule that was meant: an object of `fusedopt.closed_forms`, a live `LambdaLR`, any function
-            from step to factor, or one function per param group.
+        schedule: The schedule that was meant: an object of `fusedopt.closed_forms`, a live `LambdaLR` (Accelerate's
+            wrapper around it too), any function from step to factor, or one function per param group.
         tolerance: Largest relative difference that counts as equal. Default: 1e-9, or 4 units in the last place of a
             rate that is a tensor.
         raise_on_difference: Raise instead of returning a `Verification` with differences.
@@ -111,7 +112,7 @@ def verify_schedule(
 
 
 def _rates_of(schedule: Any, recorder: LRRecorder) -> Callable[[np.ndarray], np.ndarray]:
-    initial = recorder.initial_rates
+    initial, schedule = recorder.initial_rates, unwrapped_scheduler(schedule)
     functions = schedule if isinstance(schedule, (list, tuple)) else [schedule] * len(initial)
     if isinstance(schedule, LambdaLR):
         functions, initial = schedule.lr_lambdas, np.array([float(lr) for lr in schedule.base_lrs])
