@@ -43,8 +43,10 @@ def refuse_other_kind(scheduler: Any, state: Mapping[str, Any], key: str, *, wit
         ValueError: says whose state it is, as far as that can be seen.
     """
     if key not in state or any(other in state for other in without):
+        own = type(scheduler).__name__
+        article = "an" if own[0] in "AEIOU" else "a"
         raise ValueError(
-            f"the state is that of {_owner(state)}, and this is a {type(scheduler).__name__}: make the scheduler that "
+            f"the state is that of {_owner(state)}, and this is {article} {own}: make the scheduler that "
             "was saved, or leave its state out and start this one anew"
         )
 
