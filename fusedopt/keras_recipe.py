@@ -45,8 +45,8 @@ def create_optimizer(
         backend: "auto", "triton" or "eager".
 
     Returns:
-        The optimizer and its schedule, which it calls by itself. Trainers take the two for what they pass as an optimizer
-        and its scheduler: `Trainer(..., optimizers=create_optimizer(...))`.
+        The optimizer and its schedule, which it calls by itself. The transformers Trainer takes the pair as it is:
+        `Trainer(..., optimizers=create_optimizer(...))`.
 
     Raises:
         ValueError: an option is out of range, the warm-up is longer than the training, or there are no names to match.

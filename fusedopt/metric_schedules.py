@@ -40,7 +40,9 @@ class ReduceLROnPlateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
             ValueError: a param group was added, or removed, and `min_lr` is a list; nothing was changed.
         """
         if len(self.min_lrs) != len(self.optimizer.param_groups):
-            lowest = getattr(self, "default_min_lr", None)  # the one number that was given; it holds for every group
+            lowest: Any = getattr(
+                self, "default_min_lr", None
+            )  # the one number that was given; it holds for every group
             if lowest is None:
                 refuse_changed_groups(len(self.min_lrs), self.optimizer, "give min_lr as one number, or make a new one")
             self.min_lrs = [lowest] * len(self.optimizer.param_groups)
@@ -149,6 +151,7 @@ class GreedyLR(ReduceLROnPlateau):
         [0.2]
     """
 
+    _last_lr: list[float]  # type: ignore[assignment]
     _progress = (
         *("best", "num_good_epochs", "num_bad_epochs", "cooldown_counter", "warmup_counter", "last_epoch"),
         *("_last_lr", "_init_lrs"),
@@ -201,7 +204,7 @@ class GreedyLR(ReduceLROnPlateau):
         self.reset_start = self.reset_start_original
         self._window: list[float] = []
 
-    def step(self, metrics: SupportsFloat, epoch: int | None = None) -> None:
+    def step(self, metrics: SupportsFloat, epoch: int | None = None) -> None:  # type: ignore[override]
         """Take note of a metric, and change the learning rate if it is time to.
 
         Args:
@@ -278,7 +281,7 @@ class GreedyLR(ReduceLROnPlateau):
         to_beat = best * (1.0 + margin) if self.threshold_mode == "rel" else best + margin
         return current > to_beat if self.mode == "max" else current < to_beat
 
-    def get_last_lr(self) -> list[float]:
+    def get_last_lr(self) -> list[float]:  # type: ignore[override]
         """The learning rates that the last step left, one per param group, as Python floats."""
         return list(self._last_lr)
 

@@ -130,8 +130,8 @@ def _late_start(step: int, place: int) -> str:
     if _twice(step, place):
         return _counted_twice(step, place)
     return (
-        f"the record starts with the rate of step {place}, not {step}; pass first_step={place} to LRRecorder if the run "
-        f"goes on from there, else step the scheduler only after an applied optimizer.step() (an overflow?)"
+        f"the record starts with the rate of step {place}, not {step}; pass first_step={place} to LRRecorder if the "
+        f"run goes on from there, else step the scheduler only after an applied optimizer.step() (an overflow?)"
     )
 
 
@@ -157,8 +157,10 @@ def _irregular(run: Run, first: int) -> str | None:
 
 
 def _places(run: Run) -> np.ndarray | None:
-    """Steps of the schedule that the optimizer steps took their rates from, each as near as can be to the one after the
-    last; None if a rate is nowhere in reach."""
+    """Steps of the schedule that the optimizer steps took their rates from; None if a rate is nowhere in reach.
+
+    Of several that have the rate, the one nearest to what comes after the last.
+    """
     number = len(run.steps)
     places = np.empty(number, dtype=np.int64)
     last, done, ahead = int(run.steps[0]) - 1, 0, 16

@@ -151,7 +151,7 @@ class LRRecorder:
 
     @property
     def skipped(self) -> np.ndarray:
-        """Which of the noted steps changed nothing, bool of shape [steps]: overflows that the optimizer itself skips."""
+        """Which noted steps changed nothing, bool of shape [steps]: overflows that the optimizer itself skips."""
         return self._skipped.read() != 0.0
 
     @property

@@ -4,9 +4,9 @@ Every formula is written once and serves Python numbers, numpy arrays and torch 
 (`cos`, `where`, ...) is handed to it. On Python numbers the arithmetic is that of transformers 4.34 and 5, in the same
 order, so the values are the same float64 numbers.
 
-Schedules are flat frozen dataclasses: `torch.optim.lr_scheduler.LambdaLR` saves the `__dict__` of a callable object, and
-`torch.load(weights_only=True)` reads numbers and strings but no nested object. What LambdaLR writes back when it loads a
-state does not reach a schedule: see `Saved`.
+Schedules are flat frozen dataclasses: `torch.optim.lr_scheduler.LambdaLR` saves the `__dict__` of a callable object,
+and `torch.load(weights_only=True)` reads numbers and strings but no nested object. What LambdaLR writes back when it
+loads a state does not reach a schedule: see `Saved`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The functions that hand a schedule to an optimizer, with the names and signatures of transformers.
 
-Each returns a `ScheduleLR`, torch's `LambdaLR` around an object of `fusedopt.closed_forms`. Learning rates that are tensors stay the
-same tensors, filled in place and never read by a step, so a scheduler may drive an optimizer step captured in a
-CUDA graph.
+Each returns a `ScheduleLR`, torch's `LambdaLR` around an object of `fusedopt.closed_forms`. Learning rates that are
+tensors stay the same tensors, filled in place and never read by a step, so a scheduler may drive an optimizer step
+captured in a CUDA graph.
 
 Positional order, defaults and values are those of transformers 4.34 and 5, with these departures: negative counts and
 parameters that are no finite numbers are refused; where the original divides by zero, a rate is defined (see

@@ -133,8 +133,8 @@ def _rates_of(schedule: Any, recorder: LRRecorder) -> Callable[[np.ndarray], np.
         )
     if len(functions) != recorder.rates.shape[1]:
         raise ValueError(
-            f"{recorder.rates.shape[1]} param groups were recorded, but {len(functions)} schedules given: one per group, "
-            "or a scheduler that was made after the last group was added"
+            f"{recorder.rates.shape[1]} param groups were recorded, but {len(functions)} schedules given: give "
+            "one per group, or a scheduler that was made after the last group was added"
         )
     # Those are the rate itself, no factor of an initial one.
     initial = np.where([isinstance(function, RateSchedule) for function in functions], 1.0, initial)
