@@ -225,8 +225,8 @@ def _piece_by_piece(run: Run, places: np.ndarray, by: np.ndarray) -> str | None:
     if len(over):
         times = int((by[over] - 1).sum())
         pieces.append(
-            f"the scheduler went on {_times(times)} without the optimizer, before {_listed(run.steps[over])} (overflows "
-            "that the optimizer skipped?); step it only after an applied optimizer.step()"
+            f"the scheduler went on {_times(times)} without the optimizer, before {_listed(run.steps[over])} "
+            "(overflows that the optimizer skipped?); step it only after an applied optimizer.step()"
         )
     if len(waits):
         pieces.append(
