@@ -70,7 +70,8 @@ def _owner(state: Mapping[str, Any]) -> str:
         return "a GreedyLR" if "num_good_epochs" in state else "a ReduceLROnPlateau"
     if "class_name" in state:
         return f"a {state['class_name']}"
-    return f"a scheduler with {', '.join(map(str, state)) or 'nothing to save'}"
+    own = [str(key) for key in state if not str(key).startswith("_") and key not in ("base_lrs", "last_epoch")]
+    return f"a scheduler with {', '.join(own) or 'nothing of its own'}"
 
 
 def _groups(number: int) -> str:
