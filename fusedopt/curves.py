@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from fusedopt import checks
 from fusedopt.keras_schedules import RateSchedule
 from fusedopt.schedules import GreedyLR, Schedule, SchedulerType, get_scheduler
+from fusedopt.wrappers import unwrapped_scheduler
 
 MetricDriven = (GreedyLR, torch.optim.lr_scheduler.ReduceLROnPlateau)
 
@@ -129,6 +130,7 @@ def _stand_in(lrs: Sequence[float]) -> torch.optim.Optimizer:
 
 
 def _sources(label: str | None, item: Any, lr: float | None, arguments: Mapping[str, Any]) -> list[Source]:
+    item = unwrapped_scheduler(item)
     if isinstance(item, str) or _is_named_with_arguments(item):
         name, own = (item, {}) if isinstance(item, str) else item
         specific = {**arguments, **own}

@@ -8,6 +8,7 @@ from torch import Tensor
 from fusedopt import checks
 from fusedopt.base import FusedOptimizer
 from fusedopt.batch import Control
+from fusedopt.wrappers import unwrapped_optimizer
 
 
 def register_step_in_backward(optimizer: FusedOptimizer, model: torch.nn.Module) -> "StepInBackward":
@@ -51,7 +52,7 @@ def register_step_in_backward(optimizer: FusedOptimizer, model: torch.nn.Module)
         True
         >>> optimizer.step()
     """
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's and Lightning's wrappers
+    optimizer = unwrapped_optimizer(optimizer)
     if not isinstance(optimizer, FusedOptimizer):
         raise ValueError(
             f"the optimizer must be one of fusedopt's, got {type(optimizer).__name__}: take AdamW, for instance"

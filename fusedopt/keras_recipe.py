@@ -45,7 +45,8 @@ def create_optimizer(
         backend: "auto", "triton" or "eager".
 
     Returns:
-        The optimizer and its schedule, which it calls by itself.
+        The optimizer and its schedule, which it calls by itself. The transformers Trainer takes the pair as it is:
+        `Trainer(..., optimizers=create_optimizer(...))`.
 
     Raises:
         ValueError: an option is out of range, the warm-up is longer than the training, or there are no names to match.
@@ -82,4 +83,5 @@ def create_optimizer(
     )
     if not decays:
         optimizer.set_epsilon(adam_epsilon)
+    optimizer.schedule = schedule = schedule.belonging_to(optimizer)
     return optimizer, schedule

@@ -11,12 +11,14 @@ from typing import Any, overload
 import numpy as np
 import torch
 
+from fusedopt.followed import Followed
+
 RateFunction = Callable[[Any], Any]
 """Takes the number of steps taken so far (0 at the first step), returns the learning rate."""
 
 
 @dataclass(frozen=True)
-class RateSchedule:
+class RateSchedule(Followed):
     """A learning rate as a function of the step: what `WarmUp` and `PolynomialDecay` share."""
 
     @overload

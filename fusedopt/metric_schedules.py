@@ -7,16 +7,19 @@ from there; pass a number that you have read anyway. A learning rate that is a t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, SupportsFloat
+from typing import Any, ClassVar, SupportsFloat
 
 import torch
 from torch.optim import Optimizer
+
+from fusedopt.scheduler_checks import refuse_changed_groups, refuse_other_groups, refuse_other_kind
 
 
 class ReduceLROnPlateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
     """torch's `ReduceLROnPlateau`, except that it reduces a learning rate that is a tensor without reading it.
 
-    Arguments, defaults, errors and checkpoints are torch's.
+    Arguments, defaults and checkpoints are torch's. A run that goes on from a checkpoint follows the arguments given
+    now; with torch's it follows those of the checkpoint.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
@@ -26,6 +29,39 @@ class ReduceLROnPlateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
         >>> scheduler.get_last_lr()
         [0.5]
     """
+
+    _progress: ClassVar[tuple[str, ...]] = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr")
+    """What a state says of a run; the rest of it are arguments."""
+
+    def step(self, metrics: SupportsFloat, epoch: int | None = None) -> None:  # type: ignore[override]
+        """Take note of a metric, and reduce the learning rate if it is time to.
+
+        Raises:
+            ValueError: a param group was added, or removed, and `min_lr` is a list; nothing was changed.
+        """
+        if len(self.min_lrs) != len(self.optimizer.param_groups):
+            lowest: Any = getattr(
+                self, "default_min_lr", None
+            )  # the one number that was given; it holds for every group
+            if lowest is None:
+                refuse_changed_groups(len(self.min_lrs), self.optimizer, "give min_lr as one number, or make a new one")
+            self.min_lrs = [lowest] * len(self.optimizer.param_groups)
+        super().step(metrics, epoch)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over what a run has seen so far; the arguments stay those that the scheduler was made with.
+
+        Raises:
+            ValueError: the state is that of another kind of scheduler, or of another `mode`; nothing was changed.
+        """
+        greedy = () if "num_good_epochs" in self._progress else ("num_good_epochs",)
+        refuse_other_kind(self, state_dict, self._progress[1], without=greedy)
+        if state_dict.get("mode", self.mode) != self.mode:
+            raise ValueError(
+                f"the best metric of the state was found with mode={state_dict['mode']!r}, and mode is {self.mode!r} "
+                "now: make the scheduler with the mode that was saved, or leave the state out"
+            )
+        self.__dict__.update({key: state_dict[key] for key in self._progress if key in state_dict})
 
     def _reduce_lr(self, epoch: int) -> None:
         groups = self.optimizer.param_groups
@@ -72,13 +108,16 @@ def _per_group(name: str, value: float | Sequence[float], num_groups: int) -> li
     return list(value)
 
 
-class GreedyLR:
+class GreedyLR(ReduceLROnPlateau):
     """Raises the learning rate while a metric gets better, lowers it while it does not.
 
     After more than `patience` better metrics in a row the rate is divided by `factor`, up to `max_lr`; after more than
     `patience` others it is multiplied by `factor`, down to `min_lr`. Once it was to be lowered `reset_start` times with
-    all groups already at `min_lr`, everything starts over from the initial rates. As in the original it is no torch
-    `LRScheduler`, and a rate that starts below `min_lr` is never lowered.
+    all groups already at `min_lr`, everything starts over from the initial rates. As in the original a rate that starts
+    below `min_lr` is never lowered.
+
+    Trainers step it with a metric, since it is a torch `ReduceLROnPlateau` by name: it shares none of its behaviour. A
+    run that goes on from a checkpoint follows the arguments given now; in the original, those of the checkpoint.
 
     Source: GreedyLR (https://arxiv.org/abs/2512.14527) and `GreedyLR` of transformers 5.
 
@@ -112,6 +151,12 @@ class GreedyLR:
         [0.4]
         [0.2]
     """
+
+    _last_lr: list[float]  # type: ignore[assignment]
+    _progress = (
+        *("best", "num_good_epochs", "num_bad_epochs", "cooldown_counter", "warmup_counter", "last_epoch"),
+        *("_last_lr", "_init_lrs"),
+    )
 
     def __init__(
         self,
@@ -160,13 +205,17 @@ class GreedyLR:
         self.reset_start = self.reset_start_original
         self._window: list[float] = []
 
-    def step(self, metrics: SupportsFloat, epoch: int | None = None) -> None:
+    def step(self, metrics: SupportsFloat, epoch: int | None = None) -> None:  # type: ignore[override]
         """Take note of a metric, and change the learning rate if it is time to.
 
         Args:
             metrics: The metric, a number or anything `float()` takes.
             epoch: The number of this call. Default: one more than the last.
+
+        Raises:
+            ValueError: A param group was added to the optimizer, or removed; nothing was changed.
         """
+        refuse_changed_groups(len(self.min_lrs), self.optimizer, "make a new one; add groups before the scheduler")
         current = self._smoothed(float(metrics))
         self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
         for i, group in enumerate(self.optimizer.param_groups):
@@ -179,7 +228,7 @@ class GreedyLR:
                 self.warmup_counter -= 1
             self.num_bad_epochs = self.num_good_epochs = 0
             return
-        if self._is_better(current):
+        if self._is_better(current, self.best):
             self.best = current
             self.num_good_epochs, self.num_bad_epochs = self.num_good_epochs + 1, 0
         else:
@@ -228,12 +277,12 @@ class GreedyLR:
         self._window = [*self._window, metric][-self.window_size :]
         return sum(self._window) / len(self._window)
 
-    def _is_better(self, current: float) -> bool:
+    def _is_better(self, current: float, best: float) -> bool:
         margin = self.threshold if self.mode == "max" else -self.threshold
-        to_beat = self.best * (1.0 + margin) if self.threshold_mode == "rel" else self.best + margin
+        to_beat = best * (1.0 + margin) if self.threshold_mode == "rel" else best + margin
         return current > to_beat if self.mode == "max" else current < to_beat
 
-    def get_last_lr(self) -> list[float]:
+    def get_last_lr(self) -> list[float]:  # type: ignore[override]
         """The learning rates that the last step left, one per param group, as Python floats."""
         return list(self._last_lr)
 
@@ -242,12 +291,21 @@ class GreedyLR:
         return {key: value for key, value in self.__dict__.items() if key != "optimizer"}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a `state_dict`, ours or that of transformers, and write its learning rates to the optimizer."""
-        state = {key: value for key, value in state_dict.items() if key != "optimizer"}
-        average = state.pop("_streaming_avg", None)
-        self.__dict__.update(state)
-        if average is not None:
-            self._window = list(average["values"])
+        """Take over what a run has seen so far, and write its learning rates to the optimizer.
+
+        Args:
+            state_dict: A `state_dict`, ours or that of transformers.
+
+        Raises:
+            ValueError: As `ReduceLROnPlateau`, and on a state for another number of param groups.
+        """
+        refuse_other_groups(len(self.min_lrs), state_dict.get("_last_lr", self.min_lrs))
+        super().load_state_dict(state_dict)
+        average = state_dict.get("_streaming_avg") or {"values": state_dict.get("_window", [])}
+        self._window = list(average["values"])
+        left, of = state_dict.get("reset_start"), state_dict.get("reset_start_original")
+        if left is not None and of is not None:
+            self.reset_start = self.reset_start_original - (of - left)
         self._write(self._last_lr)
 
 

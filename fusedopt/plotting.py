@@ -16,6 +16,7 @@ from fusedopt.curves import Curve, curves_of
 from fusedopt.recorder import LRRecorder
 from fusedopt.schedules import SchedulerType, example_arguments
 from fusedopt.verification import verify_schedule
+from fusedopt.wrappers import unwrapped_scheduler
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -179,6 +180,7 @@ def plot_verification(
             label = f"used, differs{where}"
             crosses += ax.plot(run.steps, off, marker="x", color=_WRONG, **points, label=label, zorder=3)
             ax.fill_between(run.steps, off, meant, color=_WRONG, alpha=0.15, linewidth=0, zorder=0)
+    schedule = unwrapped_scheduler(schedule)
     functions = getattr(schedule, "lr_lambdas", schedule if isinstance(schedule, (list, tuple)) else [schedule])
     warm_up = max(getattr(function, "num_warmup_steps", 0) for function in functions)
     others = [_key(lines, dots, "used, as meant"), *(crosses[:1] and [_key(crosses, crosses, "used, differs")])]

@@ -4,8 +4,9 @@ Every formula is written once and serves Python numbers, numpy arrays and torch 
 (`cos`, `where`, ...) is handed to it. On Python numbers the arithmetic is that of transformers 4.34 and 5, in the same
 order, so the values are the same float64 numbers.
 
-Schedules are flat frozen dataclasses with a `__dict__`: `torch.optim.lr_scheduler.LambdaLR` saves the `__dict__` of a
-callable object, and `torch.load(weights_only=True)` reads numbers and strings but no nested object.
+Schedules are flat frozen dataclasses: `torch.optim.lr_scheduler.LambdaLR` saves the `__dict__` of a callable object,
+and `torch.load(weights_only=True)` reads numbers and strings but no nested object. What LambdaLR writes back when it
+loads a state does not reach a schedule: see `Saved`.
 """
 
 from __future__ import annotations
@@ -62,6 +63,34 @@ def count(name: str, value: Any) -> float:
     if value < 0:
         raise ValueError(f"{name} must be >= 0, got {value}; it counts optimizer steps, 0 leaves the phase out")
     return value
+
+
+class Saved(dict[str, Any]):
+    """A copy of a schedule's name and fields, which `LambdaLR` saves, and updates when it loads a state.
+
+    The update leaves the schedule as it is, so a run that goes on follows the arguments that it was given now.
+    """
+
+    def update(self, state: Any = (), /, **kwargs: Any) -> None:
+        refuse_other_schedule(self, dict(state, **kwargs))
+
+
+def refuse_other_schedule(own: dict[str, Any], state: dict[str, Any]) -> None:
+    """Refuses the state of a schedule of another kind than `own`.
+
+    A state without name is an old one, with fields alone; an empty one is that of a function, which says nothing.
+
+    Raises:
+        ValueError: the kinds differ.
+    """
+    same = state["name"] == own["name"] if "name" in state else {"name", *state} == own.keys()
+    if same or not state:
+        return
+    whose = repr(state["name"]) if "name" in state else f"a schedule with {', '.join(state)}"
+    raise ValueError(
+        f"the state is that of {whose}, and this schedule is {own['name']!r}: make the schedule that was saved, with "
+        "whatever arguments, or start this one at the step reached, with last_epoch"
+    )
 
 
 class Schedule:
@@ -127,6 +156,17 @@ class Schedule:
     def _progress(self, s: Any) -> Any:
         """How much of the time between the warm-up and the end has passed at step s."""
         return (s - self.num_warmup_steps) / max(1, (self.length or 0) - self.num_warmup_steps)
+
+    @property
+    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]
+        return Saved(name=self.name, **self.__getstate__())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            object.__setattr__(self, name, value)
 
     def __post_init__(self) -> None:
         for field in fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass

@@ -1,8 +1,8 @@
 """The functions that hand a schedule to an optimizer, with the names and signatures of transformers.
 
-Each returns torch's `LambdaLR` around an object of `fusedopt.closed_forms`. Learning rates that are tensors stay the
-same tensors, filled in place and never read by a step, so a scheduler may drive an optimizer step captured in a
-CUDA graph.
+Each returns a `ScheduleLR`, torch's `LambdaLR` around an object of `fusedopt.closed_forms`. Learning rates that are
+tensors stay the same tensors, filled in place and never read by a step, so a scheduler may drive an optimizer step
+captured in a CUDA graph.
 
 Positional order, defaults and values are those of transformers 4.34 and 5, with these departures: negative counts and
 parameters that are no finite numbers are refused; where the original divides by zero, a rate is defined (see
@@ -10,6 +10,8 @@ parameters that are no finite numbers are refused; where the original divides by
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -28,6 +30,42 @@ from fusedopt.closed_forms import (
     WarmupStableDecaySchedule,
 )
 from fusedopt.schedule_base import Schedule
+from fusedopt.scheduler_checks import refuse_changed_groups, refuse_other_kind, refuse_other_lambdas
+
+
+class ScheduleLR(LambdaLR):
+    """torch's `LambdaLR` around a `Schedule`.
+
+    It goes on from a state with the arguments that it was made with, as the schedules of transformers do: the state
+    says what step was reached, from which initial rates. States of those load too.
+    """
+
+    lr_lambdas: list[Schedule]  # type: ignore[assignment]
+
+    def step(self, epoch: int | None = None) -> None:
+        """Sets the rates of the next step.
+
+        Raises:
+            ValueError: a param group was added to the optimizer, or removed; nothing was changed.
+        """
+        refuse_changed_groups(
+            len(self.base_lrs),
+            self.optimizer,
+            f"make a new one, with last_epoch={self.last_epoch - 1} to go on from here (then every group needs its "
+            '"initial_lr")',
+        )
+        super().step(epoch)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over the step that was reached and the initial rates; the schedule stays what it is.
+
+        Raises:
+            ValueError: the state is that of another kind of schedule, or for another number of param groups; nothing
+                was changed.
+        """
+        refuse_other_kind(self, state_dict, "lr_lambdas", without=("initial_lr",))
+        refuse_other_lambdas(self.lr_lambdas, state_dict["lr_lambdas"])
+        super().load_state_dict({**state_dict, "lr_lambdas": [None] * len(self.lr_lambdas)})
 
 
 def _drive(optimizer: Optimizer, schedule: Schedule, last_epoch: int) -> LambdaLR:
@@ -37,7 +75,7 @@ def _drive(optimizer: Optimizer, schedule: Schedule, last_epoch: int) -> LambdaL
                 f"param group {index} has lr=None, so there is no rate to schedule; give the optimizer an lr "
                 "(Adafactor: with relative_step=False), or leave its rate to the optimizer itself"
             )
-    return LambdaLR(optimizer, schedule, last_epoch)
+    return ScheduleLR(optimizer, schedule, last_epoch)
 
 
 def _initial_lr(optimizer: Optimizer) -> float:

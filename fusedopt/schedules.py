@@ -25,6 +25,7 @@ from fusedopt.closed_forms import (
 from fusedopt.metric_schedules import GreedyLR, ReduceLROnPlateau, get_greedy_schedule, get_reduce_on_plateau_schedule
 from fusedopt.schedule_base import Schedule
 from fusedopt.schedule_functions import (
+    ScheduleLR,
     get_constant_schedule,
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
@@ -50,6 +51,7 @@ __all__ = [
     "PolynomialSchedule",
     "ReduceLROnPlateau",
     "Schedule",
+    "ScheduleLR",
     "SchedulerType",
     "WarmupStableDecaySchedule",
     "example_arguments",
