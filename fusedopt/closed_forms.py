@@ -210,8 +210,11 @@ class CosineWithMinLRSchedule(Schedule):
     Source: `get_cosine_with_min_lr_schedule_with_warmup` of transformers 5.
 
     Attributes:
-        min_lr_rate: The lowest rate, as a factor of the initial rate. Below 0 the wave is cut off at 0.
+        min_lr_rate: The lowest rate, as a factor <= 1 of the initial rate. Below 0 the wave is cut off at 0.
         num_cycles: Number of full waves between the warm-up and the end.
+
+    Raises:
+        ValueError: Also if `min_lr_rate` is above 1.
 
     Example:
         >>> [round(CosineWithMinLRSchedule(0, 4, min_lr_rate=0.2)(step), 3) for step in (0, 2, 4)]
@@ -223,6 +226,11 @@ class CosineWithMinLRSchedule(Schedule):
     num_training_steps: float
     min_lr_rate: float
     num_cycles: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.min_lr_rate > 1:
+            raise ValueError(f"min_lr_rate must be <= 1, got {self.min_lr_rate}; the minimum is above the initial rate")
 
     def _after(self, s: Any, f: Functions) -> Any:
         wave = _cosine_wave(self._progress(s), self.num_cycles, f)
@@ -291,11 +299,11 @@ class WarmupStableDecaySchedule(Schedule):
         num_stable_steps: Length of the stable phase, instead of `num_training_steps`. It wins if both are given.
         warmup_type: Shape of the warm-up: "linear", "cosine" or "1-sqrt".
         decay_type: Shape of the decay, from the same three.
-        min_lr_ratio: Where warm-up starts and decay ends, as a factor >= 0 of the initial rate.
+        min_lr_ratio: Where warm-up starts and decay ends, as a factor from 0 to 1 of the initial rate.
         num_cycles: Number of full waves of a cosine decay.
 
     Raises:
-        ValueError: Also if neither length is given, on an unknown shape, on a negative `min_lr_ratio`.
+        ValueError: Also if neither length is given, on an unknown shape, on a `min_lr_ratio` below 0 or above 1.
 
     Example:
         >>> schedule = WarmupStableDecaySchedule(2, 4, num_training_steps=10, decay_type="linear")
@@ -322,6 +330,10 @@ class WarmupStableDecaySchedule(Schedule):
                 raise ValueError(f"{option} must be one of {', '.join(_RISE)}, got {getattr(self, option)!r}")
         if self.min_lr_ratio < 0:
             raise ValueError(f"min_lr_ratio must be >= 0, got {self.min_lr_ratio}; a negative rate climbs the loss")
+        if self.min_lr_ratio > 1:
+            raise ValueError(
+                f"min_lr_ratio must be <= 1, got {self.min_lr_ratio}; the minimum is above the initial rate"
+            )
         if self.num_training_steps is not None and self.num_stable_steps is not None:
             warnings.warn(
                 f"num_stable_steps={self.num_stable_steps} is used and num_training_steps="
@@ -330,16 +342,16 @@ class WarmupStableDecaySchedule(Schedule):
             )
 
     @property
-    def _decay_start(self) -> float:
+    def _stable_steps(self) -> float:
+        """May be negative, where the total is too short for warm-up and decay: the decay starts in its middle then."""
         if self.num_stable_steps is not None:
-            return self.num_warmup_steps + self.num_stable_steps
+            return self.num_stable_steps
         assert self.num_training_steps is not None  # checked at construction
-        # Before the end of the warm-up where the total is too short for both: then the decay starts in its middle.
-        return self.num_training_steps - self.num_decay_steps
+        return self.num_training_steps - self.num_warmup_steps - self.num_decay_steps
 
     @property
     def length(self) -> float:
-        return self._decay_start + self.num_decay_steps
+        return self.num_warmup_steps + self._stable_steps + self.num_decay_steps
 
     def _scaled(self, shape: Any, f: Functions) -> Any:
         return f.at_least(shape * (1.0 - self.min_lr_ratio) + self.min_lr_ratio, 0.0)
@@ -348,7 +360,8 @@ class WarmupStableDecaySchedule(Schedule):
         return self._scaled(_RISE[self.warmup_type](s / max(1, self.num_warmup_steps), f), f)
 
     def _after(self, s: Any, f: Functions) -> Any:
-        start = self._decay_start
-        progress = f.at_most(f.at_least((s - start) / max(1, self.num_decay_steps), 0.0), 1.0)
+        # In the original's order: counts may be fractions, and then rounding decides which phase a step is in.
+        w, stable = self.num_warmup_steps, self._stable_steps
+        progress = f.at_most(f.at_least((s - w - stable) / max(1, self.num_decay_steps), 0.0), 1.0)
         decay = self._scaled(_FALL[self.decay_type](progress, self.num_cycles, f), f)
-        return f.where(s < start, 1.0, f.where(s < self.length, decay, self.min_lr_ratio))
+        return f.where(s < w + stable, 1.0, f.where(s < self.length, decay, self.min_lr_ratio))

@@ -13,6 +13,7 @@ from fusedopt.adamw import AdamW
 from fusedopt.base import refuse_unknown
 from fusedopt.batch import AdamWHyper, Batch, Control
 from fusedopt.clipping import Clipping, Gradients
+from fusedopt.keras_config import from_keras
 from fusedopt.keras_schedules import (
     RateFunction,
     as_rate,
@@ -133,15 +134,17 @@ class AdamWeightDecay(AdamW):
         skip_nonfinite: bool = False,
         **kwargs: Any,
     ) -> None:
+        if not isinstance(name, str):
+            raise ValueError(f"name must be a string, got {name!r}")
         self.name = name
         self.include_in_weight_decay = _patterns("include_in_weight_decay", include_in_weight_decay)
         self.exclude_from_weight_decay = _patterns("exclude_from_weight_decay", exclude_from_weight_decay)
-        self.clipping = Clipping(*(kwargs.pop(field, None) for field in Clipping._fields))
+        self.clipping = Clipping(*(checks.plain(kwargs.pop(field, None)) for field in Clipping._fields))
         self.clipping.check()
         for field, bound in self.clipping._asdict().items():
             if bound is not None and max_grad_norm is not None:
                 raise ValueError(f"{field}={bound!r} and max_grad_norm={max_grad_norm!r} both clip: pass one of them")
-        self.decay = kwargs.pop("decay", 0.0)
+        self.decay = checks.plain(kwargs.pop("decay", 0.0))
         checks.finite_non_negative("decay", self.decay)
         if "lr" in kwargs:
             checks.learning_rate("lr", kwargs["lr"])
@@ -162,10 +165,10 @@ class AdamWeightDecay(AdamW):
         super().__init__(
             params,
             lr=learning_rate,
-            betas=(beta_1, beta_2),
-            eps=_keras_epsilon(epsilon),
-            weight_decay=weight_decay_rate,
-            amsgrad=amsgrad,
+            betas=checks.plain((beta_1, beta_2)),
+            eps=_keras_epsilon(checks.plain(epsilon)),
+            weight_decay=checks.plain(weight_decay_rate),
+            amsgrad=checks.plain(amsgrad),
             convention="keras",
             backend=backend,
             max_grad_norm=max_grad_norm,
@@ -413,19 +416,19 @@ class AdamWeightDecay(AdamW):
     # Configs.
 
     def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments except parameters and backend, under Keras' keys.
+        """The constructor's arguments except parameters and backend, under Keras' keys; numbers are Python's.
 
         Our schedules become `{"class_name", "config"}`, at any depth; other functions stay what they are. What
         `state_dict()` holds (moments, counts, rates that were changed later) is not part of it.
         """
         rate = self.defaults["lr"] if self.schedule is None else self.schedule
         beta_1, beta_2 = self.defaults["betas"]
-        return {
+        config: dict[str, Any] = {
             "name": self.name,
             **{field: bound for field, bound in self.clipping._asdict().items() if bound is not None},
             **({} if self.guard.max_grad_norm is None else {"max_grad_norm": self.guard.max_grad_norm}),
             **({"skip_nonfinite": True} if self.guard.skip_nonfinite else {}),
-            "learning_rate": rate.item() if isinstance(rate, Tensor) else describe(rate),
+            "learning_rate": describe(rate),
             "decay": self.decay,
             "beta_1": beta_1,
             "beta_2": beta_2,
@@ -435,18 +438,24 @@ class AdamWeightDecay(AdamW):
             "include_in_weight_decay": self.include_in_weight_decay,
             "exclude_from_weight_decay": self.exclude_from_weight_decay,
         }
+        return dict(checks.plain(config))
 
     @classmethod
     def from_config(cls, config: dict[str, Any], params: Any, *, backend: str = "auto") -> "AdamWeightDecay":
         """The optimizer that `get_config` described, for these parameters; configs of Keras are read as well.
 
+        Those are of Keras' Adam, old (`legacy`) and new, and of its AdamW, whose `weight_decay` is `weight_decay_rate`
+        here. Options of Keras' that are switched off in the config are dropped.
+
         Args:
-            config: with `lr` in place of `learning_rate` too; schedules in it are configs, or any callable.
+            config: with `lr` in place of `learning_rate` too; schedules in it are configs, or any callable. What Keras'
+                `serialize` made is read too: a dict of `class_name` and `config`.
             params: as the constructor takes them.
             backend: as the constructor takes it.
 
         Raises:
-            ValueError: the config holds a schedule that is not known here.
+            ValueError: the config holds a schedule that is not known here, an option that does not exist here and is
+                switched on, or is another optimizer's.
 
         Example:
             >>> import torch
@@ -456,7 +465,7 @@ class AdamWeightDecay(AdamW):
             >>> AdamWeightDecay.from_config(config, [torch.nn.Parameter(torch.ones(1))]).schedule == schedule
             True
         """
-        arguments = dict(config)
+        arguments = from_keras(config)
         if "lr" in arguments:
             arguments["learning_rate"] = arguments.pop("lr")
         if "learning_rate" in arguments:
@@ -468,6 +477,8 @@ class AdamWeightDecay(AdamW):
 
     def set_epsilon(self, epsilon: float) -> None:
         """Sets epsilon for all groups; unlike in the constructor, 0 stays 0, as in the Adam of newer Keras."""
+        checks.finite_non_negative("epsilon", epsilon)
+        epsilon = checks.plain(epsilon)
         self.defaults["eps"] = epsilon
         for group in self.param_groups:
             group["eps"] = epsilon

@@ -27,10 +27,11 @@ from fusedopt.closed_forms import (
     PolynomialSchedule,
     WarmupStableDecaySchedule,
 )
-from fusedopt.schedule_base import Schedule
+from fusedopt.schedule_base import Schedule, number
 
 
 def _drive(optimizer: Optimizer, schedule: Schedule, last_epoch: int) -> LambdaLR:
+    number("last_epoch", last_epoch)
     for index, group in enumerate(optimizer.param_groups):
         if group["lr"] is None:
             raise ValueError(
@@ -59,9 +60,12 @@ def _min_lr_rate(optimizer: Optimizer, min_lr: float | None, min_lr_rate: float 
         return min_lr_rate
     if min_lr is None:
         raise ValueError("min_lr and min_lr_rate are both missing; give one of them")
-    if _initial_lr(optimizer) == 0:
+    min_lr, initial_lr = number("min_lr", min_lr), _initial_lr(optimizer)
+    if initial_lr == 0:
         raise ValueError("min_lr is no share of an initial learning rate of 0; give min_lr_rate instead")
-    return min_lr / _initial_lr(optimizer)
+    if min_lr > initial_lr:
+        raise ValueError(f"min_lr must not be above the initial learning rate {initial_lr}, got {min_lr}")
+    return min_lr / initial_lr
 
 
 def get_constant_schedule(optimizer: Optimizer, last_epoch: int = -1) -> LambdaLR:
