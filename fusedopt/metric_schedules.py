@@ -52,7 +52,9 @@ class ReduceLROnPlateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
         low = _per_group("min_lr", min_lr, len(groups))
         for index, (group, lowest) in enumerate(zip(groups, low)):
             # A warm-up may have it at 0 now.
-            highest = max((float(group[key]) for key in ("lr", "initial_lr") if group.get(key) is not None), default=lowest)
+            highest = max(
+                (float(group[key]) for key in ("lr", "initial_lr") if group.get(key) is not None), default=lowest
+            )
             if lowest > highest:
                 raise ValueError(
                     f"min_lr must not be above the rate, got {lowest} for param group {index} with lr={highest}: it "

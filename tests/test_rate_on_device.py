@@ -137,7 +137,7 @@ def test_create_optimizer_with_a_grad_scaler_whose_scale_overflows(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("make", [lambda: (lambda n: 0.5 / (n + 1)), lambda: WarmUp(0.5, lambda n: 0.25, 3)], ids=str)
+@pytest.mark.parametrize("make", [lambda: lambda n: 0.5 / (n + 1), lambda: WarmUp(0.5, lambda n: 0.25, 3)], ids=str)
 def test_a_function_of_the_users_counts_calls_as_ever(make, backend):
     function = make()
     optimizer = AdamWeightDecay(groups(device_of(backend)), function, backend=backend)
