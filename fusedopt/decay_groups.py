@@ -67,7 +67,7 @@ def decay_groups(
           24 of 2 in Linear: linear1.bias, linear2.bias
           8 of 1 in NonDynamicallyQuantizableLinear: self_attn.out_proj.bias
     """
-    if not weight_decay >= 0.0:
+    if not checks.number("weight_decay", weight_decay) >= 0.0:
         raise ValueError(f"weight_decay must be >= 0, got {weight_decay!r}")
     owners: dict[nn.Parameter, list[tuple[str, nn.Module]]] = {}
     for prefix, owner in module.named_modules():

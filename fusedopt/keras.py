@@ -207,15 +207,15 @@ class AdamWeightDecay(AdamW):
         return self._home
 
     def _coming(self) -> int | Tensor:
-        """What the rate of the coming step is a function of; a tensor where the host does not know it, or a graph will."""
+        """What the rate of the coming step is a function of; a tensor where the host does not know it."""
         on_device = self._where()[1] and not self._counts_calls and (self._count.ahead or _capturing())
         return self._device_count() if on_device else self.iterations
 
     def _device_count(self) -> Tensor:
         if _capturing() and not self._count.exists:
             raise RuntimeError(
-                "a CUDA graph is being captured before the optimizer counts its steps on the device, which every replay "
-                "would start again: take one step before the capture"
+                "a CUDA graph is being captured before the optimizer counts its steps on the device, which every "
+                "replay would start again: take one step before the capture"
             )
         return self._count.on(self._where()[0], self.param_groups[0]["iterations"])
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, fields
 from typing import Any, overload
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fusedopt import checks, closed_forms

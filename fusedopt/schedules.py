@@ -163,8 +163,8 @@ def get_scheduler(
     for argument in ("num_warmup_steps", "num_training_steps"):
         if argument in specific:
             raise ValueError(
-                f"scheduler_specific_kwargs has {argument}={specific[argument]!r}, an argument of get_scheduler itself: "
-                "give it there alone"
+                f"scheduler_specific_kwargs has {argument}={specific[argument]!r}, an argument of get_scheduler "
+                "itself: give it there alone"
             )
     if kind is SchedulerType.CONSTANT:
         return function(optimizer)

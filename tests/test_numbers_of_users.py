@@ -158,8 +158,18 @@ SCHEDULES = {
     "cosine_warmup_with_min_lr": {"min_lr": TEXT, "min_lr_rate": TEXT},
     "warmup_stable_decay": {"num_decay_steps": TEXT, "min_lr_ratio": TEXT, "num_stable_steps": TEXT},
     "greedy": dict.fromkeys(
-        ["factor", "patience", "threshold", "cooldown", "warmup", "min_lr", "max_lr", "eps", "window_size"]
-        + ["reset_start"],
+        [
+            "factor",
+            "patience",
+            "threshold",
+            "cooldown",
+            "warmup",
+            "min_lr",
+            "max_lr",
+            "eps",
+            "window_size",
+            "reset_start",
+        ],
         TEXT,
     ),
     "reduce_lr_on_plateau": dict.fromkeys(
@@ -185,7 +195,7 @@ def test_a_count_that_is_a_string_or_given_twice_is_refused_by_name(argument):
         get_scheduler("linear", sgd(), **{**counts, argument: "5"})
     with pytest.raises(ValueError, match=f"has {argument}=5, an argument of get_scheduler itself"):
         get_scheduler("linear", sgd(), **counts, scheduler_specific_kwargs={argument: 5})
-    with pytest.raises(ValueError, match="scheduler_specific_kwargs must be a dict of arguments, got '{}'"):
+    with pytest.raises(ValueError, match=r"scheduler_specific_kwargs must be a dict of arguments, got '\{\}'"):
         get_scheduler("linear", sgd(), **counts, scheduler_specific_kwargs="{}")
 
 
@@ -226,11 +236,11 @@ def test_a_minimum_at_the_rate_and_below_that_before_a_warm_up_is_taken():
     "rate", [None, "0.1", True, 0.1j, [0.1], np.array([0.1, 0.2]), torch.tensor([0.1, 0.2])], ids=repr
 )
 def test_a_function_that_returns_no_rate_is_named_with_what_it_returned(rate):
-    with pytest.raises(ValueError, match="learning_rate gives .* at step 0: a rate must be one real number"):
+    with pytest.raises(ValueError, match=r"learning_rate gives .* at step 0: a rate must be one real number"):
         AdamWeightDecay([parameter()], lambda n: rate)
     optimizer = AdamWeightDecay([parameter()], WarmUp(0.1, lambda n: rate, 1))
     step(optimizer)
-    with pytest.raises(ValueError, match="decay_schedule_fn gives .* at step 0: a rate must be one real number"):
+    with pytest.raises(ValueError, match=r"decay_schedule_fn gives .* at step 0: a rate must be one real number"):
         step(optimizer)
     assert optimizer.iterations == 1
 
@@ -247,7 +257,7 @@ def test_a_function_may_return_any_scalar(rate):
 
 @pytest.mark.parametrize("function", [lambda: 0.1, lambda n, m: 0.1], ids=["no argument", "two arguments"])
 def test_a_function_that_does_not_take_the_step_alone_is_refused(function):
-    with pytest.raises(ValueError, match="learning_rate must be a function of the step, .* with the step alone"):
+    with pytest.raises(ValueError, match=r"learning_rate must be a function of the step, .* with the step alone"):
         AdamWeightDecay([parameter()], function)
     with pytest.raises(ValueError, match="decay_schedule_fn must be a function of the step"):
         WarmUp(0.1, function, 3)
