@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from fusedopt import checks
+
 # Every library has an RMSNorm of its own, so there is no list of types to compare with. At the end of the name: a
 # PreNormBlock may own matrices that are to decay.
 _NORM = re.compile(r"norm(act|alization)?\d*d?$", re.IGNORECASE)
