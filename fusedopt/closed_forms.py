@@ -210,11 +210,8 @@ class CosineWithMinLRSchedule(Schedule):
     Source: `get_cosine_with_min_lr_schedule_with_warmup` of transformers 5.
 
     Attributes:
-        min_lr_rate: The lowest rate, as a factor <= 1 of the initial rate. Below 0 the wave is cut off at 0.
+        min_lr_rate: The lowest rate, as a factor of the initial rate. Below 0 the wave is cut off at 0.
         num_cycles: Number of full waves between the warm-up and the end.
-
-    Raises:
-        ValueError: Also if `min_lr_rate` is above 1.
 
     Example:
         >>> [round(CosineWithMinLRSchedule(0, 4, min_lr_rate=0.2)(step), 3) for step in (0, 2, 4)]
@@ -226,11 +223,6 @@ class CosineWithMinLRSchedule(Schedule):
     num_training_steps: float
     min_lr_rate: float
     num_cycles: float = 0.5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.min_lr_rate > 1:
-            raise ValueError(f"min_lr_rate must be <= 1, got {self.min_lr_rate}; the minimum is above the initial rate")
 
     def _after(self, s: Any, f: Functions) -> Any:
         wave = _cosine_wave(self._progress(s), self.num_cycles, f)
@@ -299,11 +291,11 @@ class WarmupStableDecaySchedule(Schedule):
         num_stable_steps: Length of the stable phase, instead of `num_training_steps`. It wins if both are given.
         warmup_type: Shape of the warm-up: "linear", "cosine" or "1-sqrt".
         decay_type: Shape of the decay, from the same three.
-        min_lr_ratio: Where warm-up starts and decay ends, as a factor from 0 to 1 of the initial rate.
+        min_lr_ratio: Where warm-up starts and decay ends, as a factor >= 0 of the initial rate.
         num_cycles: Number of full waves of a cosine decay.
 
     Raises:
-        ValueError: Also if neither length is given, on an unknown shape, on a `min_lr_ratio` below 0 or above 1.
+        ValueError: Also if neither length is given, on an unknown shape, on a negative `min_lr_ratio`.
 
     Example:
         >>> schedule = WarmupStableDecaySchedule(2, 4, num_training_steps=10, decay_type="linear")
@@ -330,10 +322,6 @@ class WarmupStableDecaySchedule(Schedule):
                 raise ValueError(f"{option} must be one of {', '.join(_RISE)}, got {getattr(self, option)!r}")
         if self.min_lr_ratio < 0:
             raise ValueError(f"min_lr_ratio must be >= 0, got {self.min_lr_ratio}; a negative rate climbs the loss")
-        if self.min_lr_ratio > 1:
-            raise ValueError(
-                f"min_lr_ratio must be <= 1, got {self.min_lr_ratio}; the minimum is above the initial rate"
-            )
         if self.num_training_steps is not None and self.num_stable_steps is not None:
             warnings.warn(
                 f"num_stable_steps={self.num_stable_steps} is used and num_training_steps="

@@ -57,7 +57,7 @@ def _min_lr_rate(optimizer: Optimizer, min_lr: float | None, min_lr_rate: float 
     if min_lr is not None and min_lr_rate is not None:
         raise ValueError(f"min_lr={min_lr} and min_lr_rate={min_lr_rate} exclude each other; give one of them")
     if min_lr_rate is not None:
-        return min_lr_rate
+        return _not_above_1("min_lr_rate", min_lr_rate)
     if min_lr is None:
         raise ValueError("min_lr and min_lr_rate are both missing; give one of them")
     min_lr, initial_lr = number("min_lr", min_lr), _initial_lr(optimizer)
@@ -66,6 +66,13 @@ def _min_lr_rate(optimizer: Optimizer, min_lr: float | None, min_lr_rate: float 
     if min_lr > initial_lr:
         raise ValueError(f"min_lr must not be above the initial learning rate {initial_lr}, got {min_lr}")
     return min_lr / initial_lr
+
+
+def _not_above_1(name: str, share: float) -> float:
+    share = number(name, share)
+    if share > 1:
+        raise ValueError(f"{name} must be <= 1, got {share}; the minimum is above the initial rate")
+    return share
 
 
 def get_constant_schedule(optimizer: Optimizer, last_epoch: int = -1) -> LambdaLR:
@@ -359,7 +366,7 @@ def get_wsd_schedule(
         num_stable_steps,
         warmup_type,
         decay_type,
-        min_lr_ratio,
+        _not_above_1("min_lr_ratio", min_lr_ratio),
         num_cycles,
     )
     return _drive(optimizer, schedule, last_epoch)
