@@ -5,6 +5,7 @@ import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,8 +21,32 @@ Check = Callable[[str, Any], None]
 def number(name: str, value: Any) -> float:
     """The value as a float; refuses what is not a number."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):  # NumPy's scalars are
-        raise ValueError(f"{name} must be a number, got {value!r}")
+        raise ValueError(f"{name} must be a number, got {value!r}{hint(value)}")
     return float(value)
+
+
+def hint(value: Any) -> str:
+    """What to say of a value that is no number but looks like one."""
+    try:
+        float(value if isinstance(value, str) else "")
+    except ValueError:
+        return ""
+    return " (a string: YAML, for one, takes 1e-4 for text, and 1.0e-4 for a number)"
+
+
+def plain(value: Any) -> Any:
+    """A scalar of NumPy's or torch's as Python's own, at any depth of a config; anything else as it is."""
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(plain(inner) for inner in value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 else value
+    if isinstance(value, np.ndarray):
+        return value.item() if value.size == 1 else value
+    return value
 
 
 def finite_non_negative(name: str, value: Any) -> None:

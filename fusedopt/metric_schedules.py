@@ -7,11 +7,12 @@ from there; pass a number that you have read anyway. A learning rate that is a t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, SupportsFloat
+from typing import Any, ClassVar, Literal, SupportsFloat
 
 import torch
 from torch.optim import Optimizer
 
+from fusedopt.schedule_base import non_negative, number
 from fusedopt.scheduler_checks import refuse_changed_groups, refuse_other_groups, refuse_other_kind
 
 
@@ -20,6 +21,10 @@ class ReduceLROnPlateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
 
     Arguments, defaults and checkpoints are torch's. A run that goes on from a checkpoint follows the arguments given
     now; with torch's it follows those of the checkpoint.
+
+    Raises:
+        ValueError: On a factor of 1 or more, an unknown mode, an argument that is no number, a `min_lr` above the rate,
+            which could never be reduced to it, a list of `min_lr` that is not one per param group.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
@@ -32,6 +37,38 @@ class ReduceLROnPlateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
 
     _progress: ClassVar[tuple[str, ...]] = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr")
     """What a state says of a run; the rest of it are arguments."""
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        mode: Literal["min", "max"] = "min",
+        factor: float = 0.1,
+        patience: int = 10,
+        threshold: float = 1e-4,
+        threshold_mode: Literal["rel", "abs"] = "rel",
+        cooldown: int = 0,
+        min_lr: list[float] | float = 0,
+        eps: float = 1e-8,
+    ) -> None:
+        factor, patience = number("factor", factor), _count("patience", patience)
+        threshold, cooldown = number("threshold", threshold), _count("cooldown", cooldown)
+        eps = number("eps", eps)
+        groups = optimizer.param_groups if isinstance(optimizer, Optimizer) else []
+        low = _per_group("min_lr", min_lr, len(groups))
+        for index, (group, lowest) in enumerate(zip(groups, low)):
+            # A warm-up may have it at 0 now.
+            highest = max(
+                (float(group[key]) for key in ("lr", "initial_lr") if group.get(key) is not None), default=lowest
+            )
+            if lowest > highest:
+                raise ValueError(
+                    f"min_lr must not be above the rate, got {lowest} for param group {index} with lr={highest}: it "
+                    "would never be reduced"
+                )
+        plain_low = low if isinstance(min_lr, (list, tuple)) or not low else low[0]
+        super().__init__(
+            optimizer, mode, factor, patience, threshold, threshold_mode, cooldown, min_lr=plain_low, eps=eps
+        )
 
     def step(self, metrics: SupportsFloat, epoch: int | None = None) -> None:  # type: ignore[override]
         """Take note of a metric, and reduce the learning rate if it is time to.
@@ -90,7 +127,7 @@ def get_reduce_on_plateau_schedule(optimizer: Optimizer, **kwargs: Any) -> Reduc
         The scheduler; call `step(metric)` after every evaluation.
 
     Raises:
-        ValueError: On a factor of 1 or more, an unknown mode, a list of `min_lr` that is not one per param group.
+        ValueError: As `ReduceLROnPlateau`.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
@@ -102,10 +139,14 @@ def get_reduce_on_plateau_schedule(optimizer: Optimizer, **kwargs: Any) -> Reduc
 
 def _per_group(name: str, value: float | Sequence[float], num_groups: int) -> list[float]:
     if not isinstance(value, (list, tuple)):
-        return [value] * num_groups  # type: ignore[list-item]
+        return [number(name, value)] * num_groups
     if len(value) != num_groups:
         raise ValueError(f"{name} must be one number or {num_groups}, one per param group, got {len(value)} numbers")
-    return list(value)
+    return [number(f"{name}[{index}]", one) for index, one in enumerate(value)]
+
+
+def _count(name: str, value: float) -> int:
+    return non_negative(name, value)  # type: ignore[return-value]  # fractions are compared as they are
 
 
 class GreedyLR(ReduceLROnPlateau):
@@ -139,7 +180,8 @@ class GreedyLR(ReduceLROnPlateau):
         reset_start: See above.
 
     Raises:
-        ValueError: On a factor of 1 or more, an unknown mode or threshold mode, a list of the wrong length.
+        ValueError: On a factor of 1 or more, or of 0 or less, an unknown mode or threshold mode, a list of the wrong
+            length, a `min_lr` above its `max_lr`, an argument that is no number, a negative count.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
@@ -176,8 +218,11 @@ class GreedyLR(ReduceLROnPlateau):
         window_size: int = 50,
         reset_start: int = 500,
     ) -> None:
+        factor = number("factor", factor)
         if factor >= 1.0:
             raise ValueError(f"factor must be < 1, got {factor}; it lowers the rate, its inverse raises it")
+        if factor <= 0.0:
+            raise ValueError(f"factor must be > 0, got {factor}; the rate is divided by it")
         if mode not in ("min", "max"):
             raise ValueError(f"mode must be 'min' or 'max', got {mode!r}")
         if threshold_mode not in ("rel", "abs"):
@@ -185,13 +230,19 @@ class GreedyLR(ReduceLROnPlateau):
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"GreedyLR drives a torch optimizer, got {type(optimizer).__name__}")
         self.optimizer = optimizer
-        self.mode, self.threshold, self.threshold_mode = mode, threshold, threshold_mode
-        self.factor, self.patience, self.cooldown, self.warmup = factor, patience, cooldown, warmup
+        self.mode, self.threshold, self.threshold_mode = mode, number("threshold", threshold), threshold_mode
+        self.factor, self.patience = factor, _count("patience", patience)
+        self.cooldown, self.warmup = _count("cooldown", cooldown), _count("warmup", warmup)
         self.min_lrs = _per_group("min_lr", min_lr, len(optimizer.param_groups))
         self.max_lrs = _per_group("max_lr", max_lr, len(optimizer.param_groups))
-        self.eps, self.verbose = eps, verbose
-        self.smooth, self.window_size = smooth, window_size
-        self.reset_start_original = reset_start
+        for low, high in zip(self.min_lrs, self.max_lrs):
+            if low > high:
+                raise ValueError(f"min_lr must not be above max_lr, got min_lr={low} and max_lr={high}")
+        self.eps, self.verbose = number("eps", eps), verbose
+        self.smooth, self.window_size = smooth, _count("window_size", window_size)
+        if smooth and self.window_size < 1:
+            raise ValueError(f"window_size must be >= 1 to smooth over, got {window_size}")
+        self.reset_start_original = _count("reset_start", reset_start)
         self.last_epoch = 0
         # The only reading of rates that are tensors; from here on _last_lr says what they are.
         self._init_lrs = [float(group["lr"]) for group in optimizer.param_groups]
@@ -204,6 +255,7 @@ class GreedyLR(ReduceLROnPlateau):
         self.cooldown_counter = self.warmup_counter = 0
         self.reset_start = self.reset_start_original
         self._window: list[float] = []
+        self._window_sum = 0.0
 
     def step(self, metrics: SupportsFloat, epoch: int | None = None) -> None:  # type: ignore[override]
         """Take note of a metric, and change the learning rate if it is time to.
@@ -216,6 +268,8 @@ class GreedyLR(ReduceLROnPlateau):
             ValueError: A param group was added to the optimizer, or removed; nothing was changed.
         """
         refuse_changed_groups(len(self.min_lrs), self.optimizer, "make a new one; add groups before the scheduler")
+        if isinstance(metrics, str):
+            raise ValueError(f"metrics must be a number, got {metrics!r}")
         current = self._smoothed(float(metrics))
         self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
         for i, group in enumerate(self.optimizer.param_groups):
@@ -274,8 +328,12 @@ class GreedyLR(ReduceLROnPlateau):
     def _smoothed(self, metric: float) -> float:
         if not self.smooth:
             return metric
-        self._window = [*self._window, metric][-self.window_size :]
-        return sum(self._window) / len(self._window)
+        # A running sum, as in the original: after a NaN it stays NaN until a reset.
+        self._window = [*self._window, metric]
+        self._window_sum += metric
+        if len(self._window) > self.window_size:
+            self._window_sum -= self._window.pop(0)
+        return self._window_sum / len(self._window)
 
     def _is_better(self, current: float, best: float) -> bool:
         margin = self.threshold if self.mode == "max" else -self.threshold
@@ -303,6 +361,8 @@ class GreedyLR(ReduceLROnPlateau):
         super().load_state_dict(state_dict)
         average = state_dict.get("_streaming_avg") or {"values": state_dict.get("_window", [])}
         self._window = list(average["values"])
+        # A checkpoint from before there was a sum has none.
+        self._window_sum = float(average.get("sum", state_dict.get("_window_sum", sum(self._window))))
         left, of = state_dict.get("reset_start"), state_dict.get("reset_start_original")
         if left is not None and of is not None:
             self.reset_start = self.reset_start_original - (of - left)

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 import torch
 
+from fusedopt import checks
+
 
 class Functions(NamedTuple):
     """What a formula needs beside `+ - * / % **`, for one kind of number. Bounds are plain Python numbers."""
@@ -31,27 +33,26 @@ class Functions(NamedTuple):
     where: Callable[[Any, Any, Any], Any]
 
 
-_PYTHON = Functions(math.cos, math.sqrt, min, max, lambda condition, yes, no: yes if condition else no)
-_NUMPY = Functions(np.cos, np.sqrt, np.minimum, np.maximum, np.where)
-_TORCH = Functions(
+PYTHON = Functions(math.cos, math.sqrt, min, max, lambda condition, yes, no: yes if condition else no)
+NUMPY = Functions(np.cos, np.sqrt, np.minimum, np.maximum, np.where)
+TORCH = Functions(
     torch.cos, torch.sqrt, lambda x, bound: x.clamp(max=bound), lambda x, bound: x.clamp(min=bound), torch.where
 )
 
 
 def _functions_for(step: Any) -> tuple[Functions, Any]:
     if isinstance(step, torch.Tensor):
-        return _TORCH, step.double()
+        return TORCH, step.double()
     if isinstance(step, Real):
-        return _PYTHON, step.item() if isinstance(step, np.generic) else step
-    return _NUMPY, np.asarray(step, dtype=np.float64)
+        return PYTHON, step.item() if isinstance(step, np.generic) else step
+    return NUMPY, np.asarray(step, dtype=np.float64)
 
 
 def number(name: str, value: Any) -> float:
     """`value` as a plain Python number, so that checkpoints hold nothing else."""
-    if isinstance(value, (torch.Tensor, np.generic, np.ndarray)):
-        value = value.item()
+    value = checks.plain(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
+        raise ValueError(f"{name} must be a finite number, got {value!r}{checks.hint(value)}")
     return value
 
 
@@ -59,9 +60,14 @@ def count(name: str, value: Any) -> float:
     """`value` as a number of optimizer steps."""
     if value is None:
         raise ValueError(f"{name} is missing; give it as a number of optimizer steps")
+    return non_negative(name, value, "; it counts optimizer steps, 0 leaves the phase out")
+
+
+def non_negative(name: str, value: Any, way_out: str = "") -> float:
+    """`value` as a plain Python number >= 0."""
     value = number(name, value)
     if value < 0:
-        raise ValueError(f"{name} must be >= 0, got {value}; it counts optimizer steps, 0 leaves the phase out")
+        raise ValueError(f"{name} must be >= 0, got {value}{way_out}")
     return value
 
 

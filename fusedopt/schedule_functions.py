@@ -29,7 +29,7 @@ from fusedopt.closed_forms import (
     PolynomialSchedule,
     WarmupStableDecaySchedule,
 )
-from fusedopt.schedule_base import Schedule
+from fusedopt.schedule_base import Schedule, number
 from fusedopt.scheduler_checks import refuse_changed_groups, refuse_other_kind, refuse_other_lambdas
 
 
@@ -69,6 +69,7 @@ class ScheduleLR(LambdaLR):
 
 
 def _drive(optimizer: Optimizer, schedule: Schedule, last_epoch: int) -> LambdaLR:
+    number("last_epoch", last_epoch)
     for index, group in enumerate(optimizer.param_groups):
         if group["lr"] is None:
             raise ValueError(
@@ -94,12 +95,22 @@ def _min_lr_rate(optimizer: Optimizer, min_lr: float | None, min_lr_rate: float 
     if min_lr is not None and min_lr_rate is not None:
         raise ValueError(f"min_lr={min_lr} and min_lr_rate={min_lr_rate} exclude each other; give one of them")
     if min_lr_rate is not None:
-        return min_lr_rate
+        return _not_above_1("min_lr_rate", min_lr_rate)
     if min_lr is None:
         raise ValueError("min_lr and min_lr_rate are both missing; give one of them")
-    if _initial_lr(optimizer) == 0:
+    min_lr, initial_lr = number("min_lr", min_lr), _initial_lr(optimizer)
+    if initial_lr == 0:
         raise ValueError("min_lr is no share of an initial learning rate of 0; give min_lr_rate instead")
-    return min_lr / _initial_lr(optimizer)
+    if min_lr > initial_lr:
+        raise ValueError(f"min_lr must not be above the initial learning rate {initial_lr}, got {min_lr}")
+    return min_lr / initial_lr
+
+
+def _not_above_1(name: str, share: float) -> float:
+    share = number(name, share)
+    if share > 1:
+        raise ValueError(f"{name} must be <= 1, got {share}; the minimum is above the initial rate")
+    return share
 
 
 def get_constant_schedule(optimizer: Optimizer, last_epoch: int = -1) -> LambdaLR:
@@ -393,7 +404,7 @@ def get_wsd_schedule(
         num_stable_steps,
         warmup_type,
         decay_type,
-        min_lr_ratio,
+        _not_above_1("min_lr_ratio", min_lr_ratio),
         num_cycles,
     )
     return _drive(optimizer, schedule, last_epoch)

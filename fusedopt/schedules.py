@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from enum import Enum
 from typing import Any
@@ -153,7 +153,7 @@ def get_scheduler(
         A `LambdaLR`; for "reduce_lr_on_plateau" a `ReduceLROnPlateau`, for "greedy" a `GreedyLR` (see `needs_metric`).
 
     Raises:
-        ValueError: On an unknown name, and on a count that is missing or negative.
+        ValueError: On an unknown name, on a count that is missing, negative or given twice, and as the function.
         TypeError: On specific arguments that the function does not have, or lacks.
 
     Example:
@@ -164,6 +164,14 @@ def get_scheduler(
     """
     kind = SchedulerType(name)
     function, specific = _FUNCTIONS[kind], scheduler_specific_kwargs or {}
+    if not isinstance(specific, Mapping):
+        raise ValueError(f"scheduler_specific_kwargs must be a dict of arguments, got {specific!r}")
+    for argument in ("num_warmup_steps", "num_training_steps"):
+        if argument in specific:
+            raise ValueError(
+                f"scheduler_specific_kwargs has {argument}={specific[argument]!r}, an argument of get_scheduler "
+                "itself: give it there alone"
+            )
     if kind is SchedulerType.CONSTANT:
         return function(optimizer)
     if kind in _METRIC_DRIVEN:

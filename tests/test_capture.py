@@ -79,6 +79,7 @@ def capture(monkeypatch):
     capturing: list[Graph] = []
     for module in ("fusedopt.base", "fusedopt.backends.capture", "fusedopt.backends.numbers"):
         monkeypatch.setattr(f"{module}.capturing", lambda device: bool(capturing))
+    monkeypatch.setattr("fusedopt.keras._capturing", lambda: bool(capturing))
     for kernels, names in KERNELS.items():
         for name in names:
             monkeypatch.setattr(kernels, name, Kernel(getattr(kernels, name), capturing))
