@@ -95,7 +95,15 @@ def test_a_rate_worked_out_from_a_tensor_is_that_of_a_number(schedule):
         PolynomialSchedule(1, 5, lr_init=0.1, lr_end=-0.1),
         type("Mine", (WarmUp,), {})(0.1, RATE, 3),
     ],
-    ids=str,
+    ids=[
+        "a function",
+        "a function after a warm-up",
+        "no steps",
+        "a negative end",
+        "no steps after a warm-up",
+        "a negative end of a polynomial",
+        "a subclass",
+    ],
 )
 def test_what_the_host_has_to_look_at_is_not_worked_out_on_the_device(function):
     assert not takes_tensors(function)
@@ -137,7 +145,9 @@ def test_create_optimizer_with_a_grad_scaler_whose_scale_overflows(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("make", [lambda: lambda n: 0.5 / (n + 1), lambda: WarmUp(0.5, lambda n: 0.25, 3)], ids=str)
+@pytest.mark.parametrize(
+    "make", [lambda: lambda n: 0.5 / (n + 1), lambda: WarmUp(0.5, lambda n: 0.25, 3)], ids=["alone", "warmed up"]
+)
 def test_a_function_of_the_users_counts_calls_as_ever(make, backend):
     function = make()
     optimizer = AdamWeightDecay(groups(device_of(backend)), function, backend=backend)

@@ -55,7 +55,7 @@ class EagerAdafactor:
                     continue
                 if split is not None:
                     shards.append(shard_update(hyper, step, scale, p, g, state, split))
-                elif self._on_cpu and p.numel() > SMALL and _matrices_follow_each_other(p, g, state):
+                elif self._on_cpu and p.numel() > SMALL and _tiles_serve(p, g, state):
                     tiled_update(hyper, step, scale, p, g, state)
                 else:
                     alike.setdefault((step, p.shape, p.dtype), []).append(_Work(p, g, state))
@@ -65,8 +65,11 @@ class EagerAdafactor:
         update_together(shards)
 
 
-def _matrices_follow_each_other(p: Tensor, g: Tensor, state: dict[str, Tensor]) -> bool:
-    return p.dim() <= 2 or all(t.is_contiguous() for t in (p, g, state.get("exp_avg", p)))
+def _tiles_serve(p: Tensor, g: Tensor, state: dict[str, Tensor]) -> bool:
+    """Whether matrices follow each other in memory, and numpy knows the dtypes of all averages."""
+    if p.dim() > 2 and not all(t.is_contiguous() for t in (p, g, state.get("exp_avg", p))):
+        return False
+    return all(t.dtype.itemsize > 2 for t in state.values())
 
 
 def _together(works: Iterable[_Work]) -> Iterator[list[_Work]]:

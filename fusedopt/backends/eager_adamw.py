@@ -17,8 +17,9 @@ from fusedopt_kernels.layout import is_dense, same_layout
 _SCALED_PART = 1 << 20
 """Elements whose scaled gradients are copied at a time: 4 MiB of float32 stay in a cache. On 50M parameters, parts of
 2^18, 2^19, 2^20 and 2^21 made a clipped step 0.98, 1.02, 1.05 and 0.94 times as fast as clip_grad_norm_ and torch's
-fused step beside it. Only a tensor that is larger is cut: four views of a tensor cost 40 us, what torch needs for a
-thousand elements."""
+fused step beside it. Four views of a tensor cost 40 us, what torch needs for a thousand elements, so small ones are
+copied together; from half a part on, a copy in memory that was used before is worth it: 1.06 instead of 1.00 times the
+rival's speed on 24 matrices of 2^20 elements and a few larger ones."""
 
 _WIDE = {torch.float32, torch.float64}
 
@@ -127,7 +128,7 @@ def _scaled_parts(columns: _Columns, factor: float) -> Iterator[_Columns]:
     size = 0
     for i, p in enumerate(columns.p):
         elements = p.numel()
-        if elements > _SCALED_PART:
+        if 2 * elements >= _SCALED_PART:
             yield from _scaled_pieces(columns.only([i]), factor)
             continue
         if size + elements > _SCALED_PART:
@@ -144,7 +145,7 @@ def _scaled(some: _Columns, factor: float) -> _Columns:
 
 
 def _scaled_pieces(one: _Columns, factor: float) -> Iterator[_Columns]:
-    """Pieces of one large parameter."""
+    """Pieces of one large parameter, whose scaled gradients take turns in one memory."""
     flat = [t.as_strided((t.numel(),), (1,)) for (t,) in filter(None, one)]
     for p, g, m, v, *h in zip(*(t.split(_SCALED_PART) for t in flat)):
         yield _Columns([p], [torch.mul(g, factor, out=scratch.like(g, "gradient", g.dtype))], [m], [v], h)
