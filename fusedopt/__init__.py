@@ -1,40 +1,28 @@
 """The optimizers and schedules of Hugging Face transformers for PyTorch, fused into a handful of Triton launches."""
 
-from fusedopt.accumulate import GradientAccumulator
-from fusedopt.adafactor import Adafactor
-from fusedopt.adafactor_schedule import AdafactorSchedule, get_adafactor_schedule
-from fusedopt.adamw import AdamW
-from fusedopt.decay_groups import decay_groups
-from fusedopt.in_backward import register_step_in_backward
-from fusedopt.keras import AdamWeightDecay
-from fusedopt.keras_recipe import create_optimizer
-from fusedopt.keras_schedules import PolynomialDecay, WarmUp
-from fusedopt.plotting import plot_gallery, plot_schedule, plot_verification
-from fusedopt.recorder import LRRecorder
-from fusedopt.schedules import *  # noqa: F403
-from fusedopt.schedules import __all__ as _schedules
-from fusedopt.verification import Verification, verify_schedule
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Adafactor",
-    "AdafactorSchedule",
-    "AdamW",
-    "AdamWeightDecay",
-    "GradientAccumulator",
-    "LRRecorder",
-    "PolynomialDecay",
-    "Verification",
-    "WarmUp",
-    "__version__",
-    "create_optimizer",
-    "decay_groups",
-    "get_adafactor_schedule",
-    "plot_gallery",
-    "plot_schedule",
-    "plot_verification",
-    "register_step_in_backward",
-    "verify_schedule",
-    *_schedules,
-]
+if TYPE_CHECKING:
+    from fusedopt.public import *  # noqa: F403
+else:
+    # The first name that is asked for imports all of them, and torch. Before that the command line can settle what
+    # torch reads from the environment when it is imported, and answer Ctrl-C while it is.
+    def __getattr__(name):
+        if name == "__all__" or not name.startswith("__"):
+            from importlib import import_module
+            from pkgutil import iter_modules
+
+            # A module of ours, perhaps on the way to those names.
+            if name in [module.name for module in iter_modules(__path__)]:  # noqa: F405
+                return import_module(f"fusedopt.{name}")
+            public = import_module("fusedopt.public")
+            globals().update({known: getattr(public, known) for known in public.__all__})
+            globals()["__all__"] = ["__version__", *public.__all__]
+            if name in globals():
+                return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__():
+        return sorted({*globals(), *__getattr__("__all__")})

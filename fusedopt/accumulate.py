@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusedopt import backends
+from fusedopt_kernels.memory import outside_inference_mode
 
 _BUCKET_BYTES = 1 << 25
 """What one all-reduce carries, as in DistributedDataParallel; about the extra memory that it takes."""
@@ -31,10 +32,11 @@ class _Position:
 
     def writable(self, like: Tensor, dtype: torch.dtype | None) -> Tensor:
         """The memory that the next sum goes to."""
-        if self.memory is None:
-            self.memory = torch.empty_like(like, dtype=dtype)
-        elif self.lent:
-            self.memory = torch.empty_like(self.memory)
+        with outside_inference_mode():
+            if self.memory is None:
+                self.memory = torch.empty_like(like, dtype=dtype)
+            elif self.lent:
+                self.memory = torch.empty_like(self.memory)
         self.filled, self.lent = True, False
         return self.memory
 

@@ -109,7 +109,8 @@ class Adafactor(FusedOptimizer):
     """
 
     rule = "adafactor"
-    state_options = ("beta1",)
+    state_options = {"beta1": (None, 0.0)}
+    optional_states = ("exp_avg",)
     checks = {
         "eps": _eps,
         "clip_threshold": _clip_threshold,
@@ -159,7 +160,8 @@ class Adafactor(FusedOptimizer):
         super().__init__(params, defaults, backend, unknown, Guard(max_grad_norm, skip_nonfinite))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        _check_lr_is_meant({**self.defaults, **param_group})
+        if isinstance(param_group, dict):
+            _check_lr_is_meant({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
     def check_group(self, group: dict[str, Any]) -> None:
@@ -199,12 +201,18 @@ class Adafactor(FusedOptimizer):
             state["exp_avg"] = torch.zeros_like(p, dtype=dtype)
         return state
 
+    def state_shapes(self, p: Tensor, group: dict[str, Any]) -> dict[str, torch.Size]:
+        shapes = {"RMS": torch.Size()}
+        if p.dim() >= 2:
+            shapes |= {"exp_avg_sq_row": p.shape[:-1], "exp_avg_sq_col": p.shape[:-2] + p.shape[-1:]}
+        else:
+            shapes["exp_avg_sq"] = p.shape
+        return shapes if group["beta1"] is None else {**shapes, "exp_avg": p.shape}
+
     def foreign_state(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The original's state: RMS may be the int 0, and what it loaded for 16-bit parameters is in 16 bits."""
-        if not isinstance(state.get("RMS", 0.0), Tensor):
-            state["RMS"] = torch.tensor(float(state["RMS"]), dtype=torch.float32)
+        """The original's state: what it loaded for 16-bit parameters is in 16 bits."""
         return {
-            name: value.to(torch.promote_types(value.dtype, torch.float32)) if isinstance(value, Tensor) else value
+            name: value.float() if getattr(value, "dtype", None) in (torch.float16, torch.bfloat16) else value
             for name, value in state.items()
         }
 
@@ -263,7 +271,8 @@ class Adafactor(FusedOptimizer):
 
 def rate_on_device(hyper: AdafactorHyper, step: Tensor, rms: Tensor, before: float) -> Tensor:
     """The rate of update number `step` as a 0-d tensor, `before` if it is 0. Waits for no device."""
-    rate = torch.as_tensor(hyper.rate(step, rms, torch.sqrt, torch.minimum, number_maximum), device=step.device)
+    rate = hyper.rate(step, rms, torch.sqrt, torch.minimum, number_maximum)
+    rate = torch.as_tensor(rate, dtype=step.dtype, device=step.device)
     return torch.where(step > 0.0, rate.reshape(()), before)
 
 

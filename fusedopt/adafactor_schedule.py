@@ -7,6 +7,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fusedopt import checks
 from fusedopt.adafactor import Adafactor
+from fusedopt.scheduler_checks import refuse_other_kind
+from fusedopt.wrappers import unwrapped_optimizer
 
 
 def _one(step: int) -> float:
@@ -36,7 +38,7 @@ class AdafactorSchedule(LambdaLR):
     - `step()` before `optimizer.step()` gives no warning, since nothing is missed.
 
     Args:
-        optimizer: the `Adafactor` to read.
+        optimizer: the `Adafactor` to read, or Accelerate's or Lightning's wrapper around it.
         initial_lr: rate to show before the first update, finite and >= 0.
 
     Raises:
@@ -63,10 +65,11 @@ class AdafactorSchedule(LambdaLR):
     optimizer: Adafactor
 
     def __init__(self, optimizer: Adafactor, initial_lr: float = 0.0) -> None:
+        optimizer = unwrapped_optimizer(optimizer)
         if not isinstance(optimizer, Adafactor):
             raise TypeError(
-                f"AdafactorSchedule reads the rates of a fusedopt.Adafactor, got {type(optimizer).__name__}: pass the "
-                "optimizer itself, not what wraps it; other optimizers have the schedules of get_scheduler"
+                f"AdafactorSchedule reads the rates of a fusedopt.Adafactor, got {type(optimizer).__name__}; other "
+                "optimizers have the schedules of get_scheduler"
             )
         checks.finite_non_negative("initial_lr", initial_lr)
         self.initial_lr = initial_lr
@@ -92,6 +95,18 @@ class AdafactorSchedule(LambdaLR):
         for group, rate in zip(self.optimizer.param_groups, self._last_lr):
             if group["relative_step"]:
                 group["lr"] = rate
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over the number of steps and the rates shown last; `initial_lr` stays what it is.
+
+        Raises:
+            ValueError: the state is that of another kind of schedule.
+        """
+        refuse_other_kind(self, state_dict, "lr_lambdas")
+        if any(state_dict["lr_lambdas"]):
+            refuse_other_kind(self, state_dict, "initial_lr")
+        given = {"lr_lambdas", "base_lrs", "initial_lr"}
+        self.__dict__.update({key: value for key, value in state_dict.items() if key not in given})
 
     def _rate(self, group: dict[str, Any]) -> float | Tensor:
         for p in group["params"]:

@@ -71,7 +71,8 @@ class AdamW(FusedOptimizer):
     """
 
     rule = "adamw"
-    state_options = ("amsgrad",)
+    state_options = {"amsgrad": (False, True)}
+    optional_states = ("max_exp_avg_sq",)
     checks = {
         "lr": checks.learning_rate,
         "betas": checks.betas,
@@ -138,8 +139,14 @@ class AdamW(FusedOptimizer):
         )
 
     def new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * group["amsgrad"]
+        names = self.state_shapes(p, group)
         return {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in names}
+
+    def state_shapes(self, p: Tensor, group: dict[str, Any]) -> dict[str, torch.Size]:
+        return dict.fromkeys(["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * group["amsgrad"], p.shape)
+
+    def whole_options(self) -> dict[str, Any]:
+        return {**super().whole_options(), "convention": self.convention}
 
     def shares_steps(self) -> bool:
         return CONVENTIONS[self.convention].shared_steps

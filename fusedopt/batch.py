@@ -1,6 +1,7 @@
 """What a step hands from an optimizer to a backend."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +49,7 @@ class AdafactorHyper(NamedTuple):
 
     def rate(self, step: Any, rms: Any, sqrt: Any = math.sqrt, minimum: Any = min, number_maximum: Any = max) -> Any:
         """The rate of update number `step` of a parameter whose root mean square is `rms`."""
-        rate = self.lr
+        rate = self.lr.double() if isinstance(self.lr, Tensor) else self.lr  # whatever dtype it was given in
         if rate is None:
             constant, slope = rules.RELATIVE_STEP_CEILINGS[self.warmup_init]
             rate = rules.relative_step(step, constant, slope, sqrt, minimum)
@@ -98,7 +99,11 @@ class Batch(NamedTuple):
 
     def on(self, device: torch.device) -> "Batch":
         """The part of this batch whose parameters live on `device`."""
-        which = [i for i, p in enumerate(self.params) if p.device == device]
+        return self.only(lambda p: p.device == device)
+
+    def only(self, wanted: Callable[[Tensor], bool]) -> "Batch":
+        """The part of this batch whose parameters are wanted."""
+        which = [i for i, p in enumerate(self.params) if wanted(p)]
 
         def of(column: list[Any]) -> list[Any]:
             return [column[i] for i in which]

@@ -2,13 +2,18 @@
 
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fusedopt.without_data import is_lazy
 from fusedopt_kernels.layout import overlaps_itself
+
+FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+"""What parameters, gradients and states may be."""
 
 Check = Callable[[str, Any], None]
 
@@ -16,8 +21,32 @@ Check = Callable[[str, Any], None]
 def number(name: str, value: Any) -> float:
     """The value as a float; refuses what is not a number."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):  # NumPy's scalars are
-        raise ValueError(f"{name} must be a number, got {value!r}")
+        raise ValueError(f"{name} must be a number, got {value!r}{hint(value)}")
     return float(value)
+
+
+def hint(value: Any) -> str:
+    """What to say of a value that is no number but looks like one."""
+    try:
+        float(value if isinstance(value, str) else "")
+    except ValueError:
+        return ""
+    return " (a string: YAML, for one, takes 1e-4 for text, and 1.0e-4 for a number)"
+
+
+def plain(value: Any) -> Any:
+    """A scalar of NumPy's or torch's as Python's own, at any depth of a config; anything else as it is."""
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(plain(inner) for inner in value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 else value
+    if isinstance(value, np.ndarray):
+        return value.item() if value.size == 1 else value
+    return value
 
 
 def finite_non_negative(name: str, value: Any) -> None:
@@ -35,6 +64,26 @@ def learning_rate(name: str, value: Any) -> None:
             raise ValueError(f"{name} as a tensor must hold one floating-point number, got {got}")
         value = value.item()
     finite_non_negative(name, value)
+
+
+_ROUNDING = 1e-12
+"""How far below 0 the last rate of a schedule may be: formulas that end at 0 miss it by some 1e-17."""
+
+
+def rate_in_use(rate: Any) -> Any:
+    """The rate of a group for its check at a step, which waits for no device; 0.0 for one that rounding made negative.
+
+    Of a tensor elsewhere than on the CPU, what it holds is not looked at.
+    """
+    if isinstance(rate, Tensor) and rate.numel() == 1 and rate.is_floating_point():
+        rate = rate.item() if rate.device.type == "cpu" else 0.0
+    return 0.0 if isinstance(rate, float) and -_ROUNDING < rate < 0.0 else rate
+
+
+def count(name: str, value: Any) -> None:
+    """A whole number >= 0."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 0:
+        raise ValueError(f"{name} must be a whole number >= 0, got {value!r}")
 
 
 def beta(name: str, value: Any) -> None:
@@ -58,9 +107,22 @@ def flag(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
+def no_parameter_twice(groups: Sequence[dict[str, Any]]) -> None:
+    """Refuses groups in which a parameter comes twice: it would be updated twice in a step."""
+    seen: set[int] = set()
+    for group in groups:
+        for p in group["params"]:
+            if id(p) in seen:
+                raise ValueError(
+                    f"a parameter of shape {tuple(p.shape)} comes twice in the param groups: it would be updated twice "
+                    "in a step, list it once"
+                )
+            seen.add(id(p))
+
+
 def parameter(p: Tensor) -> None:
     """A parameter that can be updated in place: real, floating, dense, without two elements in one place."""
-    what = f"a parameter of shape {tuple(p.shape)}"
+    what = "a lazy parameter" if is_lazy(p) else f"a parameter of shape {tuple(p.shape)}"
     if p.layout is not torch.strided:
         raise ValueError(
             f"{what} is {p.layout}: only dense parameters can be updated, use torch.optim.SparseAdam for it"
@@ -70,7 +132,7 @@ def parameter(p: Tensor) -> None:
             f"{what} is {p.dtype}: parameters must be float16, bfloat16, float32 or float64; "
             "for a complex one pass torch.view_as_real of it"
         )
-    if overlaps_itself(p):
+    if not is_lazy(p) and overlaps_itself(p):
         raise ValueError(
             f"{what} with strides {p.stride()} has several elements in one place of memory (an expanded tensor?): "
             "pass the tensor before it was expanded, or a clone of it"

@@ -1,18 +1,18 @@
-"""The command line: `fusedopt demo`, `fusedopt plot`, `fusedopt info`."""
+"""The command line: `fusedopt demo`, `fusedopt plot`, `fusedopt info`.
+
+Torch and all that needs it is imported inside `main`, once the environment is as it should be and Ctrl-C has an answer.
+"""
 
 import argparse
-import platform
+import io
+import os
 import sys
 from collections.abc import Sequence
-from importlib import import_module
-from pathlib import Path
+from contextlib import suppress
 from typing import Any, NoReturn
 
-import torch
-
 import fusedopt
-from fusedopt import backends, demo, demo_checkpoint, demo_report
-from fusedopt.plot_command import add_plot_command
+from fusedopt.threads import share_the_cores
 
 
 class _Parser(argparse.ArgumentParser):
@@ -20,6 +20,9 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        (file or sys.stderr).write(message)  # argparse's own passes over a full disk
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,37 +32,74 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Without the program's name; default `sys.argv[1:]`.
 
     Returns:
-        The exit code.
+        The exit code: 0, 2, 130 after Ctrl-C, or 141 if nobody reads the output any more.
     """
-    options = _parser().parse_args(arguments)
+    _prepare_streams()
+    if "torch" not in sys.modules:  # torch reads it when it is imported
+        share_the_cores(os.environ)
+    command = "fusedopt"
     try:
-        options.run(options)
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not _out_of_memory(error):
-            raise
-        print(f"fusedopt {options.command}: {_sentence(error)}", file=sys.stderr)
-        return 2
+        try:
+            options = _parser().parse_args(arguments)
+            command += f" {options.command}"
+            options.run(options)
+        finally:
+            sys.stdout.flush()
+        return 0
+    except BrokenPipeError:
+        code, sentence = 141, ""
     except KeyboardInterrupt:
-        print(f"\nfusedopt {options.command}: interrupted", file=sys.stderr)
-        return 130
-    return 0
+        code, sentence = 130, "interrupted"
+    except (ValueError, OSError, MemoryError, RuntimeError, ModuleNotFoundError) as error:
+        code, sentence = 2, _sentence(error)
+        if not sentence:
+            raise
+    with suppress(OSError):
+        if sentence:
+            print(f"{command}: {sentence}", file=sys.stderr, flush=True)
+    _leave_nothing_unwritten()
+    return code
 
 
-def _out_of_memory(error: Exception) -> bool:
-    # The CPU's allocator has no exception of its own.
-    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return known or "can't allocate memory" in str(error)
+def _prepare_streams() -> None:
+    """What a terminal cannot show is spelled `\\xe9`; what goes to a closed stream is lost."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - as long as the process
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _leave_nothing_unwritten() -> None:
+    """Python writes what is left when it ends, and would complain once more where that cannot be written."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            with suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _sentence(error: Exception) -> str:
-    if _out_of_memory(error):
+    """What to tell the user; empty for a defect, whose traceback is of more use."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "there is not enough memory for this; take a smaller model or a smaller batch"
+    if isinstance(error, RuntimeError):  # The CPU's allocator has no exception of its own.
+        return _sentence(MemoryError()) if "can't allocate memory" in str(error) else ""
+    if isinstance(error, ModuleNotFoundError):
+        ours = (error.name or "fusedopt").startswith("fusedopt")
+        return "" if ours else f"{error.name} is not installed; run: pip install {error.name}"
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        return f"cannot write {error.filename or 'the output'}: {error.strerror}"
     return " ".join(str(error).split())
 
 
 def _parser() -> argparse.ArgumentParser:
+    from fusedopt.demo_command import add_demo_command
+    from fusedopt.info_command import add_info_command
+    from fusedopt.plot_command import add_plot_command
+
     parser = _Parser(
         prog="fusedopt",
         description="The optimizers and schedules of Hugging Face transformers for PyTorch, fused into a handful of "
@@ -73,106 +113,6 @@ def _parser() -> argparse.ArgumentParser:
     add_plot_command(commands)
     add_info_command(commands)
     return parser
-
-
-def add_demo_command(commands: Any) -> None:
-    """Adds `demo` to the sub-commands of an argument parser."""
-    defaults = demo.Settings()
-    rates = ", ".join(f"{name} {choice.lr:g}" for name, choice in demo.OPTIMIZERS.items() if choice.lr is not None)
-    parser = commands.add_parser(
-        "demo",
-        help="train a small GPT twice, with the original's optimizer loop and with ours",
-        description="Trains a small byte-level GPT twice, from the same weights and on the same batches: once with the "
-        "loop of the original optimizer, once with ours. Then compares losses and the time that the optimizers took.",
-        # What is not given stays away, so that --resume can tell it from what is.
-        argument_default=argparse.SUPPRESS,
-    )
-
-    def option(name: str, text: str, default: Any = None, **keywords: Any) -> None:
-        shown = "" if default is None else f" (default: {default})"
-        parser.add_argument(name, help=text + shown, **keywords)
-
-    option("--steps", "optimizer steps", defaults.steps, type=int, metavar="N")
-    option("--batch-size", f"windows of {demo.CONTEXT} bytes per batch", defaults.batch_size, type=int, metavar="N")
-    option("--accumulate", "batches per optimizer step", defaults.accumulate, type=int, metavar="N")
-    option("--layers", "blocks of the model", defaults.layers, type=int, metavar="N")
-    option("--width", "features per position of the model", defaults.width, type=int, metavar="N")
-    option("--optimizer", "the optimizer", defaults.optimizer, choices=tuple(demo.OPTIMIZERS))
-    option("--schedule", "how the learning rate changes", "cosine", choices=demo.SCHEDULES, metavar="NAME")
-    option("--lr", f"learning rate that the schedule scales (default: {rates})", type=float, metavar="RATE")
-    option("--dtype", "of weights, activations and gradients", defaults.dtype, choices=demo.DTYPES)
-    option("--device", "auto takes the GPU if there is one", defaults.device, choices=demo.DEVICES)
-    option("--seed", "of starting weights and batches", defaults.seed, type=int, metavar="N")
-    option("--text", "file to learn from (default: the sources of Python's standard library)", metavar="PATH")
-    option("--out", "folder for metrics.jsonl, demo.png and checkpoint.pt", defaults.out, metavar="DIR")
-    option("--checkpoint-every", "steps between checkpoints; 0: only at the end", defaults.checkpoint_every, type=int,
-           metavar="N")  # fmt: skip
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        default=False,
-        help="go on from the checkpoint in DIR, bit for bit; options that are not given are those of that run",
-    )
-    parser.epilog = f"Schedules: {', '.join(demo.SCHEDULES)}."
-    parser.set_defaults(run=run_demo)
-
-
-def run_demo(options: argparse.Namespace) -> None:
-    given = {name: value for name, value in vars(options).items() if name not in ("run", "command", "resume")}
-    if options.resume:
-        folder = given.get("out", demo.Settings().out)
-        saved = demo_checkpoint.load(Path(folder) / demo.CHECKPOINT)["settings"]
-        given = {**saved, **given, "out": folder}
-    settings = demo.Settings(**given)
-    out = Path(settings.out)
-    try:
-        outcome = demo.train(settings, resume=options.resume)
-    except KeyboardInterrupt:
-        print(
-            f"\n`fusedopt demo --resume --out {out}` goes on from the last checkpoint, if there is one", file=sys.stderr
-        )
-        raise
-    demo_report.save_picture(outcome, out / demo.PICTURE)
-    print(f"\n{demo_report.table(outcome)}\n")
-    print(f"picture   {out / demo.PICTURE}")
-    print(f"numbers   {out / demo.METRICS}")
-
-
-def add_info_command(commands: Any) -> None:
-    """Adds `info` to the sub-commands of an argument parser."""
-    parser = commands.add_parser(
-        "info",
-        help="print what is installed, which devices there are, and which backend serves each",
-        description="Prints what is installed, which devices there are, and which backend serves each.",
-    )
-    parser.set_defaults(run=run_info)
-
-
-def run_info(options: argparse.Namespace) -> None:
-    versions = [(name, _version(name)) for name in ("fusedopt", "torch", "triton", "numpy", "matplotlib")]
-    for name, version in [*versions, ("python", platform.python_version())]:
-        print(f"{name:<12}{version}")
-    rows = [("device", "name", "backend")]
-    rows += [(str(device), name, backends.choose(device)) for device, name in _devices()]
-    first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
-    print()
-    for device, name, backend in rows:
-        print(f"{device:<{max(first, 9)}}   {name:<{second}}   {backend}")
-
-
-def _version(module: str) -> str:
-    try:
-        return str(import_module(module).__version__)
-    except ImportError:
-        return "not installed"
-
-
-def _devices() -> list[tuple[torch.device, str]]:
-    threads = torch.get_num_threads()
-    found = [(torch.device("cpu"), f"{platform.machine()}, {threads} thread{'s' if threads > 1 else ''}")]
-    for index in range(torch.cuda.device_count()):
-        found.append((torch.device("cuda", index), torch.cuda.get_device_name(index)))
-    return found
 
 
 if __name__ == "__main__":

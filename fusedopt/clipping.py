@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fusedopt import sharding
-from fusedopt.backends.eager.norms import is_large, norm
+from fusedopt.backends.eager.norms import norms
 from fusedopt.checks import finite_non_negative
 
 Gradients = list[list[Tensor | None]]
@@ -53,7 +53,7 @@ class Clipping(NamedTuple):
         Example:
             >>> g = torch.tensor([3.0, 4.0])
             >>> Clipping(global_clipnorm=1.0)([[g, None]])
-            ([[tensor([3., 4.]), None]], tensor(0.2000))
+            ([[tensor([3., 4.]), None]], tensor(0.2000, dtype=torch.float64))
             >>> Clipping(clipvalue=3.5)([[g, None]])
             ([[tensor([3.0000, 3.5000]), None]], 1.0)
         """
@@ -75,8 +75,8 @@ class Clipping(NamedTuple):
             factors = [_factor(norm, scale, self.clipnorm) for norm in _norms(copied, over)]
             copied, scale = list(torch._foreach_mul(_wide(copied), factors)), 1.0
         if self.global_clipnorm is not None:
-            norms = _norms(copied, over)
-            together = torch.stack([norm.to(norms[0].device, non_blocking=True) for norm in norms])
+            each = _norms(copied, over)
+            together = torch.stack([norm.to(each[0].device, non_blocking=True) for norm in each])
             scale = _factor(torch.linalg.vector_norm(together), scale, self.global_clipnorm)
             if len(homes) > 1:
                 copied, scale = _scaled(copied, scale), 1.0
@@ -97,16 +97,9 @@ def _wide(grads: list[Tensor]) -> list[Tensor]:
 
 
 def _norms(grads: list[Tensor], over: Sequence[sharding.Spread]) -> list[Tensor]:
-    """Each tensor's norm, 0-d, at least in float32: g² of 16 bits would overflow, or vanish in the sum."""
-    wide = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
-    small = [i for i, g in enumerate(grads) if not is_large(g)]
-    norms = [norm(g).to(wide) if is_large(g) else g for g in grads]
-    for i, of_small in zip(small, torch._foreach_norm([grads[i] for i in small], 2, wide) if small else ()):
-        norms[i] = of_small
-    if any(over):
-        squares = sharding.add_up([(own.double().square(), spread) for own, spread in zip(norms, over)])
-        norms = [square.sqrt().to(wide) for square in squares]
-    return norms
+    """Each tensor's norm, 0-d float64, over all processes that have a share of it."""
+    own = norms(grads)
+    return [square.sqrt() for square in sharding.add_up(list(zip(map(torch.square, own), over)))] if any(over) else own
 
 
 def _clip_values(grads: list[Tensor], scale: float | Tensor, bound: float) -> list[Tensor]:

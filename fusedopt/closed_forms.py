@@ -330,16 +330,16 @@ class WarmupStableDecaySchedule(Schedule):
             )
 
     @property
-    def _decay_start(self) -> float:
+    def _stable_steps(self) -> float:
+        """May be negative, where the total is too short for warm-up and decay: the decay starts in its middle then."""
         if self.num_stable_steps is not None:
-            return self.num_warmup_steps + self.num_stable_steps
+            return self.num_stable_steps
         assert self.num_training_steps is not None  # checked at construction
-        # Before the end of the warm-up where the total is too short for both: then the decay starts in its middle.
-        return self.num_training_steps - self.num_decay_steps
+        return self.num_training_steps - self.num_warmup_steps - self.num_decay_steps
 
     @property
     def length(self) -> float:
-        return self._decay_start + self.num_decay_steps
+        return self.num_warmup_steps + self._stable_steps + self.num_decay_steps
 
     def _scaled(self, shape: Any, f: Functions) -> Any:
         return f.at_least(shape * (1.0 - self.min_lr_ratio) + self.min_lr_ratio, 0.0)
@@ -348,7 +348,8 @@ class WarmupStableDecaySchedule(Schedule):
         return self._scaled(_RISE[self.warmup_type](s / max(1, self.num_warmup_steps), f), f)
 
     def _after(self, s: Any, f: Functions) -> Any:
-        start = self._decay_start
-        progress = f.at_most(f.at_least((s - start) / max(1, self.num_decay_steps), 0.0), 1.0)
+        # In the original's order: counts may be fractions, and then rounding decides which phase a step is in.
+        w, stable = self.num_warmup_steps, self._stable_steps
+        progress = f.at_most(f.at_least((s - w - stable) / max(1, self.num_decay_steps), 0.0), 1.0)
         decay = self._scaled(_FALL[self.decay_type](progress, self.num_cycles, f), f)
-        return f.where(s < start, 1.0, f.where(s < self.length, decay, self.min_lr_ratio))
+        return f.where(s < w + stable, 1.0, f.where(s < self.length, decay, self.min_lr_ratio))

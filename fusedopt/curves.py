@@ -14,11 +14,15 @@ from torch.optim.lr_scheduler import LambdaLR
 from fusedopt import checks
 from fusedopt.keras_schedules import RateSchedule
 from fusedopt.schedules import GreedyLR, Schedule, SchedulerType, get_scheduler
+from fusedopt.wrappers import unwrapped_scheduler
 
 MetricDriven = (GreedyLR, torch.optim.lr_scheduler.ReduceLROnPlateau)
 
-# More points than pixels help nobody.
-_MOST_POINTS = 2000
+# More points than pixels help nobody, except where a curve is steep: up to _MOST_POINTS in all.
+_EVEN_POINTS = 2000
+_MOST_POINTS = 20_000
+# Between neighbouring points a curve rises by this share of its height at most, while there are steps between them.
+_SMALL_RISE = 1 / 400
 # A metric-driven schedule is simulated step by step, in a second for so many.
 _MOST_METRICS = 1_000_000
 # The end of a schedule is a place to see: a little of what follows is shown.
@@ -120,11 +124,13 @@ def _is_named_with_arguments(item: Any) -> bool:
 
 def _stand_in(lrs: Sequence[float]) -> torch.optim.Optimizer:
     """An optimizer with nothing but learning rates."""
-    groups = [{"params": [torch.zeros((), requires_grad=True)], "lr": lr} for lr in lrs]
+    options: Any = {"dtype": torch.float32, "device": "cpu", "requires_grad": True}
+    groups = [{"params": [torch.zeros((), **options)], "lr": lr} for lr in lrs]
     return torch.optim.SGD(groups, lr=lrs[0])
 
 
 def _sources(label: str | None, item: Any, lr: float | None, arguments: Mapping[str, Any]) -> list[Source]:
+    item = unwrapped_scheduler(item)
     if isinstance(item, str) or _is_named_with_arguments(item):
         name, own = (item, {}) if isinstance(item, str) else item
         specific = {**arguments, **own}
@@ -197,11 +203,10 @@ def _told_apart(sources: list[Source]) -> list[Source]:
 def _curve(source: Source, num_steps: int, default_lr: float, metrics: Sequence[float] | None) -> Curve:
     lr = default_lr if source.initial is None else source.initial
     if not isinstance(source.drive, MetricDriven):
-        steps = np.unique(np.linspace(0, num_steps, min(num_steps, _MOST_POINTS) + 1).round().astype(np.int64))
-        function = source.drive
-        factors = function(steps) if isinstance(function, Schedule) else [function(int(step)) for step in steps]
-        warm_up = getattr(function, "num_warmup_steps", 0)
-        return Curve(source.label, _text(source.details), steps, np.asarray(factors) * lr, warm_up, source.position)
+        warm_up = getattr(source.drive, "num_warmup_steps", 0)
+        corners = [corner for corner in (warm_up, source.length, source.position) if corner]
+        steps, factors = _sampled(source.drive, num_steps, corners)
+        return Curve(source.label, _text(source.details), steps, factors * lr, warm_up, source.position)
     if num_steps > _MOST_METRICS:
         raise ValueError(f"num_steps must be <= {_MOST_METRICS} for a metric-driven schedule, got {num_steps}")
     metric = example_metric(num_steps) if metrics is None else np.asarray(metrics, dtype=np.float64)
@@ -209,6 +214,41 @@ def _curve(source: Source, num_steps: int, default_lr: float, metrics: Sequence[
         metric = 1.0 - metric
     rates = _simulated(source.drive, lr, metric)
     return Curve(source.label, _text(source.details), np.arange(len(metric)), rates, metric=metric)
+
+
+def _sampled(function: Any, num_steps: int, corners: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps that show the curve of a function of the step, and its values there.
+
+    All steps of a short run. Of a long one steps at even distances, more of them at its beginning, where warm-ups are,
+    those around the corners that are known, and then halves of the gaps over which the curve is steep.
+    """
+
+    def values(at: np.ndarray) -> np.ndarray:
+        array = function(at) if isinstance(function, Schedule) else [float(function(int(step))) for step in at]
+        return np.asarray(array, dtype=np.float64)
+
+    if num_steps <= _EVEN_POINTS:
+        steps = np.arange(num_steps + 1)
+        return steps, values(steps)
+    # Two combs without a common distance: a wave that one of them takes for a line shows in the other.
+    combs = [np.linspace(0, num_steps, count) for count in (_EVEN_POINTS * 3 // 5 + 1, _EVEN_POINTS * 2 // 5 - 2)]
+    around = [np.floor(corner) + np.arange(-1, 3) for corner in corners]
+    wanted = np.concatenate([*combs, np.geomspace(1, num_steps, _EVEN_POINTS // 5), *around])
+    steps = np.unique(wanted.round().clip(0, num_steps).astype(np.int64))
+    found = values(steps)
+    finite = found[np.isfinite(found)]
+    height = np.ptp(finite) if len(finite) else 0.0
+    while True:
+        rise = np.abs(np.diff(found))
+        rise[~np.isfinite(rise)] = 0
+        steep = np.flatnonzero((np.diff(steps) > 1) & (rise > _SMALL_RISE * height))
+        room = _MOST_POINTS - len(steps)
+        if not len(steep) or room <= 0:
+            return steps, found
+        steepest = np.sort(steep[np.argsort(-rise[steep], kind="stable")[:room]])
+        between = (steps[steepest] + steps[steepest + 1]) // 2
+        steps = np.insert(steps, steepest + 1, between)
+        found = np.insert(found, steepest + 1, values(between))
 
 
 def _simulated(scheduler: Any, lr: float, metric: np.ndarray) -> np.ndarray:

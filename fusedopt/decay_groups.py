@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from fusedopt import checks
+
 # Every library has an RMSNorm of its own, so there is no list of types to compare with. At the end of the name: a
 # PreNormBlock may own matrices that are to decay.
 _NORM = re.compile(r"norm(act|alization)?\d*d?$", re.IGNORECASE)
@@ -67,7 +69,7 @@ def decay_groups(
           24 of 2 in Linear: linear1.bias, linear2.bias
           8 of 1 in NonDynamicallyQuantizableLinear: self_attn.out_proj.bias
     """
-    if not weight_decay >= 0.0:
+    if not checks.number("weight_decay", weight_decay) >= 0.0:
         raise ValueError(f"weight_decay must be >= 0, got {weight_decay!r}")
     owners: dict[nn.Parameter, list[tuple[str, nn.Module]]] = {}
     for prefix, owner in module.named_modules():

@@ -21,6 +21,7 @@ import fusedopt
 from fusedopt import backends, demo_checkpoint
 from fusedopt.demo_model import GPT
 from fusedopt.demo_text import Text, read_text
+from fusedopt.files import naming, write_atomically
 from fusedopt.reference import ReferenceAdafactor, ReferenceAdamW, ReferenceAdamWeightDecay
 from fusedopt.schedules import SchedulerType, example_arguments, get_scheduler, needs_metric
 
@@ -232,6 +233,15 @@ class Run:
                 self.scheduler.step()
 
 
+def read_checkpoint(folder: str | Path) -> dict[str, Any]:
+    """The checkpoint in a folder that a run has left.
+
+    Raises:
+        ValueError: There is none, or it is no checkpoint of the demo.
+    """
+    return demo_checkpoint.load(Path(folder) / CHECKPOINT, asdict(Settings()))
+
+
 def train(settings: Settings, *, resume: bool = False) -> Outcome:
     """Trains both runs side by side, step by step, and leaves metrics.jsonl and checkpoint.pt in `settings.out`.
 
@@ -260,7 +270,7 @@ def train(settings: Settings, *, resume: bool = False) -> Outcome:
     # the same on every device).
     text = Text(content, CONTEXT)
     held_out = [part.to(device) for part in text.held_out(HELD_OUT_WINDOWS)]
-    batches = torch.Generator().manual_seed(settings.seed)
+    batches = torch.Generator("cpu").manual_seed(settings.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = GPT(settings.layers, settings.width, CONTEXT)
@@ -273,21 +283,22 @@ def train(settings: Settings, *, resume: bool = False) -> Outcome:
     # Where to begin: at the first step, or after the last one of the checkpoint. Records of later steps are dropped.
     done, records = 0, []
     if resume:
-        checkpoint = demo_checkpoint.load(out / CHECKPOINT)
+        checkpoint = read_checkpoint(out)
         demo_checkpoint.check_same_run(checkpoint, identity, settings.steps)
         done, records = checkpoint["step"], checkpoint["records"]
-        batches.set_state(checkpoint["batches"])
-        for run in runs:
-            another_total = checkpoint["settings"]["steps"] != settings.steps
-            run.load_state_dict(checkpoint["runs"][run.name], replay_schedule=done if another_total else None)
+        with demo_checkpoint.reading(out / CHECKPOINT):
+            batches.set_state(checkpoint["batches"])
+            for run in runs:
+                another_total = checkpoint["settings"]["steps"] != settings.steps
+                run.load_state_dict(checkpoint["runs"][run.name], replay_schedule=done if another_total else None)
     out.mkdir(parents=True, exist_ok=True)
     if not resume:  # A checkpoint of an earlier run is none of this one, which may be interrupted before its first.
         (out / CHECKPOINT).unlink(missing_ok=True)
-    demo_checkpoint.write_atomically(out / METRICS, lambda file: file.writelines(map(_line, records)))
+    write_atomically(out / METRICS, lambda file: file.writelines(map(_line, records)))
 
     with (
         deterministic(device),
-        open(out / METRICS, "ab") as log,
+        open(out / METRICS, "ab", buffering=0) as log,  # a crash, or Ctrl-C, loses no step
         tqdm(total=settings.steps, initial=done, unit="step", mininterval=0.5, dynamic_ncols=True) as bar,
     ):
         for step in range(done + 1, settings.steps + 1):
@@ -295,7 +306,7 @@ def train(settings: Settings, *, resume: bool = False) -> Outcome:
             micro_batches = [(tokens.to(device), targets.to(device)) for tokens, targets in drawn]
             for run in runs:
                 # Forward and backward. The loss stays on the device until the step is done.
-                loss_sum = torch.zeros((), device=device)
+                loss_sum = torch.zeros((), dtype=torch.float32, device=device)
                 for tokens, targets in micro_batches:
                     loss = run.model.loss(tokens, targets) / settings.accumulate
                     loss.backward()
@@ -315,10 +326,10 @@ def train(settings: Settings, *, resume: bool = False) -> Outcome:
                 if step == 1 or step % MEASURE_EVERY == 0 or step == settings.steps:
                     record["val_loss"] = validation_loss(run.model, *held_out)
                 records.append({**record, "lr": lr, "optimizer_ms": optimizer_ms})
-                log.write(_line(records[-1]))
+                with naming(out / METRICS):
+                    log.write(_line(records[-1]))
                 run.advance_schedule(train_loss)
 
-            log.flush()
             bar.set_postfix_str("loss " + ", ".join(f"{r['run']} {r['train_loss']:.4f}" for r in records[-2:]), False)
             bar.update()
             if step == settings.steps or (settings.checkpoint_every and step % settings.checkpoint_every == 0):

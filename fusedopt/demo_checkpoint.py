@@ -1,50 +1,89 @@
-"""Checkpoints of the demo: a crash leaves the old one or the new one, and what does not fit is named."""
+"""Checkpoints of the demo: what does not fit is named."""
 
-import os
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Replaces `path` by what `write` puts into a file; until all of it is on the disk, `path` stays what it was."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    # The new name must reach the disk as well; Windows cannot open a folder, and needs not.
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+from fusedopt.files import write_atomically
 
 
 def save(path: Path, checkpoint: dict[str, Any]) -> None:
     write_atomically(path, lambda file: torch.save(checkpoint, file))
 
 
-def load(path: Path) -> dict[str, Any]:
+# What there is in a checkpoint, and of which kind.
+_PARTS = {
+    "settings": dict,
+    "identity": dict,
+    "step": int,
+    "records": list,
+    "batches": torch.Tensor,
+    "runs": dict,
+}
+_RECORD = {"run": str, "step": int, "train_loss": float, "lr": (float, type(None)), "optimizer_ms": float}
+
+
+def load(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """The checkpoint in `path`, with its tensors on the CPU.
+
+    Args:
+        path: of the file.
+        settings: values of the kind that its settings must have, by their names.
 
     Raises:
         ValueError: There is none, or it is no checkpoint of the demo.
     """
     if not path.exists():
         raise ValueError(f"nothing to resume: {path} does not exist; start without resuming, or name another folder")
-    try:
+    with reading(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"settings", "identity", "step", "records", "batches", "runs"} - set(checkpoint)
-    except Exception as error:  # torch.load names a dozen kinds of damage in as many ways
-        raise ValueError(f"cannot resume: {path} is damaged, or no checkpoint ({type(error).__name__})") from error
+        missing = _PARTS.keys() - set(checkpoint)
+        wrong = [name for name, kind in _PARTS.items() if not missing and not _is(checkpoint[name], kind)]
+        if not missing and not wrong:
+            _check_contents(checkpoint, settings)
     if missing:
         raise ValueError(f"cannot resume: {path} is no checkpoint of this demo, {', '.join(sorted(missing))} missing")
+    if wrong:
+        raise ValueError(
+            f"cannot resume: {path} is no checkpoint of this demo, its {wrong[0]} is {checkpoint[wrong[0]]!r:.80}"
+        )
     return checkpoint
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Whatever goes wrong with the contents of `path` in this block is one ValueError that names it."""
+    try:
+        yield
+    except Exception as error:  # torch.load, for one, names a dozen kinds of damage in as many ways
+        text = " ".join(str(error).split())
+        said = f": {text}" if text and isinstance(error, (ValueError, TypeError)) else ""
+        raise ValueError(
+            f"cannot resume: {path} is damaged, or no checkpoint ({type(error).__name__}{said})"
+        ) from error
+
+
+def _is(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _check_contents(checkpoint: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raises where it is not what a run writes; states are checked by those who load them."""
+    for name, value in checkpoint["settings"].items():
+        if name not in settings or not (value is None or settings[name] is None or _is(value, type(settings[name]))):
+            raise ValueError(f"the setting {name} is {value!r}")
+    for name in settings.keys() - checkpoint["settings"].keys():
+        raise ValueError(f"the setting {name} is missing")
+    step, records = checkpoint["step"], checkpoint["records"]
+    for record in records:
+        for name, kind in _RECORD.items():
+            if not _is(record[name], kind):
+                raise ValueError(f"{name} of a record is {record[name]!r}")
+    if sorted(record["step"] for record in records) != sorted([*range(1, step + 1)] * 2):
+        raise ValueError(f"there are {len(records)} records of {step} steps")
 
 
 def check_same_run(checkpoint: dict[str, Any], identity: dict[str, Any], steps: int) -> None:

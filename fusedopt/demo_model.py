@@ -1,6 +1,7 @@
 """A small byte-level GPT, after nanoGPT: pre-norm blocks, learned positions, the embedding reused as output layer."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +10,14 @@ from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 BYTES = 256
 """The vocabulary: a token is a byte."""
 
+_MADE: Any = {"dtype": torch.float32, "device": "cpu"}
+"""What parameters are, whatever torch's defaults: a seed means the same weights everywhere."""
+
 
 class GPT(nn.Module):
     """Predicts the next byte from at most `context` bytes before it.
+
+    Parameters are made on the CPU in float32.
 
     Args:
         layers: number of blocks.
@@ -28,10 +34,10 @@ class GPT(nn.Module):
 
     def __init__(self, layers: int, width: int, context: int) -> None:
         super().__init__()
-        self.token = nn.Embedding(BYTES, width)
-        self.position = nn.Parameter(torch.empty(context, width))
+        self.token = nn.Embedding(BYTES, width, **_MADE)
+        self.position = nn.Parameter(torch.empty(context, width, **_MADE))
         self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.LayerNorm(width, **_MADE)
         # Residual branches start small, so that the stream keeps its size whatever the depth (GPT-2).
         for name, p in self.named_parameters():
             if p.dim() == 2:
@@ -59,12 +65,12 @@ class Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.heads = next(n for n in range(max(1, width // 32), 0, -1) if width % n == 0)
-        self.norm1 = nn.LayerNorm(width)
-        self.query_key_value = nn.Linear(width, 3 * width, bias=False)
-        self.attend = nn.Linear(width, width, bias=False)
-        self.norm2 = nn.LayerNorm(width)
-        self.grow = nn.Linear(width, 4 * width)
-        self.shrink = nn.Linear(4 * width, width)
+        self.norm1 = nn.LayerNorm(width, **_MADE)
+        self.query_key_value = nn.Linear(width, 3 * width, bias=False, **_MADE)
+        self.attend = nn.Linear(width, width, bias=False, **_MADE)
+        self.norm2 = nn.LayerNorm(width, **_MADE)
+        self.grow = nn.Linear(width, 4 * width, **_MADE)
+        self.shrink = nn.Linear(4 * width, width, **_MADE)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.query_key_value(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)

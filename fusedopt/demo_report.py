@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from fusedopt.demo_checkpoint import write_atomically
+from fusedopt.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,11 +74,9 @@ def table(outcome: Outcome) -> str:
         f"largest difference between the two loss curves: {difference:.2g}" + (f", at step {at}" if at else ""),
     ]
     for label, curves in zip(LABELS.values(), (eager, fused)):
-        broken = [step for step, loss in zip(curves.steps, curves.train_loss) if not math.isfinite(loss)]
+        broken = _not_finite(curves)
         if broken:
-            lines.append(
-                f"{label}: the loss is not finite from step {broken[0]} on; try a smaller lr, or another dtype"
-            )
+            lines.append(f"{label}: the loss is not finite from step {broken} on; try a smaller lr, or another dtype")
     return "\n".join(lines)
 
 
@@ -114,20 +112,48 @@ def figure(outcome: Outcome) -> Figure:
     return fig
 
 
+def loss_title(eager: Curves, fused: Curves) -> str:
+    """What the picture of the losses shows: whether there is one curve to see, two, or none.
+
+    Two curves are one for the eye if they differ by less than the wider line covers, a hundredth of their height.
+    """
+    losses = [loss for curves in (eager, fused) for loss in curves.train_loss if math.isfinite(loss)]
+    if not losses:
+        return "no loss is finite"
+    difference, at = largest_difference(eager, fused)
+    broken = {LABELS[run]: _not_finite(curves) for run, curves in (("eager", eager), ("fused", fused))}
+    first = min((step for step in broken.values() if step), default=None)
+    if first is not None:
+        whose = " and ".join(label for label, step in broken.items() if step == first)
+        return f"not finite from step {first:,} on ({whose})"
+    if difference <= max(0.01 * (max(losses) - min(losses)), 1e-6 * max(map(abs, losses))):
+        return "one curve on top of the other"
+    return f"two curves, furthest apart at step {at:,}"
+
+
+def _not_finite(curves: Curves) -> int | None:
+    """The first step whose loss is not finite."""
+    return next((step for step, loss in zip(curves.steps, curves.train_loss) if not math.isfinite(loss)), None)
+
+
 def _draw_loss(axes: Axes, eager: Curves, fused: Curves) -> None:
-    _style(axes, "Loss, nats per byte: one curve on top of the other")
+    difference, _ = largest_difference(eager, fused)
+    gap = "none can be told" if math.isnan(difference) else f"{difference:.2g}"
+    _style(axes, f"Loss, nats per byte: {loss_title(eager, fused)}", below="lines: training, dots: validation; "
+           f"largest difference: {gap}")  # fmt: skip
     axes.plot(eager.steps, eager.train_loss, color=COLORS["eager"], lw=4.5, alpha=0.6, solid_capstyle="round")
     axes.plot(fused.steps, fused.train_loss, color=COLORS["fused"], lw=0.9)
     axes.plot(eager.val_steps, eager.val_loss, "o", color=COLORS["eager"], ms=9)
     axes.plot(fused.val_steps, fused.val_loss, "o", color=COLORS["fused"], ms=4)
+    if len(eager.steps) > 1:
+        axes.set_xlim(eager.steps[0] - 0.01 * len(eager.steps), eager.steps[-1] + 0.01 * len(eager.steps))
     keys = [
         axes.plot([], [], "o-", color=COLORS["eager"], lw=4.5, ms=9, label=LABELS["eager"])[0],
         axes.plot([], [], "o-", color=COLORS["fused"], lw=0.9, ms=4, label=LABELS["fused"])[0],
     ]
-    difference, _ = largest_difference(eager, fused)
-    title = f"lines: training, dots: validation\nlargest difference: {difference:.2g}"
-    legend = axes.legend(handles=keys, title=title, loc="upper right", frameon=False, labelcolor=INK, alignment="left")
-    legend.get_title().set_color(INK)
+    # Beside the title, where no curve comes.
+    place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.3, "ncols": 2}
+    axes.legend(handles=keys, frameon=False, labelcolor=INK, **place)
 
 
 def _draw_rate(axes: Axes, fused: Curves) -> None:
@@ -164,8 +190,10 @@ def _draw_time(axes: Axes, eager: Curves, fused: Curves) -> None:
     axes.set_ylim(0, 2 * max(eager.median_ms, fused.median_ms))
 
 
-def _style(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=11, color=INK, weight="bold")
+def _style(axes: Axes, title: str, below: str = "") -> None:
+    axes.set_title(title, loc="left", fontsize=11, color=INK, weight="bold", pad=22 if below else 6)
+    if below:
+        axes.annotate(below, (0, 1), (0, 7), "axes fraction", "offset points", fontsize=9, color=INK)
     axes.set_xlabel("step", color=INK)
     axes.tick_params(colors=INK, length=0)
     axes.grid(axis="y", color="#e3e6ea", lw=0.8)

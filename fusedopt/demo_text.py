@@ -75,11 +75,14 @@ class Text:
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """`size` windows from random places: tokens and targets, int64 [size, context]."""
-        return _shifted(self._train[torch.randint(len(self._train), (size,), generator=generator)])
+        last = len(self._train)
+        return _shifted(self._train[torch.randint(last, (size,), generator=generator, dtype=torch.int64, device="cpu")])
 
     def held_out(self, windows: int) -> tuple[Tensor, Tensor]:
         """Tokens and targets of `windows` windows spread evenly over the part held out, always the same."""
-        return _shifted(self._held_out[torch.linspace(0, len(self._held_out) - 1, windows).long()])
+        # In integers: a float32 cannot tell the places of a long text apart, and may round past its end.
+        last, gaps = len(self._held_out) - 1, max(1, windows - 1)
+        return _shifted(self._held_out[torch.arange(windows, dtype=torch.int64, device="cpu") * last // gaps])
 
 
 def _shifted(windows: Tensor) -> tuple[Tensor, Tensor]:

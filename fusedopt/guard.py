@@ -8,6 +8,7 @@ from torch import Tensor
 from fusedopt.batch import Control
 from fusedopt.checks import flag, number
 from fusedopt_kernels import rules
+from fusedopt_kernels.memory import outside_inference_mode
 
 
 class Guard:
@@ -50,7 +51,8 @@ class Guard:
                 norm = norm * factor.to(home, torch.float64, non_blocking=True).abs()
             elif factor is not None and factor != 1.0:
                 norm = norm * abs(factor)
-        self.grad_norm = norm
+        with outside_inference_mode():
+            self.grad_norm = norm.clone() if norm.is_inference() else norm
         if self.skip_nonfinite:
             control = control._replace(found_inf=self._skips(norm, control.found_inf))
         if self.max_grad_norm is not None and self.max_grad_norm < math.inf:
@@ -62,6 +64,7 @@ class Guard:
     def _skips(self, norm: Tensor, found_inf: Tensor | None) -> Tensor:
         skips = (~norm.isfinite()).to(torch.float32)
         if self.skipped_steps is None:
-            self.skipped_steps = torch.zeros_like(norm)
+            with outside_inference_mode():
+                self.skipped_steps = torch.zeros_like(norm)
         self.skipped_steps += skips
         return skips if found_inf is None else skips + found_inf.to(norm.device, torch.float32, non_blocking=True)

@@ -5,8 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedopt import checks
 from fusedopt.base import FusedOptimizer
 from fusedopt.batch import Control
+from fusedopt.wrappers import unwrapped_optimizer
 
 
 def register_step_in_backward(optimizer: FusedOptimizer, model: torch.nn.Module) -> "StepInBackward":
@@ -14,11 +16,12 @@ def register_step_in_backward(optimizer: FusedOptimizer, model: torch.nn.Module)
 
     At no time do all gradients exist, only those that autograd has not finished. The numbers are those of `step()`. The
     training loop stays as it is: `step()`, which finds no gradients any more, still closes the step for schedulers,
-    hooks and shared step counts, and has to follow every `backward()`.
+    hooks and shared step counts, and has to follow every `backward()`. Rates and options are those that the group of a
+    parameter has at that moment, whatever was done to the groups since; a parameter that is in none is left alone.
 
     What looks at gradients after `backward()` finds none: `clip_grad_norm_` clips nothing, a `GradScaler` cannot
-    unscale (the next `step()` says so). Parameters that require no gradient now, and later do, are updated by `step()`
-    as ever.
+    unscale (the next `step()` says so). Parameters that require no gradient now, and later do, and those of groups that
+    are added later, are updated by `step()` as ever.
 
     Args:
         optimizer: an optimizer of this package, or Accelerate's or Lightning's wrapper around one.
@@ -49,7 +52,7 @@ def register_step_in_backward(optimizer: FusedOptimizer, model: torch.nn.Module)
         True
         >>> optimizer.step()
     """
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's and Lightning's wrappers
+    optimizer = unwrapped_optimizer(optimizer)
     if not isinstance(optimizer, FusedOptimizer):
         raise ValueError(
             f"the optimizer must be one of fusedopt's, got {type(optimizer).__name__}: take AdamW, for instance"
@@ -83,17 +86,16 @@ class StepInBackward:
         self._names = names
         self._updated: set[Tensor] = set()
         self._count: Tensor | None = None  # what shared step counts will be when the open step is closed
-        self._place: dict[Tensor, tuple[int, int]] = {}
+        self._places: dict[Tensor, tuple[int, int]] | None = None  # those of the open step
         # A stepper keeps tables for the parameters of its last step, so each parameter has its own.
         self._steppers: dict[Tensor, dict[Any, Any]] = {}
         self._handles = [
             optimizer.register_step_pre_hook(self._open),
             optimizer.register_step_post_hook(self._close),
         ]
-        for number, group in enumerate(optimizer.param_groups):
-            for index, p in enumerate(group["params"]):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
                 if p.requires_grad:
-                    self._place[p] = number, index
                     self._steppers[p] = {}
                     self._handles.append(p.register_post_accumulate_grad_hook(self._update))
 
@@ -112,7 +114,10 @@ class StepInBackward:
                 f"{self._names[p]} got a second gradient before step(), and a step in backward cannot accumulate: "
                 "call step() after every backward(), or remove() the handle of register_step_in_backward"
             )
-        self._part(p)._update([[p.grad]], Control())
+        place = self._place(p)
+        if place is None:
+            return  # No group has it any more: its gradient stays, as it would without this.
+        self._part(p, *place)._update([[p.grad]], Control())
         if self._optimizer.shares_steps():
             count = self._optimizer.state[p]["step"]
             self._count = count.clone()
@@ -120,9 +125,18 @@ class StepInBackward:
         self._updated.add(p)
         p.grad = None
 
-    def _part(self, p: Tensor) -> FusedOptimizer:
+    def _place(self, p: Tensor) -> tuple[int, int] | None:
+        """Which parameter of which group it is; None if no group has it. Groups may have been edited at any time."""
+        groups = self._optimizer.param_groups
+        place = self._places.get(p) if self._places is not None else None
+        if self._places is None or (place is not None and not _holds(groups, place, p)):
+            checks.no_parameter_twice(groups)
+            self._places = {q: (i, j) for i, group in enumerate(groups) for j, q in enumerate(group["params"])}
+            place = self._places.get(p)
+        return place
+
+    def _part(self, p: Tensor, number: int, index: int) -> FusedOptimizer:
         """An optimizer of this parameter alone, with the state, the options and the rates that the whole has now."""
-        number, index = self._place[p]
         group = dict(self._optimizer.param_groups[number], params=[p])
         if "param_names" in group:
             group["param_names"] = [group["param_names"][index]]
@@ -147,5 +161,11 @@ class StepInBackward:
             for state in optimizer.state.values():
                 if state:
                     state["step"].copy_(self._count, non_blocking=True)
-        self._count = None
+        self._count = self._places = None
         self._updated.clear()
+
+
+def _holds(groups: list[dict[str, Any]], place: tuple[int, int], p: Tensor) -> bool:
+    number, index = place
+    params = groups[number]["params"] if number < len(groups) else []
+    return index < len(params) and params[index] is p

@@ -8,12 +8,22 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fusedopt import checkpoint, checks
+from fusedopt import backends, checkpoint, checks
 from fusedopt.adamw import AdamW
 from fusedopt.base import refuse_unknown
 from fusedopt.batch import AdamWHyper, Batch, Control
 from fusedopt.clipping import Clipping, Gradients
-from fusedopt.keras_schedules import RateFunction, describe, revive
+from fusedopt.keras_config import from_keras
+from fusedopt.keras_schedules import (
+    RateFunction,
+    as_rate,
+    check_function,
+    describe,
+    rate_on_device,
+    revive,
+    takes_tensors,
+)
+from fusedopt.step_count import StepCount
 
 _KERAS_EPSILON = 1e-7
 """What Keras' Adam takes for an epsilon of 0."""
@@ -38,7 +48,8 @@ class AdamWeightDecay(AdamW):
     Args:
         params: what torch's optimizers take; with patterns, best `model.named_parameters()`.
         learning_rate: a float; a tensor of one element, read on its device at every step; or a function from the number
-            of `step()` calls so far (0 at the first; skipped ones count too) to the rate, such as `WarmUp`.
+            of steps so far (0 at the first) to the rate. Schedules of this package, such as `WarmUp`, are asked for
+            `iterations`; for other functions, which are called on the host, skipped steps count too.
         beta_1, beta_2: decay rates of the averages of g and g², each in [0, 1).
         epsilon: added to the root of v; 0 means 1e-7, as in Keras.
         amsgrad: divide by the largest v so far.
@@ -50,14 +61,17 @@ class AdamWeightDecay(AdamW):
         backend: "auto" (Triton for CUDA and ROCm tensors, eager for the others), "triton" or "eager".
         max_grad_norm, skip_nonfinite: as in `AdamW`; the first excludes Keras' clippings.
         **kwargs: Keras' `clipvalue`, `clipnorm`, `global_clipnorm` (the last two exclude each other), `decay` (the rate
-            is divided by 1 + decay * calls) and `lr` (instead of `learning_rate`, with a warning).
+            is divided by 1 + decay * iterations) and `lr` (instead of `learning_rate`, with a warning). With `betas`
+            come the other options under torch's names, too, which `defaults` have.
 
     Raises:
         ValueError: an option is out of range; patterns without names; at a step, a function that returns no rate.
         TypeError: an option that does not exist here.
 
     `group["lr"]` is the rate in use (before `decay`), so torch's schedulers work; a function of the step sets it, and a
-    second hand on it is refused. The number of calls is `group["iterations"]`, in checkpoints too.
+    second hand on it is refused. It is a float; where only the device knows which steps were skipped (Triton with a
+    GradScaler, `skip_nonfinite` or in a CUDA graph), the rate of a schedule of this package is worked out there, and is
+    a float64 tensor.
 
     Sources: transformers 4.34, `optimization_tf.py`; Keras 2.14, `optimizers/legacy/adam.py`.
 
@@ -77,14 +91,31 @@ class AdamWeightDecay(AdamW):
     _decaying: list[tuple[list[int], list[int]]] | None
     """For each group, the places of the parameters that decay and of the others; None until a step asks."""
 
-    _followed: tuple[int, float] | None
-    """The call for which a function of the step last set the groups' rate, and that rate; None after a checkpoint."""
+    _followed: tuple[float | Tensor, int] | None
+    """The rate that a function of the step last set, and a tensor's version then; None after a checkpoint."""
+
+    _followed_for: tuple[int, bool] | None
+    """The step for which it was set, as the host counts, and whether in a capture; None for a step that is over."""
+
+    _rate: Tensor | None
+    """The rate where it is worked out on the device."""
+
+    _count: StepCount
+
+    _home: tuple[torch.device, bool] | None
+    """Where the first parameter is, and whether Triton updates it."""
+
+    _skips: Tensor | None
+    """Not 0 if the step that is going on is skipped."""
+
+    _prepared: bool
+    """Whether the step that is going on is one, and not a look at the state."""
 
     constructor_options: ClassVar[tuple[str, ...]] = (
         *AdamW.constructor_options,
         *("schedule", "decay", "clipping", "include_in_weight_decay", "exclude_from_weight_decay", "name"),
     )
-    whole_options: ClassVar[tuple[str, ...]] = (*AdamW.whole_options, *Clipping._fields)
+    counters = frozenset({"iterations"})
 
     def __init__(
         self,
@@ -104,23 +135,38 @@ class AdamWeightDecay(AdamW):
         skip_nonfinite: bool = False,
         **kwargs: Any,
     ) -> None:
+        if not isinstance(name, str):
+            raise ValueError(f"name must be a string, got {name!r}")
         self.name = name
         self.include_in_weight_decay = _patterns("include_in_weight_decay", include_in_weight_decay)
         self.exclude_from_weight_decay = _patterns("exclude_from_weight_decay", exclude_from_weight_decay)
-        self.clipping = Clipping(*(kwargs.pop(field, None) for field in Clipping._fields))
+        self.clipping = Clipping(*(checks.plain(kwargs.pop(field, None)) for field in Clipping._fields))
         self.clipping.check()
         for field, bound in self.clipping._asdict().items():
             if bound is not None and max_grad_norm is not None:
                 raise ValueError(f"{field}={bound!r} and max_grad_norm={max_grad_norm!r} both clip: pass one of them")
-        self.decay = kwargs.pop("decay", 0.0)
+        self.decay = checks.plain(kwargs.pop("decay", 0.0))
         checks.finite_non_negative("decay", self.decay)
+        eps = _keras_epsilon(epsilon)
+        as_torch = {}
+        if "betas" in kwargs:
+            # `defaults` have torch's names, and a function's first rate beside the function.
+            rate = kwargs.pop("lr", learning_rate)
+            learning_rate = learning_rate if callable(learning_rate) else rate
+            checks.betas("betas", kwargs["betas"])
+            beta_1, beta_2 = kwargs.pop("betas")
+            eps = kwargs.pop("eps", eps)
+            weight_decay_rate = kwargs.pop("weight_decay", weight_decay_rate)
+            as_torch = {name: kwargs.pop(name) for name in ("correct_bias", "maximize") if name in kwargs}
         if "lr" in kwargs:
             checks.learning_rate("lr", kwargs["lr"])
             warnings.warn("lr is Keras' old name of learning_rate, which it overrides here", stacklevel=2)
             learning_rate = kwargs.pop("lr")
         refuse_unknown(type(self).__name__, kwargs)
         self.schedule: RateFunction | None = None
+        self._count = StepCount()
         if callable(learning_rate) and not isinstance(learning_rate, Tensor):
+            check_function("learning_rate", learning_rate)
             self.schedule, learning_rate = learning_rate, _rate(learning_rate, 0)
         # Under the names that they have here; AdamW would complain of `lr` or `betas[0]`.
         checks.learning_rate("learning_rate", learning_rate)
@@ -131,23 +177,60 @@ class AdamWeightDecay(AdamW):
         super().__init__(
             params,
             lr=learning_rate,
-            betas=(beta_1, beta_2),
-            eps=_keras_epsilon(epsilon),
-            weight_decay=weight_decay_rate,
-            amsgrad=amsgrad,
+            betas=checks.plain((beta_1, beta_2)),
+            eps=checks.plain(eps),
+            weight_decay=checks.plain(weight_decay_rate),
+            amsgrad=checks.plain(amsgrad),
             convention="keras",
             backend=backend,
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
+            **as_torch,
         )
         if self.schedule is not None:
-            self._followed = 0, self.defaults["lr"]
+            self._followed, self._followed_for = (self.defaults["lr"], 0), (0, False)
             self.register_step_pre_hook(_follow)
 
     @property
     def iterations(self) -> int:
-        """Number of `step()` calls so far."""
+        """Number of steps so far, without those that a GradScaler or `skip_nonfinite` made skip; may wait for a device.
+
+        With a rate that is a function of the user's: number of `step()` calls, which is what the function is asked for.
+        """
+        self._read_count()
         return int(self.param_groups[0]["iterations"]) if self.param_groups else 0
+
+    def _read_count(self) -> None:
+        """Brings the host's number of steps, which is in the param groups, up to date."""
+        if self._count.ahead:
+            taken = self._count.read()
+            for group in self.param_groups:
+                group["iterations"] = taken
+
+    @property
+    def _counts_calls(self) -> bool:
+        return self.schedule is not None and not takes_tensors(self.schedule)
+
+    def _where(self) -> tuple[torch.device, bool]:
+        """The device of the first parameter, and whether Triton updates it."""
+        params = (p for group in self.param_groups for p in group["params"])
+        device = next((p.device for p in params), torch.device("cpu"))
+        if self._home is None or self._home[0] != device:
+            self._home = device, backends.choose(device, self.backend) == "triton"
+        return self._home
+
+    def _coming(self) -> int | Tensor:
+        """What the rate of the coming step is a function of; a tensor where the host does not know it."""
+        on_device = self._where()[1] and not self._counts_calls and (self._count.ahead or _capturing())
+        return self._device_count() if on_device else self.iterations
+
+    def _device_count(self) -> Tensor:
+        if _capturing() and not self._count.exists:
+            raise RuntimeError(
+                "a CUDA graph is being captured before the optimizer counts its steps on the device, which every "
+                "replay would start again: take one step before the capture"
+            )
+        return self._count.on(self._where()[0], self.param_groups[0]["iterations"])
 
     # Param groups.
 
@@ -157,6 +240,8 @@ class AdamWeightDecay(AdamW):
         Raises:
             ValueError: an option is out of range; patterns without names; an own rate beside a function of the step.
         """
+        if not isinstance(param_group, dict):
+            super().add_param_group(param_group)  # refuses it
         group = {_GROUP_OPTIONS.get(key, key): value for key, value in param_group.items()}
         if "epsilon" in param_group:
             group["eps"] = _keras_epsilon(group["eps"])
@@ -165,6 +250,8 @@ class AdamWeightDecay(AdamW):
             group["betas"] = (group.pop("beta_1", beta_1), group.pop("beta_2", beta_2))
         group.setdefault("iterations", self.iterations)
         if self.schedule is not None:
+            if group.get("lr") == self.schedule:
+                del group["lr"]  # a wrapper repeats the constructor's options
             if "lr" in group:
                 raise ValueError(
                     f"a param group got the rate {group['lr']!r}, but learning_rate is a function of the step, which "
@@ -173,12 +260,27 @@ class AdamWeightDecay(AdamW):
             group["lr"] = _rate(self.schedule, group["iterations"])
         super().add_param_group(group)
 
+    def whole_options(self) -> dict[str, Any]:
+        options = super().whole_options()
+        del options["convention"]
+        return {
+            **options,
+            **({} if self.schedule is None else {"learning_rate": self.schedule}),
+            "include_in_weight_decay": self.include_in_weight_decay,
+            "exclude_from_weight_decay": self.exclude_from_weight_decay,
+            "name": self.name,
+            "decay": self.decay,
+            **self.clipping._asdict(),
+        }
+
     def needs_all_gradients(self) -> str | None:
         bound = self.clipping.global_clipnorm
         return super().needs_all_gradients() if bound is None else f"global_clipnorm={bound!r}"
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
+        if "iterations" in group:
+            checks.count("iterations", group["iterations"])
         if "params" in group and "param_names" not in group:
             for option in ("include_in_weight_decay", "exclude_from_weight_decay"):
                 if getattr(self, option):
@@ -190,12 +292,17 @@ class AdamWeightDecay(AdamW):
     # The step.
 
     def prepare(self, grads: Gradients, control: Control) -> tuple[Gradients, Control]:
-        if (self.schedule is not None or self.decay) and _capturing():
+        on_triton = self._where()[1]
+        if (self.schedule is not None or self.decay) and (self._counts_calls or not on_triton) and _capturing():
             raise RuntimeError(
-                "a rate that is a function of the step is computed on the host, which a CUDA graph does not repeat: "
-                "pass a tensor as learning_rate and change it between replays"
+                "a rate that is a function of the step is computed on the host here, which a CUDA graph does not "
+                "repeat: pass a tensor as learning_rate and change it between replays, or a schedule of this package, "
+                "such as WarmUp, for parameters that Triton updates"
             )
         self.follow_schedule()
+        if on_triton and not self._counts_calls:
+            self._device_count()
+        self._prepared, self._skips = True, control.found_inf
         if all(bound is None for bound in self.clipping):
             return grads, control
         scale = control.scale if control.grad_scale is None else control.scale / control.grad_scale
@@ -212,22 +319,38 @@ class AdamWeightDecay(AdamW):
             return
         if self._followed is not None:
             for group in self.param_groups:
-                if group["lr"] != self._followed[1]:
+                if not _is_still(group["lr"], *self._followed):
                     raise ValueError(
                         f"the rate of a param group was set to {group['lr']!r}, by a torch scheduler or by hand, but "
                         "learning_rate is a function of the step, which sets it: pass a number as learning_rate"
                     )
-        if self._followed is None or self._followed[0] != self.iterations:
-            self._followed = self.iterations, _rate(self.schedule, self.iterations)
+        # A graph has to work the rate out itself, whatever was known before the capture.
+        step = self.param_groups[0]["iterations"], _capturing()
+        if self._followed is None or self._followed_for != step:
+            count = self._coming()
+            rate = self._rate_on_device(count) if isinstance(count, Tensor) else _rate(self.schedule, count)
             for group in self.param_groups:
-                group["lr"] = self._followed[1]
+                group["lr"] = rate
+            self._followed = rate, rate._version if isinstance(rate, Tensor) else 0
+            self._followed_for = step
+
+    def _rate_on_device(self, count: Tensor) -> Tensor:
+        """The rate of the coming step, in a tensor that stays: graphs fill it as well."""
+        rate = rate_on_device(self.schedule, count)
+        if self._rate is None or self._rate.device != rate.device:
+            with torch.inference_mode(False):
+                self._rate = torch.empty((), dtype=torch.float64, device=rate.device)
+        return self._rate.copy_(rate)
 
     def hyper(self, group: dict[str, Any]) -> AdamWHyper:
         hyper = super().hyper(group)
-        return hyper._replace(lr=hyper.lr / (1.0 + self.decay * group["iterations"])) if self.decay else hyper
+        if not self.decay:
+            return hyper
+        lr = hyper.lr.double() if isinstance(hyper.lr, Tensor) else hyper.lr
+        return hyper._replace(lr=lr / (1.0 + self.decay * self._coming()))
 
     def batches(self, grads: Gradients) -> list[Batch]:
-        if self._decaying is None:
+        if self._decaying is None or self._state_check.regrouped:
             self._decaying = [self._who_decays(group) for group in self.param_groups]
         batches: list[Batch] = []
         for batch, (decaying, others) in zip(super().batches(grads), self._decaying):
@@ -249,8 +372,27 @@ class AdamWeightDecay(AdamW):
             found[excluded and not included].append(i)
         return found
 
-    def _update(self, grads: Gradients, control: Control) -> None:
-        super()._update(grads, control)
+    def _step(self) -> None:
+        self._prepared = False
+        try:
+            super()._step()
+            if self._prepared:
+                self._count_step(self._skips)
+        finally:
+            self._skips = None
+
+    def _count_step(self, skips: Tensor | None) -> None:
+        self._followed_for = None
+        if not self._counts_calls:
+            if self._where()[1]:
+                self._count.advance(skips, replayed=_capturing())
+                if self._count.ahead:
+                    return
+            else:
+                self._read_count()
+                self._count = StepCount()
+                if skips is not None and bool(skips):
+                    return
         for group in self.param_groups:
             group["iterations"] += 1
 
@@ -272,10 +414,33 @@ class AdamWeightDecay(AdamW):
     def _forget(self) -> None:
         super()._forget()
         self._decaying = None
-        self._followed = None
+        self._followed = self._followed_for = None
+        self._rate = None
+        self._home = None
+        self._prepared, self._skips = False, None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, with rates that a schedule set as Python numbers; see `FusedOptimizer.state_dict`."""
+        self._read_count()
+        saved = super().state_dict()
+        if self.schedule is not None:
+            for group in saved["param_groups"]:
+                group["lr"] = checks.plain(group["lr"])
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a checkpoint; see `FusedOptimizer.load_state_dict`."""
+        super().load_state_dict(state_dict)
+        if self._where()[1]:
+            self._device_count()  # now, since a capture may come next
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._read_count()
+        return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._count = StepCount()
         # Copies come without hooks.
         if self.schedule is not None and _follow not in self._optimizer_step_pre_hooks.values():
             self.register_step_pre_hook(_follow)
@@ -283,19 +448,19 @@ class AdamWeightDecay(AdamW):
     # Configs.
 
     def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments except parameters and backend, under Keras' keys.
+        """The constructor's arguments except parameters and backend, under Keras' keys; numbers are Python's.
 
         Our schedules become `{"class_name", "config"}`, at any depth; other functions stay what they are. What
         `state_dict()` holds (moments, counts, rates that were changed later) is not part of it.
         """
         rate = self.defaults["lr"] if self.schedule is None else self.schedule
         beta_1, beta_2 = self.defaults["betas"]
-        return {
+        config: dict[str, Any] = {
             "name": self.name,
             **{field: bound for field, bound in self.clipping._asdict().items() if bound is not None},
             **({} if self.guard.max_grad_norm is None else {"max_grad_norm": self.guard.max_grad_norm}),
             **({"skip_nonfinite": True} if self.guard.skip_nonfinite else {}),
-            "learning_rate": rate.item() if isinstance(rate, Tensor) else describe(rate),
+            "learning_rate": describe(rate),
             "decay": self.decay,
             "beta_1": beta_1,
             "beta_2": beta_2,
@@ -305,18 +470,24 @@ class AdamWeightDecay(AdamW):
             "include_in_weight_decay": self.include_in_weight_decay,
             "exclude_from_weight_decay": self.exclude_from_weight_decay,
         }
+        return dict(checks.plain(config))
 
     @classmethod
     def from_config(cls, config: dict[str, Any], params: Any, *, backend: str = "auto") -> "AdamWeightDecay":
         """The optimizer that `get_config` described, for these parameters; configs of Keras are read as well.
 
+        Those are of Keras' Adam, old (`legacy`) and new, and of its AdamW, whose `weight_decay` is `weight_decay_rate`
+        here. Options of Keras' that are switched off in the config are dropped.
+
         Args:
-            config: with `lr` in place of `learning_rate` too; schedules in it are configs, or any callable.
+            config: with `lr` in place of `learning_rate` too; schedules in it are configs, or any callable. What Keras'
+                `serialize` made is read too: a dict of `class_name` and `config`.
             params: as the constructor takes them.
             backend: as the constructor takes it.
 
         Raises:
-            ValueError: the config holds a schedule that is not known here.
+            ValueError: the config holds a schedule that is not known here, an option that does not exist here and is
+                switched on, or is another optimizer's.
 
         Example:
             >>> import torch
@@ -326,7 +497,7 @@ class AdamWeightDecay(AdamW):
             >>> AdamWeightDecay.from_config(config, [torch.nn.Parameter(torch.ones(1))]).schedule == schedule
             True
         """
-        arguments = dict(config)
+        arguments = from_keras(config)
         if "lr" in arguments:
             arguments["learning_rate"] = arguments.pop("lr")
         if "learning_rate" in arguments:
@@ -338,6 +509,8 @@ class AdamWeightDecay(AdamW):
 
     def set_epsilon(self, epsilon: float) -> None:
         """Sets epsilon for all groups; unlike in the constructor, 0 stays 0, as in the Adam of newer Keras."""
+        checks.finite_non_negative("epsilon", epsilon)
+        epsilon = checks.plain(epsilon)
         self.defaults["eps"] = epsilon
         for group in self.param_groups:
             group["eps"] = epsilon
@@ -356,15 +529,20 @@ def _patterns(name: str, patterns: Sequence[str] | None) -> list[str] | None:
     return list(patterns)
 
 
-def _rate(schedule: RateFunction, calls: int) -> float:
-    rate = float(schedule(calls))
+def _rate(schedule: RateFunction, step: int) -> float:
+    rate = as_rate("learning_rate", schedule, step)
     try:
         checks.learning_rate("learning_rate", rate)
     except ValueError:
-        raise ValueError(
-            f"the learning-rate schedule gives {rate} at step {calls}: a rate must be finite and >= 0"
-        ) from None
+        raise ValueError(f"learning_rate gives {rate} at step {step}: a rate must be finite and >= 0") from None
     return rate
+
+
+def _is_still(lr: Any, rate: float | Tensor, version: int) -> bool:
+    """Whether a group's rate is the one that was set, and has not been written to since."""
+    if isinstance(rate, Tensor):
+        return lr is rate and rate._version == version
+    return bool(lr == rate)
 
 
 def _follow(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 
+from fusedopt import checks
 from fusedopt.keras import AdamWeightDecay
 from fusedopt.keras_schedules import PolynomialDecay, WarmUp
+from fusedopt.schedule_base import number
 
 
 def create_optimizer(
@@ -45,7 +47,8 @@ def create_optimizer(
         backend: "auto", "triton" or "eager".
 
     Returns:
-        The optimizer and its schedule, which it calls by itself.
+        The optimizer and its schedule, which it calls by itself. The transformers Trainer takes the pair as it is:
+        `Trainer(..., optimizers=create_optimizer(...))`.
 
     Raises:
         ValueError: an option is out of range, the warm-up is longer than the training, or there are no names to match.
@@ -60,6 +63,21 @@ def create_optimizer(
         >>> [round(schedule(step), 2) for step in range(7)]
         [0.0, 0.2, 0.4, 0.3, 0.2, 0.1, 0.0]
     """
+    init_lr, min_lr_ratio = number("init_lr", init_lr), number("min_lr_ratio", min_lr_ratio)
+    num_train_steps, num_warmup_steps = (
+        number("num_train_steps", num_train_steps),  # type: ignore[assignment]
+        number("num_warmup_steps", num_warmup_steps),  # type: ignore[assignment]
+    )
+    for name, value in (
+        ("adam_beta1", adam_beta1),
+        ("adam_beta2", adam_beta2),
+        ("adam_epsilon", adam_epsilon),
+        ("adam_clipnorm", adam_clipnorm),
+        ("adam_global_clipnorm", adam_global_clipnorm),
+        ("weight_decay_rate", weight_decay_rate),
+    ):
+        if value is not None:
+            checks.number(name, value)
     if num_train_steps < num_warmup_steps:
         raise ValueError(
             f"num_train_steps includes num_warmup_steps={num_warmup_steps} and must not be less, got {num_train_steps}"
@@ -82,4 +100,5 @@ def create_optimizer(
     )
     if not decays:
         optimizer.set_epsilon(adam_epsilon)
+    optimizer.schedule = schedule = schedule.belonging_to(optimizer)
     return optimizer, schedule

@@ -3,26 +3,34 @@
 Unlike the schedules of `fusedopt.schedules`, which are factors of an optimizer's rate, these return the rate itself.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, overload
 
 import numpy as np
-import torch
+from torch import Tensor
+
+from fusedopt import checks, closed_forms
+from fusedopt.followed import Followed
+from fusedopt.schedule_base import PYTHON, TORCH, Functions, non_negative, number
 
 RateFunction = Callable[[Any], Any]
 """Takes the number of steps taken so far (0 at the first step), returns the learning rate."""
 
 
 @dataclass(frozen=True)
-class RateSchedule:
-    """A learning rate as a function of the step: what `WarmUp` and `PolynomialDecay` share."""
+class RateSchedule(Followed):
+    """A learning rate as a function of the step: what `WarmUp` and `PolynomialDecay` share.
+
+    Numbers may be NumPy's or torch's scalars; they are kept as Python's, so that a config can be written as JSON.
+    """
 
     @overload
     def __call__(self, step: float) -> float: ...
     @overload
-    def __call__(self, step: torch.Tensor | np.ndarray | Sequence[float]) -> Any: ...
+    def __call__(self, step: Tensor | np.ndarray | Sequence[float]) -> Any: ...
 
     def __call__(self, step: Any) -> Any:
         """The learning rate after `step` steps.
@@ -33,15 +41,33 @@ class RateSchedule:
         Returns:
             A float, or a float64 array of the shape of `step`. Computed in float64; the original computes in float32.
         """
-        if isinstance(step, torch.Tensor):
+        if isinstance(step, Tensor):
             step = step.tolist() if step.dim() else step.item()
         values = np.asarray(step)
         if values.ndim:
-            return np.array([self._rate(s) for s in values.ravel().tolist()], dtype=np.float64).reshape(values.shape)
-        return self._rate(values.item())
+            rates = [self._rate(s, PYTHON) for s in values.ravel().tolist()]
+            return np.array(rates, dtype=np.float64).reshape(values.shape)
+        return self._rate(values.item(), PYTHON)
 
-    def _rate(self, step: float) -> float:
+    def _rate(self, s: Any, f: Functions) -> Any:
+        """The rate at a step, which is a Python number or a float64 tensor."""
         raise NotImplementedError
+
+    def _is_sound(self) -> bool:
+        """Whether `_rate` takes tensors, and every rate is finite and >= 0."""
+        raise NotImplementedError
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name.endswith("learning_rate"):
+                value = number(field.name, value)
+            elif field.name.endswith("_steps") or field.name == "power":
+                value = non_negative(field.name, value)
+            elif field.name == "cycle":
+                value = checks.plain(value)
+                checks.flag(field.name, value)
+            object.__setattr__(self, field.name, value)
 
     @property
     def length(self) -> float | None:
@@ -90,22 +116,21 @@ class PolynomialDecay(RateSchedule):
     cycle: bool = False
     name: str | None = None
 
-    def __post_init__(self) -> None:
-        _check_finite(self, "initial_learning_rate", "end_learning_rate")
-        _check_finite_non_negative(self, "decay_steps", "power")
-
     @property
     def length(self) -> float | None:
         return None if self.cycle else self.decay_steps
 
-    def _rate(self, step: float) -> float:
+    def _rate(self, s: Any, f: Functions) -> Any:
         total = self.decay_steps
         if not total:
-            return math.nan
+            return s * math.nan
         if self.cycle:
-            total *= max(1, math.ceil(step / total))
-        left = 1.0 - min(step, total) / total
+            total = total * f.at_least(-(-s // total), 1)  # rounded up
+        left = f.at_least(1.0 - s / total, 0.0)
         return (self.initial_learning_rate - self.end_learning_rate) * left**self.power + self.end_learning_rate
+
+    def _is_sound(self) -> bool:
+        return self.decay_steps > 0 and self.initial_learning_rate >= 0 and self.end_learning_rate >= 0
 
 
 @dataclass(frozen=True)
@@ -138,13 +163,8 @@ class WarmUp(RateSchedule):
     name: str | None = None
 
     def __post_init__(self) -> None:
-        if not callable(self.decay_schedule_fn):
-            raise ValueError(
-                f"decay_schedule_fn must be a function of the step, got {self.decay_schedule_fn!r}; "
-                "for a constant rate pass lambda step: rate"
-            )
-        _check_finite(self, "initial_learning_rate")
-        _check_finite_non_negative(self, "warmup_steps", "power")
+        check_function("decay_schedule_fn", self.decay_schedule_fn)
+        super().__post_init__()
 
     @property
     def num_warmup_steps(self) -> float:
@@ -156,10 +176,68 @@ class WarmUp(RateSchedule):
         rest = getattr(self.decay_schedule_fn, "length", None)
         return None if rest is None else self.warmup_steps + rest
 
-    def _rate(self, step: float) -> float:
-        if step < self.warmup_steps:
-            return self.initial_learning_rate * (step / self.warmup_steps) ** self.power
-        return float(self.decay_schedule_fn(step - self.warmup_steps))
+    def _rate(self, s: Any, f: Functions) -> Any:
+        w = self.warmup_steps
+        if f is PYTHON:
+            # A function of the user's is asked for the steps that are its own, and for no others.
+            return self._rise(s) if s < w else as_rate("decay_schedule_fn", self.decay_schedule_fn, s - w)
+        after = rate_on_device(self.decay_schedule_fn, f.at_least(s - w, 0.0))
+        return f.where(s < w, self._rise(f.at_most(s, w)), after) if w else after
+
+    def _rise(self, s: Any) -> Any:
+        return self.initial_learning_rate * (s / self.warmup_steps) ** self.power
+
+    def _is_sound(self) -> bool:
+        return self.initial_learning_rate >= 0 and takes_tensors(self.decay_schedule_fn)
+
+
+def check_function(name: str, function: Any) -> None:
+    """Raises ValueError for what cannot be called with a step."""
+    if not callable(function):
+        raise ValueError(
+            f"{name} must be a function of the step, got {function!r}; for a constant rate pass lambda step: rate"
+        )
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some builtins have none
+        return
+    try:
+        signature.bind(0)
+    except TypeError:
+        raise ValueError(
+            f"{name} must be a function of the step, got {function!r}, which cannot be called with the step alone"
+        ) from None
+
+
+def as_rate(name: str, function: RateFunction, step: float) -> float:
+    """What a function of the step gives, as a float; NumPy's scalars and tensors of one element are numbers too.
+
+    Raises:
+        ValueError: it gives no real number, or several.
+    """
+    rate = function(step)
+    try:
+        return checks.number(name, checks.plain(rate))
+    except ValueError:
+        raise ValueError(f"{name} gives {rate!r} at step {step}: a rate must be one real number") from None
+
+
+def takes_tensors(rate: Any) -> bool:
+    """Whether `rate_on_device` works a rate out from a tensor, and all its rates are finite and >= 0.
+
+    True of this package's schedules, unless their rates go below 0 or a function of the user's is in them.
+    """
+    if type(rate) in (WarmUp, PolynomialDecay):
+        return bool(rate._is_sound())
+    if isinstance(rate, closed_forms.PolynomialSchedule) and rate.lr_end < 0:
+        return False
+    return type(rate).__module__ == closed_forms.__name__  # A subclass of the user's is a function like any other.
+
+
+def rate_on_device(rate: Any, steps: Tensor) -> Tensor:
+    """The rate after so many steps, a float64 tensor where `steps` is; for what `takes_tensors`. Nothing waits."""
+    result: Tensor = rate._rate(steps.double(), TORCH) if isinstance(rate, RateSchedule) else rate(steps)
+    return result
 
 
 def describe(rate: Any) -> Any:
@@ -191,17 +269,3 @@ def revive(described: Any) -> Any:
             "for another one put a callable from step to rate in its place"
         )
     return schedule.from_config(described["config"])
-
-
-def _check_finite(schedule: RateSchedule, *names: str) -> None:
-    for name in names:
-        value = getattr(schedule, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not math.isfinite(value):
-            raise ValueError(f"{name} must be a finite number, got {value!r}")
-
-
-def _check_finite_non_negative(schedule: RateSchedule, *names: str) -> None:
-    _check_finite(schedule, *names)
-    for name in names:
-        if getattr(schedule, name) < 0:
-            raise ValueError(f"{name} must be >= 0, got {getattr(schedule, name)!r}")

@@ -7,16 +7,24 @@ from there; pass a number that you have read anyway. A learning rate that is a t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, SupportsFloat
+from typing import Any, ClassVar, Literal, SupportsFloat
 
 import torch
 from torch.optim import Optimizer
+
+from fusedopt.schedule_base import non_negative, number
+from fusedopt.scheduler_checks import refuse_changed_groups, refuse_other_groups, refuse_other_kind
 
 
 class ReduceLROnPlateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
     """torch's `ReduceLROnPlateau`, except that it reduces a learning rate that is a tensor without reading it.
 
-    Arguments, defaults, errors and checkpoints are torch's.
+    Arguments, defaults and checkpoints are torch's. A run that goes on from a checkpoint follows the arguments given
+    now; with torch's it follows those of the checkpoint.
+
+    Raises:
+        ValueError: On a factor of 1 or more, an unknown mode, an argument that is no number, a `min_lr` above the rate,
+            which could never be reduced to it, a list of `min_lr` that is not one per param group.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
@@ -27,6 +35,71 @@ class ReduceLROnPlateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
         [0.5]
     """
 
+    _progress: ClassVar[tuple[str, ...]] = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr")
+    """What a state says of a run; the rest of it are arguments."""
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        mode: Literal["min", "max"] = "min",
+        factor: float = 0.1,
+        patience: int = 10,
+        threshold: float = 1e-4,
+        threshold_mode: Literal["rel", "abs"] = "rel",
+        cooldown: int = 0,
+        min_lr: list[float] | float = 0,
+        eps: float = 1e-8,
+    ) -> None:
+        factor, patience = number("factor", factor), _count("patience", patience)
+        threshold, cooldown = number("threshold", threshold), _count("cooldown", cooldown)
+        eps = number("eps", eps)
+        groups = optimizer.param_groups if isinstance(optimizer, Optimizer) else []
+        low = _per_group("min_lr", min_lr, len(groups))
+        for index, (group, lowest) in enumerate(zip(groups, low)):
+            # A warm-up may have it at 0 now.
+            highest = max(
+                (float(group[key]) for key in ("lr", "initial_lr") if group.get(key) is not None), default=lowest
+            )
+            if lowest > highest:
+                raise ValueError(
+                    f"min_lr must not be above the rate, got {lowest} for param group {index} with lr={highest}: it "
+                    "would never be reduced"
+                )
+        plain_low = low if isinstance(min_lr, (list, tuple)) or not low else low[0]
+        super().__init__(
+            optimizer, mode, factor, patience, threshold, threshold_mode, cooldown, min_lr=plain_low, eps=eps
+        )
+
+    def step(self, metrics: SupportsFloat, epoch: int | None = None) -> None:  # type: ignore[override]
+        """Take note of a metric, and reduce the learning rate if it is time to.
+
+        Raises:
+            ValueError: a param group was added, or removed, and `min_lr` is a list; nothing was changed.
+        """
+        if len(self.min_lrs) != len(self.optimizer.param_groups):
+            lowest: Any = getattr(
+                self, "default_min_lr", None
+            )  # the one number that was given; it holds for every group
+            if lowest is None:
+                refuse_changed_groups(len(self.min_lrs), self.optimizer, "give min_lr as one number, or make a new one")
+            self.min_lrs = [lowest] * len(self.optimizer.param_groups)
+        super().step(metrics, epoch)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over what a run has seen so far; the arguments stay those that the scheduler was made with.
+
+        Raises:
+            ValueError: the state is that of another kind of scheduler, or of another `mode`; nothing was changed.
+        """
+        greedy = () if "num_good_epochs" in self._progress else ("num_good_epochs",)
+        refuse_other_kind(self, state_dict, self._progress[1], without=greedy)
+        if state_dict.get("mode", self.mode) != self.mode:
+            raise ValueError(
+                f"the best metric of the state was found with mode={state_dict['mode']!r}, and mode is {self.mode!r} "
+                "now: make the scheduler with the mode that was saved, or leave the state out"
+            )
+        self.__dict__.update({key: state_dict[key] for key in self._progress if key in state_dict})
+
     def _reduce_lr(self, epoch: int) -> None:
         groups = self.optimizer.param_groups
         if not any(isinstance(group["lr"], torch.Tensor) for group in groups):
@@ -35,8 +108,9 @@ class ReduceLROnPlateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
         for group, min_lr in zip(groups, self.min_lrs, strict=True):
             lr = group["lr"]
             if isinstance(lr, torch.Tensor):
-                reduced = (lr * self.factor).clamp(min=min_lr)
-                lr.copy_(torch.where(lr - reduced > self.eps, reduced, lr))
+                before = lr.double()
+                reduced = (before * self.factor).clamp(min=min_lr)
+                lr.copy_(torch.where(before - reduced > self.eps, reduced, before))
             elif lr - max(lr * self.factor, min_lr) > self.eps:
                 group["lr"] = max(lr * self.factor, min_lr)
 
@@ -53,7 +127,7 @@ def get_reduce_on_plateau_schedule(optimizer: Optimizer, **kwargs: Any) -> Reduc
         The scheduler; call `step(metric)` after every evaluation.
 
     Raises:
-        ValueError: On a factor of 1 or more, an unknown mode, a list of `min_lr` that is not one per param group.
+        ValueError: As `ReduceLROnPlateau`.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
@@ -65,19 +139,26 @@ def get_reduce_on_plateau_schedule(optimizer: Optimizer, **kwargs: Any) -> Reduc
 
 def _per_group(name: str, value: float | Sequence[float], num_groups: int) -> list[float]:
     if not isinstance(value, (list, tuple)):
-        return [value] * num_groups  # type: ignore[list-item]
+        return [number(name, value)] * num_groups
     if len(value) != num_groups:
         raise ValueError(f"{name} must be one number or {num_groups}, one per param group, got {len(value)} numbers")
-    return list(value)
+    return [number(f"{name}[{index}]", one) for index, one in enumerate(value)]
 
 
-class GreedyLR:
+def _count(name: str, value: float) -> int:
+    return non_negative(name, value)  # type: ignore[return-value]  # fractions are compared as they are
+
+
+class GreedyLR(ReduceLROnPlateau):
     """Raises the learning rate while a metric gets better, lowers it while it does not.
 
     After more than `patience` better metrics in a row the rate is divided by `factor`, up to `max_lr`; after more than
     `patience` others it is multiplied by `factor`, down to `min_lr`. Once it was to be lowered `reset_start` times with
-    all groups already at `min_lr`, everything starts over from the initial rates. As in the original it is no torch
-    `LRScheduler`, and a rate that starts below `min_lr` is never lowered.
+    all groups already at `min_lr`, everything starts over from the initial rates. As in the original a rate that starts
+    below `min_lr` is never lowered.
+
+    Trainers step it with a metric, since it is a torch `ReduceLROnPlateau` by name: it shares none of its behaviour. A
+    run that goes on from a checkpoint follows the arguments given now; in the original, those of the checkpoint.
 
     Source: GreedyLR (https://arxiv.org/abs/2512.14527) and `GreedyLR` of transformers 5.
 
@@ -99,7 +180,8 @@ class GreedyLR:
         reset_start: See above.
 
     Raises:
-        ValueError: On a factor of 1 or more, an unknown mode or threshold mode, a list of the wrong length.
+        ValueError: On a factor of 1 or more, or of 0 or less, an unknown mode or threshold mode, a list of the wrong
+            length, a `min_lr` above its `max_lr`, an argument that is no number, a negative count.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
@@ -111,6 +193,12 @@ class GreedyLR:
         [0.4]
         [0.2]
     """
+
+    _last_lr: list[float]  # type: ignore[assignment]
+    _progress = (
+        *("best", "num_good_epochs", "num_bad_epochs", "cooldown_counter", "warmup_counter", "last_epoch"),
+        *("_last_lr", "_init_lrs"),
+    )
 
     def __init__(
         self,
@@ -130,8 +218,11 @@ class GreedyLR:
         window_size: int = 50,
         reset_start: int = 500,
     ) -> None:
+        factor = number("factor", factor)
         if factor >= 1.0:
             raise ValueError(f"factor must be < 1, got {factor}; it lowers the rate, its inverse raises it")
+        if factor <= 0.0:
+            raise ValueError(f"factor must be > 0, got {factor}; the rate is divided by it")
         if mode not in ("min", "max"):
             raise ValueError(f"mode must be 'min' or 'max', got {mode!r}")
         if threshold_mode not in ("rel", "abs"):
@@ -139,13 +230,19 @@ class GreedyLR:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"GreedyLR drives a torch optimizer, got {type(optimizer).__name__}")
         self.optimizer = optimizer
-        self.mode, self.threshold, self.threshold_mode = mode, threshold, threshold_mode
-        self.factor, self.patience, self.cooldown, self.warmup = factor, patience, cooldown, warmup
+        self.mode, self.threshold, self.threshold_mode = mode, number("threshold", threshold), threshold_mode
+        self.factor, self.patience = factor, _count("patience", patience)
+        self.cooldown, self.warmup = _count("cooldown", cooldown), _count("warmup", warmup)
         self.min_lrs = _per_group("min_lr", min_lr, len(optimizer.param_groups))
         self.max_lrs = _per_group("max_lr", max_lr, len(optimizer.param_groups))
-        self.eps, self.verbose = eps, verbose
-        self.smooth, self.window_size = smooth, window_size
-        self.reset_start_original = reset_start
+        for low, high in zip(self.min_lrs, self.max_lrs):
+            if low > high:
+                raise ValueError(f"min_lr must not be above max_lr, got min_lr={low} and max_lr={high}")
+        self.eps, self.verbose = number("eps", eps), verbose
+        self.smooth, self.window_size = smooth, _count("window_size", window_size)
+        if smooth and self.window_size < 1:
+            raise ValueError(f"window_size must be >= 1 to smooth over, got {window_size}")
+        self.reset_start_original = _count("reset_start", reset_start)
         self.last_epoch = 0
         # The only reading of rates that are tensors; from here on _last_lr says what they are.
         self._init_lrs = [float(group["lr"]) for group in optimizer.param_groups]
@@ -158,14 +255,21 @@ class GreedyLR:
         self.cooldown_counter = self.warmup_counter = 0
         self.reset_start = self.reset_start_original
         self._window: list[float] = []
+        self._window_sum = 0.0
 
-    def step(self, metrics: SupportsFloat, epoch: int | None = None) -> None:
+    def step(self, metrics: SupportsFloat, epoch: int | None = None) -> None:  # type: ignore[override]
         """Take note of a metric, and change the learning rate if it is time to.
 
         Args:
             metrics: The metric, a number or anything `float()` takes.
             epoch: The number of this call. Default: one more than the last.
+
+        Raises:
+            ValueError: A param group was added to the optimizer, or removed; nothing was changed.
         """
+        refuse_changed_groups(len(self.min_lrs), self.optimizer, "make a new one; add groups before the scheduler")
+        if isinstance(metrics, str):
+            raise ValueError(f"metrics must be a number, got {metrics!r}")
         current = self._smoothed(float(metrics))
         self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
         for i, group in enumerate(self.optimizer.param_groups):
@@ -178,7 +282,7 @@ class GreedyLR:
                 self.warmup_counter -= 1
             self.num_bad_epochs = self.num_good_epochs = 0
             return
-        if self._is_better(current):
+        if self._is_better(current, self.best):
             self.best = current
             self.num_good_epochs, self.num_bad_epochs = self.num_good_epochs + 1, 0
         else:
@@ -224,15 +328,19 @@ class GreedyLR:
     def _smoothed(self, metric: float) -> float:
         if not self.smooth:
             return metric
-        self._window = [*self._window, metric][-self.window_size :]
-        return sum(self._window) / len(self._window)
+        # A running sum, as in the original: after a NaN it stays NaN until a reset.
+        self._window = [*self._window, metric]
+        self._window_sum += metric
+        if len(self._window) > self.window_size:
+            self._window_sum -= self._window.pop(0)
+        return self._window_sum / len(self._window)
 
-    def _is_better(self, current: float) -> bool:
+    def _is_better(self, current: float, best: float) -> bool:
         margin = self.threshold if self.mode == "max" else -self.threshold
-        to_beat = self.best * (1.0 + margin) if self.threshold_mode == "rel" else self.best + margin
+        to_beat = best * (1.0 + margin) if self.threshold_mode == "rel" else best + margin
         return current > to_beat if self.mode == "max" else current < to_beat
 
-    def get_last_lr(self) -> list[float]:
+    def get_last_lr(self) -> list[float]:  # type: ignore[override]
         """The learning rates that the last step left, one per param group, as Python floats."""
         return list(self._last_lr)
 
@@ -241,12 +349,23 @@ class GreedyLR:
         return {key: value for key, value in self.__dict__.items() if key != "optimizer"}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a `state_dict`, ours or that of transformers, and write its learning rates to the optimizer."""
-        state = {key: value for key, value in state_dict.items() if key != "optimizer"}
-        average = state.pop("_streaming_avg", None)
-        self.__dict__.update(state)
-        if average is not None:
-            self._window = list(average["values"])
+        """Take over what a run has seen so far, and write its learning rates to the optimizer.
+
+        Args:
+            state_dict: A `state_dict`, ours or that of transformers.
+
+        Raises:
+            ValueError: As `ReduceLROnPlateau`, and on a state for another number of param groups.
+        """
+        refuse_other_groups(len(self.min_lrs), state_dict.get("_last_lr", self.min_lrs))
+        super().load_state_dict(state_dict)
+        average = state_dict.get("_streaming_avg") or {"values": state_dict.get("_window", [])}
+        self._window = list(average["values"])
+        # A checkpoint from before there was a sum has none.
+        self._window_sum = float(average.get("sum", state_dict.get("_window_sum", sum(self._window))))
+        left, of = state_dict.get("reset_start"), state_dict.get("reset_start_original")
+        if left is not None and of is not None:
+            self.reset_start = self.reset_start_original - (of - left)
         self._write(self._last_lr)
 
 

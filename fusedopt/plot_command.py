@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from fusedopt import checks
+from fusedopt.files import write_atomically
 from fusedopt.plotting import plot_gallery, plot_schedule, plot_verification
 from fusedopt.recorder import LRRecorder
 from fusedopt.schedule_base import count
@@ -86,29 +88,56 @@ def _figure_for(args: argparse.Namespace) -> tuple[Figure, str]:
         return plot_gallery(round(warm_up), round(total)), "schedules"
     if not args.names:
         raise ValueError(f"no schedule named; give one of {', '.join(kind.value for kind in SchedulerType)}, or --all")
-    own = dict(_key_and_value(text) for text in args.set)
     counts = {"num_warmup_steps": warm_up, "num_training_steps": total}
-    specific = {name: example_arguments(name, round(total), args.lr) | own for name in args.names}
+    specific = {name: _arguments(name, counts, args) for name in args.names}
     try:
         if args.verify:
             if len(args.names) > 1:
                 raise ValueError(f"--verify trains with one schedule, got {len(args.names)}; name one")
             (name,) = args.names
-            return _verification(name, args.lr, counts, specific[name]), "verification"
-        several = [(name, counts | arguments) for name, arguments in specific.items()]
-        return plot_schedule(several, lr=args.lr), "-".join(args.names)
-    except TypeError as error:
+            return _verification(name, args.lr, round(total), specific[name]), "verification"
+        return plot_schedule(list(specific.items()), lr=args.lr), "-".join(args.names)
+    except (TypeError, ArithmeticError) as error:
         raise ValueError(f"{error}; see the schedule's function for the arguments that --set may give") from error
+
+
+# The arguments whose values are no numbers.
+_WORDS = ("mode", "threshold_mode", "warmup_type", "decay_type")
+# Arguments that exclude each other: what --set gives takes the place of ours.
+_INSTEAD_OF = {"min_lr": "min_lr_rate", "num_stable_steps": "num_training_steps"}
+
+
+def _arguments(name: str, counts: dict[str, float], args: argparse.Namespace) -> dict[str, Any]:
+    """All arguments of the schedule `name`: those of the example, with those of --set in their place."""
+    own = dict(_key_and_value(text) for text in args.set)
+    for key in own:
+        if key in counts:
+            raise ValueError(
+                f"--set takes a schedule's own arguments; give {key} as --{key.removeprefix('num_').replace('_', '-')}"
+            )
+        if key in ("optimizer", "last_epoch"):
+            raise ValueError(f"--set takes a schedule's own arguments; a picture is of a new run, without {key}")
+    for key, value in own.items():
+        if isinstance(value, str) and key not in _WORDS:
+            raise ValueError(f"{key} must be a number, got {value!r}")
+    replaced = {_INSTEAD_OF.get(key) for key in own}
+    ours = {**counts, **example_arguments(name, round(counts["num_training_steps"]), args.lr)}
+    return {key: value for key, value in ours.items() if key not in replaced} | own
 
 
 def _key_and_value(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not key or not equals:
         raise ValueError(f"--set takes KEY=VALUE, got {text!r}; say num_cycles=3")
+    if value.lower() in ("true", "false"):
+        return key, value.lower() == "true"
     try:
-        return key, number(value)
+        parsed = number(value)
     except ValueError:
         return key, value
+    if math.isnan(parsed):
+        raise ValueError(f"{key} must be a number, got {value}")
+    return key, parsed
 
 
 def _save(figure: Figure, output: Path) -> None:
@@ -117,20 +146,29 @@ def _save(figure: Figure, output: Path) -> None:
         raise ValueError(f"cannot write {output}: its name must end in one of .{', .'.join(known)}")
     if not output.parent.is_dir():
         raise ValueError(f"cannot write {output}: there is no folder {output.parent}; make it first")
+    suffix = output.suffix.lstrip(".").lower()
+
+    def write(file: BinaryIO) -> None:
+        # By the name, for some formats are text; another program makes those that matplotlib cannot make by itself.
+        figure.savefig(file.name, format=suffix)
+        if suffix == "png":
+            _thin_out(file)
+
     try:
-        figure.savefig(output)
-        if output.suffix.lower() == ".png":
-            _thin_out(output)
+        write_atomically(output, write)
     except OSError as error:
         raise ValueError(f"cannot write {output}: {error.strerror}; choose another file with -o") from error
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"cannot write {output}: {error}; choose another format, say .png") from error
 
 
-def _thin_out(picture: Path) -> None:
+def _thin_out(picture: BinaryIO) -> None:
     """A third of the bytes: lines and letters need no more colours than a palette has."""
     from PIL import Image
 
-    with Image.open(picture) as image:
-        image.convert("RGB").quantize(colors=128, dither=Image.Dither.NONE).save(picture, optimize=True)
+    with Image.open(picture.name) as image:
+        thin = image.convert("RGB").quantize(colors=128, dither=Image.Dither.NONE)
+    thin.save(picture.name, format="png", optimize=True)
 
 
 # One training loop as it should be, and the classic mistakes.
@@ -190,7 +228,7 @@ _LOOPS = {
 }
 
 
-def _verification(name: str, lr: float, counts: dict[str, float], specific: dict[str, Any]) -> Figure:
+def _verification(name: str, lr: float, total: int, arguments: dict[str, Any]) -> Figure:
     """Fit a line with each loop, and draw the rates that its optimizer used over those that were meant."""
     import warnings
 
@@ -200,9 +238,9 @@ def _verification(name: str, lr: float, counts: dict[str, float], specific: dict
         raise ValueError(f"schedule {name!r} follows a metric, so there is no curve to verify against; name another")
     figure = Figure(figsize=(12.6, 6.8), dpi=100, layout="constrained")
     labelled: dict[str, Any] = {}
-    x = torch.linspace(-1.0, 1.0, 32)
+    x = torch.linspace(-1.0, 1.0, 32, dtype=torch.float32, device="cpu")
     for ax, (title, loop) in zip(figure.subplots(2, 3, sharex=True, sharey=True).flat, _LOOPS.items()):
-        line = torch.zeros(2, requires_grad=True)
+        line = torch.zeros(2, dtype=torch.float32, device="cpu", requires_grad=True)
         optimizer = torch.optim.AdamW([line], lr=lr)
         recorder = LRRecorder(optimizer)
 
@@ -212,13 +250,15 @@ def _verification(name: str, lr: float, counts: dict[str, float], specific: dict
             optimizer.step()
 
         def make_scheduler(optimizer: torch.optim.Optimizer = optimizer) -> LambdaLR:
-            scheduler = get_scheduler(name, optimizer, **counts, scheduler_specific_kwargs=specific)
+            specific = dict(arguments)
+            warm_up, length = specific.pop("num_warmup_steps"), specific.pop("num_training_steps", None)
+            scheduler = get_scheduler(name, optimizer, warm_up, length, specific)
             assert isinstance(scheduler, LambdaLR)
             return scheduler
 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected call of")  # the mistake is made on purpose
-            loop(round(counts["num_training_steps"]), optimizer_step, make_scheduler)
+            loop(total, optimizer_step, make_scheduler)
         plot_verification(recorder, make_scheduler().lr_lambdas[0], ax, title=title, legend=False)
         ax.label_outer()
         labelled |= dict(zip(*reversed(ax.get_legend_handles_labels())))

@@ -16,6 +16,7 @@ from fusedopt.curves import Curve, curves_of
 from fusedopt.recorder import LRRecorder
 from fusedopt.schedules import SchedulerType, example_arguments
 from fusedopt.verification import verify_schedule
+from fusedopt.wrappers import unwrapped_scheduler
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,6 +27,14 @@ _COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#8C6D31", "#
 _WRONG = "#D55E00"
 _WARM_UP = "#F0E442"
 _METRIC = "#8A8A8A"
+_NEUTRAL = "#404040"
+_DASHES = ["-", "--", ":", "-."]
+# So many curves differ by colour and dash, and all of them are named. More are coloured in their order, and some named.
+_TOLD_APART = len(_COLOURS) * len(_DASHES)
+_NAMED_OF_MANY = 10
+# The text of legends, and the height of one of their rows, in points.
+_SMALL, _ROW = 8.3, 14.5
+_MOST_ROWS = 10
 
 
 def plot_schedule(
@@ -67,17 +76,11 @@ def plot_schedule(
     curves, relative = curves_of(what, num_steps, lr, metrics, arguments)
     created = ax is None
     figure, ax = _canvas(ax)
-    handles = _draw(ax, curves, metric="metric" if metrics is not None else "metric: an example loss")
+    drawn, others = _draw(ax, curves, metric="metric" if metrics is not None else "metric: an example loss")
+    _place_legend(ax, drawn, others, below=created)
     alone = curves[0] if len(curves) == 1 else None
-    _finish(
-        ax, relative, title or (alone.label if alone else "learning-rate schedules"), alone.details if alone else ""
-    )
-    if created and len(handles) > 3:
-        longest = max(len(handle.get_label()) for handle in handles)
-        columns = max(1, min(3, 110 // (longest + 8)))
-        figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
-    else:
-        ax.legend(handles=handles, frameon=False, fontsize="small")
+    title = title or (alone.label if alone else "learning-rate schedules")
+    _finish(ax, relative, title, alone.details if alone else "")
     return figure
 
 
@@ -110,7 +113,8 @@ def plot_gallery(num_warmup_steps: int = 100, num_training_steps: int = 1000) ->
         counts = {"num_warmup_steps": num_warmup_steps, "num_training_steps": num_training_steps}
         end = round(1.2 * num_training_steps)
         curves, relative = curves_of((kind.value, {**counts, **specific}), end, None, None, {})
-        drawn = _draw(ax, curves, rate="learning rate", metric="example loss")
+        lines, others = _draw(ax, curves, rate="learning rate", metric="example loss")
+        drawn = [*lines, *others]
         drawn.append(ax.axvline(num_training_steps, color="#404040", linewidth=0.8, linestyle=":", label="last step"))
         shown = ", ".join(f"{name}={value:g}" for name, value in specific.items())
         _finish(ax, relative, kind.value, shown, lines=1)
@@ -160,27 +164,34 @@ def plot_verification(
     figure, ax = _canvas(ax)
     size = 4 if len(run.steps) <= 150 else 2
     drawn: list[tuple[np.ndarray, np.ndarray]] = []
-    for group, colour in zip(range(run.recorded.shape[1]), _cycled(_COLOURS)):
+    lines, dots, crosses = [], [], []
+    for group, style in enumerate(_styles(run.recorded.shape[1])):
         used, meant, wrong = run.recorded[:, group], run.expected[:, group], run.differs[:, group]
         if any(np.array_equal(used, other) and np.array_equal(meant, also) for other, also in drawn):
             continue
         drawn.append((used, meant))
         where = f", group {group}" if group else ""
-        ax.plot(run.steps, meant, color=colour, linewidth=1.6, label=f"schedule{where}", zorder=1)
+        lines += ax.plot(run.steps, meant, **style, linewidth=1.6, label=f"schedule{where}", zorder=1)
         right, off = np.where(wrong, np.nan, used), np.where(wrong, used, np.nan)
-        ax.plot(run.steps, right, "o", color=colour, markersize=size, label=f"used, as meant{where}", zorder=2)
+        points: dict[str, Any] = {"linestyle": "", "markersize": size}
+        label = f"used, as meant{where}"
+        dots += ax.plot(run.steps, right, marker="o", color=style["color"], **points, label=label, zorder=2)
         if wrong.any():
-            ax.plot(run.steps, off, "x", color=_WRONG, markersize=size + 1, label=f"used, differs{where}", zorder=3)
+            label = f"used, differs{where}"
+            crosses += ax.plot(run.steps, off, marker="x", color=_WRONG, **points, label=label, zorder=3)
             ax.fill_between(run.steps, off, meant, color=_WRONG, alpha=0.15, linewidth=0, zorder=0)
+    schedule = unwrapped_scheduler(schedule)
     functions = getattr(schedule, "lr_lambdas", schedule if isinstance(schedule, (list, tuple)) else [schedule])
     warm_up = max(getattr(function, "num_warmup_steps", 0) for function in functions)
+    others = [_key(lines, dots, "used, as meant"), *(crosses[:1] and [_key(crosses, crosses, "used, differs")])]
     if warm_up > run.steps[0]:
-        _shade_warm_up(ax, warm_up, start=run.steps[0])
+        others.append(_shade_warm_up(ax, warm_up, start=run.steps[0]))
+    _fit(ax)
+    if legend:
+        _place_legend(ax, lines, others, below=alone)
     title = title or ("the run followed the schedule" if run.ok else "the run left the schedule")
     # Panels beside each other keep their titles on one line.
     _finish(ax, False, title, run.finding, lines=0 if alone else 3)
-    if legend:
-        ax.legend(frameon=False, fontsize="small")
     return figure
 
 
@@ -194,35 +205,139 @@ def _canvas(ax: Axes | None) -> tuple[Any, Axes]:
     return figure, figure.add_subplot()
 
 
-def _cycled(colours: list[str]) -> Any:
-    while True:
-        yield from colours
+def _styles(number: int) -> list[dict[str, Any]]:
+    """Colour and dash of so many curves, no two of them alike."""
+    if number <= _TOLD_APART:
+        return [
+            {"color": _COLOURS[index % len(_COLOURS)], "linestyle": _DASHES[index // len(_COLOURS)]}
+            for index in range(number)
+        ]
+    from matplotlib import colormaps
+
+    table = colormaps["viridis"](np.linspace(0, 0.92, 256))[:, :3]  # its end is too light for a white page
+    places = np.linspace(0, len(table) - 1, number)
+    channels = [np.interp(places, np.arange(len(table)), channel) for channel in table.T]
+    return [{"color": tuple(map(float, colour)), "linestyle": "-"} for colour in zip(*channels)]
 
 
-def _draw(ax: Axes, curves: list[Curve], rate: str | None = None, metric: str = "metric") -> list[Any]:
-    """Draw curves, a metric on an axis of its own; returns what a legend should show. `rate` replaces all labels."""
-    handles = []
-    for curve, colour in zip(curves, _cycled(_COLOURS)):
-        marker = "." if len(curve.steps) <= 60 else ""
+def _draw(
+    ax: Axes, curves: list[Curve], rate: str | None = None, metric: str = "metric"
+) -> tuple[list[Any], list[Any]]:
+    """Draw curves, a metric on an axis of its own; returns the curves, and what else a legend should show.
+
+    `rate` replaces all labels.
+    """
+    lines, nows, others = [], [], []
+    styles = _styles(len(curves))
+    for curve, style in zip(curves, styles):
+        marker = "." if len(curve.steps) <= 60 and len(curves) <= len(_COLOURS) else ""
         label = rate or curve.label
-        handles += ax.plot(curve.steps, curve.rates, marker=marker, color=colour, linewidth=1.8, label=label, zorder=2)
+        lines += ax.plot(curve.steps, curve.rates, marker=marker, **style, linewidth=1.8, label=label, zorder=2)
         if curve.position is not None:
             here = np.searchsorted(curve.steps, curve.position).clip(max=len(curve.steps) - 1)
-            now = f"{curve.label} now: step {curve.position}"
-            handles += ax.plot(
-                curve.steps[here], curve.rates[here], "o", color=colour, markersize=8, label=now, zorder=3
-            )
+            place, now = (curve.steps[here], curve.rates[here]), f"{curve.label} now: step {curve.position}"
+            nows += ax.plot(*place, "o", color=style["color"], markersize=8, label=now, zorder=3)
         if curve.metric is not None:
-            handles += _draw_metric(ax, curve, metric, with_ticks=rate is None)
+            others += _draw_metric(ax, curve, metric, with_ticks=rate is None)
+    if nows:
+        positions = {curve.position for curve in curves if curve.position is not None}
+        others.append(_key(lines, nows, f"now: step {positions.pop()}" if len(positions) == 1 else "now"))
     warm_ups = {curve.warm_up for curve in curves if curve.warm_up > 0}
     if len(warm_ups) == 1:
-        return [*handles, _shade_warm_up(ax, warm_ups.pop())]
-    ends = [
-        ax.axvline(curve.warm_up, color=colour, linewidth=0.9, linestyle=":", label="end of its warm-up")
-        for curve, colour in zip(curves, _cycled(_COLOURS))
-        if curve.warm_up > 0
-    ]
-    return handles + ends[:1]
+        others.append(_shade_warm_up(ax, warm_ups.pop()))
+    elif 0 < len(warm_ups) <= len(_COLOURS):
+        ends = [
+            ax.axvline(curve.warm_up, color=style["color"], linewidth=0.9, linestyle=":", label="end of its warm-up")
+            for curve, style in zip(curves, styles)
+            if curve.warm_up > 0
+        ]
+        others.append(ends[0])
+    _fit(ax)
+    return lines, others
+
+
+def _fit(ax: Axes) -> None:
+    """Limits around what is drawn, and 0 between them where no rate is negative; none that the user has set."""
+    ax.margins(x=0.02, y=0.06)
+    if _may_move(ax) and ax.dataLim.ymin >= 0:
+        low, high = ax.get_ylim()
+        ax.set_ylim(min(low, -0.045 * high), high, auto=True)
+
+
+def _may_move(ax: Axes) -> bool:
+    return ax.get_yscale() == "linear" and ax.get_autoscaley_on()
+
+
+def _key(lines: list[Any], points: list[Any], label: str) -> Any:
+    """One entry of a legend for the points of all curves: in their colour if there is one curve, else in none."""
+    from matplotlib.lines import Line2D
+
+    colour = points[0].get_color() if len(lines) == 1 or points[0].get_color() == _WRONG else _NEUTRAL
+    marker, size = points[0].get_marker(), points[0].get_markersize()
+    return Line2D([], [], linestyle="", marker=marker, markersize=size, color=colour, label=label)
+
+
+def _place_legend(ax: Axes, lines: list[Any], others: list[Any], below: bool) -> None:
+    """A legend that lies on no curve: below the axes of a figure of ours, which grows, else above the curves."""
+    from matplotlib.lines import Line2D
+
+    figure: Any = ax.figure
+    title = None
+    if len(lines) > _TOLD_APART:
+        title = f"{_NAMED_OF_MANY} of {len(lines)} curves, coloured in their order"
+        lines = [lines[index] for index in np.linspace(0, len(lines) - 1, _NAMED_OF_MANY).round().astype(int)]
+    handles = [*lines, *others]
+    height, width = 72 * figure.get_figheight(), 72 * figure.get_figwidth()
+    if not below:
+        height, width = height * ax.get_position().height, width * ax.get_position().width
+    labels: list[str] = [_shortened(handle.get_label(), 0.94 * width - 5 * _SMALL) for handle in handles]
+    columns = max(1, min(4, int(0.94 * width / (max(map(_width, labels)) + 5 * _SMALL))))
+    if below and len(handles) > _MOST_ROWS * columns:  # shorter names rather than a longer page
+        columns = -(-len(handles) // _MOST_ROWS)
+        labels = [_shortened(label, 0.94 * width / columns - 5 * _SMALL) for label in labels]
+    rows = -(-len(handles) // columns)
+    if not below:
+        most = max(1, int(0.45 * height / _ROW))
+        if rows > most:
+            rows, shown = most, max(1, most * columns - len(others) - 1)
+            more = Line2D([], [], linestyle="", label=f"and {len(lines) - shown} more")
+            handles = [*lines[:shown], more, *others]
+            labels = [*labels[:shown], str(more.get_label()), *labels[len(lines) :]]
+        # The curves make room. Layout engines take some of the height for labels, so there is more of it than needed.
+        share = min(0.6, (1.3 * _ROW * (rows + bool(title)) + 8) / height)
+        for each in {ax, *(handle.axes for handle in handles if handle.axes is not None)}:
+            low, high = each.get_ylim()
+            if _may_move(each):
+                each.set_ylim(low, low + (high - low) / (1 - share), auto=True)
+    options: dict[str, Any] = {"ncols": columns, "frameon": False, "fontsize": _SMALL, "title": title}
+    options |= {"title_fontsize": _SMALL}
+    # Matplotlib leaves out what begins with an underscore.
+    named = [" " + label if label.startswith("_") else label for label in labels]
+    if below:
+        figure.set_figheight(figure.get_figheight() + max(0, rows + bool(title) - 1) * _ROW / 72)
+        legend = figure.legend(handles, named, loc="outside lower center", **options)
+    else:
+        legend = ax.legend(handles, named, loc="upper right" if _may_move(ax) else "best", **options)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def _width(text: str) -> float:
+    """In points, in a legend."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    return text_to_path.get_text_width_height_descent(text, FontProperties(size=_SMALL), ismath=False)[0]
+
+
+def _shortened(text: str, room: float) -> str:
+    """The text without its middle where it is wider than the room for it."""
+    if _width(text) <= room:
+        return text
+    kept = len(text)
+    while kept > 3 and _width(text[: kept // 2] + "…" + text[len(text) - kept // 2 :]) > room:
+        kept -= 1 + kept // 20
+    return text[: kept // 2] + "…" + text[len(text) - kept // 2 :]
 
 
 def _draw_metric(ax: Axes, curve: Curve, label: str, with_ticks: bool) -> list[Any]:
@@ -242,7 +357,8 @@ def _finish(ax: Axes, relative: bool, title: str, below: str = "", lines: int = 
     """Labels with units, the title with a smaller text below it, room for so many lines of it at least."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    largest = np.abs(ax.dataLim.intervaly).max()
+    # Of the largest number that the axis can show, so that no tick reads 10 or more.
+    largest = np.abs(ax.get_ylim()).max() if np.abs(ax.dataLim.intervaly).max() > 0 else 0.0
     exponent = int(np.floor(np.log10(largest))) if 0 < largest < np.inf else 0
     exponent = exponent if not -2 <= exponent <= 3 else 0
     unit = "× initial rate" if relative else ("per step" if exponent == 0 else f"$10^{{{exponent}}}$ per step")
@@ -253,11 +369,11 @@ def _finish(ax: Axes, relative: bool, title: str, below: str = "", lines: int = 
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", color="#E6E6E6", linewidth=0.7)
     ax.set_axisbelow(True)
-    ax.margins(x=0.02, y=0.06)
     below = textwrap.fill(below, _letters_that_fit(ax))
     lines = max(lines, below.count("\n") + 1 if below else 0)
     text_height = 11 * lines
-    ax.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=9 + text_height)
+    title = textwrap.fill(title, round(0.6 * _letters_that_fit(ax)))
+    ax.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=9 + text_height, parse_math=False)
     if below:
         style: dict[str, Any] = {"fontsize": 8, "color": "#505050", "va": "top", "ha": "left"}
         ax.annotate(below, (0, 1), (0, 4 + text_height), "axes fraction", "offset points", **style)

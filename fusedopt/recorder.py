@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
+from fusedopt.wrappers import unwrapped_optimizer
+
 # Rates that are tensors are stacked in blocks of this many: on a GPU each tensor takes 512 bytes, however small it is.
 _BLOCK = 1024
 
@@ -45,7 +47,7 @@ def _copied(lr: Any) -> Any:
 def _stacked(lrs: list[Any]) -> torch.Tensor:
     if lrs and all(isinstance(lr, torch.Tensor) for lr in lrs):
         return torch.stack([lr.reshape(()) for lr in lrs])
-    return torch.tensor([float(lr) for lr in lrs], dtype=torch.float64)
+    return torch.tensor([float(lr) for lr in lrs], dtype=torch.float64, device="cpu")
 
 
 class LRRecorder:
@@ -56,7 +58,7 @@ class LRRecorder:
     before each. `verify_schedule` and `plot_verification` compare the record with a schedule.
 
     Args:
-        optimizer: Any torch optimizer.
+        optimizer: Any torch optimizer, or Accelerate's or Lightning's wrapper around one.
         first_step: The number of optimizer steps that went before: 0, or that of the checkpoint a run goes on from.
 
     Raises:
@@ -77,11 +79,14 @@ class LRRecorder:
     def __init__(self, optimizer: Optimizer, first_step: int = 0) -> None:
         if first_step < 0:
             raise ValueError(f"first_step must be >= 0, got {first_step}; it counts the optimizer steps before these")
-        self.optimizer = optimizer
+        self.optimizer = optimizer = unwrapped_optimizer(optimizer)
         self.first_step = first_step
         self._length = 0
         self._columns: list[_Column] = []
         self._used: list[Any] | None = None
+        self._skipped = _Column({"lr": 0.0}, 0)  # not 0 for a step that a GradScaler or the optimizer made void
+        self._overflow: Any = 0.0
+        self._skipped_before: Any = None
         self._see_new_groups()
         self._hooks = [
             optimizer.register_step_pre_hook(lambda *_: self._before_step()),
@@ -96,12 +101,27 @@ class LRRecorder:
         # A capture is no step, and copies made in it would belong to the graph and change with every replay.
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         self._used = None if capturing else [_copied(group["lr"]) for group in self.optimizer.param_groups]
+        if not capturing:
+            # A GradScaler leaves the step to optimizers that can skip by themselves, and says so to them.
+            overflow = getattr(self.optimizer, "found_inf", None)
+            self._overflow = 0.0 if overflow is None else _copied(overflow)
+            self._skipped_before = self._skips_so_far()
+
+    def _skips_so_far(self) -> Any:
+        """How many steps `skip_nonfinite` has skipped; None if that is not known."""
+        skips = getattr(self.optimizer, "skipped_steps", None)
+        return None if skips is None else _copied(skips)
 
     def _after_step(self) -> None:
-        if self._used is not None:
-            self._append(self._used)
+        if self._used is None:
+            return
+        skipped, now = self._overflow, self._skips_so_far()
+        if now is not None:
+            skipped = skipped + now - (0.0 if self._skipped_before is None else self._skipped_before)
+        self._append(self._used, skipped)
 
-    def _append(self, lrs: list[Any]) -> None:
+    def _append(self, lrs: list[Any], skipped: Any = 0.0) -> None:
+        self._skipped.append(skipped)
         self._see_new_groups()
         for column, lr in zip(self._columns, lrs):
             column.append(lr)
@@ -128,6 +148,11 @@ class LRRecorder:
     def rates(self) -> np.ndarray:
         """The noted rates, float64 of shape [steps, param groups]; NaN before a group was there, or without a rate."""
         return np.stack([column.read() for column in self._columns], axis=1)
+
+    @property
+    def skipped(self) -> np.ndarray:
+        """Which noted steps changed nothing, bool of shape [steps]: overflows that the optimizer itself skips."""
+        return self._skipped.read() != 0.0
 
     @property
     def initial_rates(self) -> np.ndarray:

@@ -4,8 +4,9 @@ Every formula is written once and serves Python numbers, numpy arrays and torch 
 (`cos`, `where`, ...) is handed to it. On Python numbers the arithmetic is that of transformers 4.34 and 5, in the same
 order, so the values are the same float64 numbers.
 
-Schedules are flat frozen dataclasses with a `__dict__`: `torch.optim.lr_scheduler.LambdaLR` saves the `__dict__` of a
-callable object, and `torch.load(weights_only=True)` reads numbers and strings but no nested object.
+Schedules are flat frozen dataclasses: `torch.optim.lr_scheduler.LambdaLR` saves the `__dict__` of a callable object,
+and `torch.load(weights_only=True)` reads numbers and strings but no nested object. What LambdaLR writes back when it
+loads a state does not reach a schedule: see `Saved`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 import torch
 
+from fusedopt import checks
+
 
 class Functions(NamedTuple):
     """What a formula needs beside `+ - * / % **`, for one kind of number. Bounds are plain Python numbers."""
@@ -30,27 +33,26 @@ class Functions(NamedTuple):
     where: Callable[[Any, Any, Any], Any]
 
 
-_PYTHON = Functions(math.cos, math.sqrt, min, max, lambda condition, yes, no: yes if condition else no)
-_NUMPY = Functions(np.cos, np.sqrt, np.minimum, np.maximum, np.where)
-_TORCH = Functions(
+PYTHON = Functions(math.cos, math.sqrt, min, max, lambda condition, yes, no: yes if condition else no)
+NUMPY = Functions(np.cos, np.sqrt, np.minimum, np.maximum, np.where)
+TORCH = Functions(
     torch.cos, torch.sqrt, lambda x, bound: x.clamp(max=bound), lambda x, bound: x.clamp(min=bound), torch.where
 )
 
 
 def _functions_for(step: Any) -> tuple[Functions, Any]:
     if isinstance(step, torch.Tensor):
-        return _TORCH, step.double()
+        return TORCH, step.double()
     if isinstance(step, Real):
-        return _PYTHON, step.item() if isinstance(step, np.generic) else step
-    return _NUMPY, np.asarray(step, dtype=np.float64)
+        return PYTHON, step.item() if isinstance(step, np.generic) else step
+    return NUMPY, np.asarray(step, dtype=np.float64)
 
 
 def number(name: str, value: Any) -> float:
     """`value` as a plain Python number, so that checkpoints hold nothing else."""
-    if isinstance(value, (torch.Tensor, np.generic, np.ndarray)):
-        value = value.item()
+    value = checks.plain(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
+        raise ValueError(f"{name} must be a finite number, got {value!r}{checks.hint(value)}")
     return value
 
 
@@ -58,10 +60,43 @@ def count(name: str, value: Any) -> float:
     """`value` as a number of optimizer steps."""
     if value is None:
         raise ValueError(f"{name} is missing; give it as a number of optimizer steps")
+    return non_negative(name, value, "; it counts optimizer steps, 0 leaves the phase out")
+
+
+def non_negative(name: str, value: Any, way_out: str = "") -> float:
+    """`value` as a plain Python number >= 0."""
     value = number(name, value)
     if value < 0:
-        raise ValueError(f"{name} must be >= 0, got {value}; it counts optimizer steps, 0 leaves the phase out")
+        raise ValueError(f"{name} must be >= 0, got {value}{way_out}")
     return value
+
+
+class Saved(dict[str, Any]):
+    """A copy of a schedule's name and fields, which `LambdaLR` saves, and updates when it loads a state.
+
+    The update leaves the schedule as it is, so a run that goes on follows the arguments that it was given now.
+    """
+
+    def update(self, state: Any = (), /, **kwargs: Any) -> None:
+        refuse_other_schedule(self, dict(state, **kwargs))
+
+
+def refuse_other_schedule(own: dict[str, Any], state: dict[str, Any]) -> None:
+    """Refuses the state of a schedule of another kind than `own`.
+
+    A state without name is an old one, with fields alone; an empty one is that of a function, which says nothing.
+
+    Raises:
+        ValueError: the kinds differ.
+    """
+    same = state["name"] == own["name"] if "name" in state else {"name", *state} == own.keys()
+    if same or not state:
+        return
+    whose = repr(state["name"]) if "name" in state else f"a schedule with {', '.join(state)}"
+    raise ValueError(
+        f"the state is that of {whose}, and this schedule is {own['name']!r}: make the schedule that was saved, with "
+        "whatever arguments, or start this one at the step reached, with last_epoch"
+    )
 
 
 class Schedule:
@@ -127,6 +162,17 @@ class Schedule:
     def _progress(self, s: Any) -> Any:
         """How much of the time between the warm-up and the end has passed at step s."""
         return (s - self.num_warmup_steps) / max(1, (self.length or 0) - self.num_warmup_steps)
+
+    @property
+    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]
+        return Saved(name=self.name, **self.__getstate__())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            object.__setattr__(self, name, value)
 
     def __post_init__(self) -> None:
         for field in fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass

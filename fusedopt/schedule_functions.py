@@ -1,8 +1,8 @@
 """The functions that hand a schedule to an optimizer, with the names and signatures of transformers.
 
-Each returns torch's `LambdaLR` around an object of `fusedopt.closed_forms`. Learning rates that are tensors stay the
-same tensors, filled in place and never read by a step, so a scheduler may drive an optimizer step captured in a
-CUDA graph.
+Each returns a `ScheduleLR`, torch's `LambdaLR` around an object of `fusedopt.closed_forms`. Learning rates that are
+tensors stay the same tensors, filled in place and never read by a step, so a scheduler may drive an optimizer step
+captured in a CUDA graph.
 
 Positional order, defaults and values are those of transformers 4.34 and 5, with these departures: negative counts and
 parameters that are no finite numbers are refused; where the original divides by zero, a rate is defined (see
@@ -10,6 +10,8 @@ parameters that are no finite numbers are refused; where the original divides by
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -27,17 +29,54 @@ from fusedopt.closed_forms import (
     PolynomialSchedule,
     WarmupStableDecaySchedule,
 )
-from fusedopt.schedule_base import Schedule
+from fusedopt.schedule_base import Schedule, number
+from fusedopt.scheduler_checks import refuse_changed_groups, refuse_other_kind, refuse_other_lambdas
+
+
+class ScheduleLR(LambdaLR):
+    """torch's `LambdaLR` around a `Schedule`.
+
+    It goes on from a state with the arguments that it was made with, as the schedules of transformers do: the state
+    says what step was reached, from which initial rates. States of those load too.
+    """
+
+    lr_lambdas: list[Schedule]  # type: ignore[assignment]
+
+    def step(self, epoch: int | None = None) -> None:
+        """Sets the rates of the next step.
+
+        Raises:
+            ValueError: a param group was added to the optimizer, or removed; nothing was changed.
+        """
+        refuse_changed_groups(
+            len(self.base_lrs),
+            self.optimizer,
+            f"make a new one, with last_epoch={self.last_epoch - 1} to go on from here (then every group needs its "
+            '"initial_lr")',
+        )
+        super().step(epoch)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over the step that was reached and the initial rates; the schedule stays what it is.
+
+        Raises:
+            ValueError: the state is that of another kind of schedule, or for another number of param groups; nothing
+                was changed.
+        """
+        refuse_other_kind(self, state_dict, "lr_lambdas", without=("initial_lr",))
+        refuse_other_lambdas(self.lr_lambdas, state_dict["lr_lambdas"])
+        super().load_state_dict({**state_dict, "lr_lambdas": [None] * len(self.lr_lambdas)})
 
 
 def _drive(optimizer: Optimizer, schedule: Schedule, last_epoch: int) -> LambdaLR:
+    number("last_epoch", last_epoch)
     for index, group in enumerate(optimizer.param_groups):
         if group["lr"] is None:
             raise ValueError(
                 f"param group {index} has lr=None, so there is no rate to schedule; give the optimizer an lr "
                 "(Adafactor: with relative_step=False), or leave its rate to the optimizer itself"
             )
-    return LambdaLR(optimizer, schedule, last_epoch)
+    return ScheduleLR(optimizer, schedule, last_epoch)
 
 
 def _initial_lr(optimizer: Optimizer) -> float:
@@ -56,12 +95,22 @@ def _min_lr_rate(optimizer: Optimizer, min_lr: float | None, min_lr_rate: float 
     if min_lr is not None and min_lr_rate is not None:
         raise ValueError(f"min_lr={min_lr} and min_lr_rate={min_lr_rate} exclude each other; give one of them")
     if min_lr_rate is not None:
-        return min_lr_rate
+        return _not_above_1("min_lr_rate", min_lr_rate)
     if min_lr is None:
         raise ValueError("min_lr and min_lr_rate are both missing; give one of them")
-    if _initial_lr(optimizer) == 0:
+    min_lr, initial_lr = number("min_lr", min_lr), _initial_lr(optimizer)
+    if initial_lr == 0:
         raise ValueError("min_lr is no share of an initial learning rate of 0; give min_lr_rate instead")
-    return min_lr / _initial_lr(optimizer)
+    if min_lr > initial_lr:
+        raise ValueError(f"min_lr must not be above the initial learning rate {initial_lr}, got {min_lr}")
+    return min_lr / initial_lr
+
+
+def _not_above_1(name: str, share: float) -> float:
+    share = number(name, share)
+    if share > 1:
+        raise ValueError(f"{name} must be <= 1, got {share}; the minimum is above the initial rate")
+    return share
 
 
 def get_constant_schedule(optimizer: Optimizer, last_epoch: int = -1) -> LambdaLR:
@@ -355,7 +404,7 @@ def get_wsd_schedule(
         num_stable_steps,
         warmup_type,
         decay_type,
-        min_lr_ratio,
+        _not_above_1("min_lr_ratio", min_lr_ratio),
         num_cycles,
     )
     return _drive(optimizer, schedule, last_epoch)

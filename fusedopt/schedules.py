@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from enum import Enum
 from typing import Any
 
@@ -24,6 +25,7 @@ from fusedopt.closed_forms import (
 from fusedopt.metric_schedules import GreedyLR, ReduceLROnPlateau, get_greedy_schedule, get_reduce_on_plateau_schedule
 from fusedopt.schedule_base import Schedule
 from fusedopt.schedule_functions import (
+    ScheduleLR,
     get_constant_schedule,
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
@@ -49,6 +51,7 @@ __all__ = [
     "PolynomialSchedule",
     "ReduceLROnPlateau",
     "Schedule",
+    "ScheduleLR",
     "SchedulerType",
     "WarmupStableDecaySchedule",
     "example_arguments",
@@ -92,7 +95,10 @@ class SchedulerType(str, Enum):
 
     @classmethod
     def _missing_(cls, value: object) -> SchedulerType:
-        raise ValueError(f"unknown schedule {value!r}; choose one of {', '.join(member.value for member in cls)}")
+        names = [member.value for member in cls]
+        near = get_close_matches(value, names, n=1) if isinstance(value, str) else []
+        hint = f", did you mean {near[0]!r}?" if near else ";"
+        raise ValueError(f"unknown schedule {value!r}{hint} choose one of {', '.join(names)}")
 
 
 _FUNCTIONS: dict[SchedulerType, Callable[..., LambdaLR | ReduceLROnPlateau | GreedyLR]] = {
@@ -147,7 +153,7 @@ def get_scheduler(
         A `LambdaLR`; for "reduce_lr_on_plateau" a `ReduceLROnPlateau`, for "greedy" a `GreedyLR` (see `needs_metric`).
 
     Raises:
-        ValueError: On an unknown name, and on a count that is missing or negative.
+        ValueError: On an unknown name, on a count that is missing, negative or given twice, and as the function.
         TypeError: On specific arguments that the function does not have, or lacks.
 
     Example:
@@ -158,6 +164,14 @@ def get_scheduler(
     """
     kind = SchedulerType(name)
     function, specific = _FUNCTIONS[kind], scheduler_specific_kwargs or {}
+    if not isinstance(specific, Mapping):
+        raise ValueError(f"scheduler_specific_kwargs must be a dict of arguments, got {specific!r}")
+    for argument in ("num_warmup_steps", "num_training_steps"):
+        if argument in specific:
+            raise ValueError(
+                f"scheduler_specific_kwargs has {argument}={specific[argument]!r}, an argument of get_scheduler "
+                "itself: give it there alone"
+            )
     if kind is SchedulerType.CONSTANT:
         return function(optimizer)
     if kind in _METRIC_DRIVEN:

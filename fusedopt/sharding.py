@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedopt.batch import Batch, Split, Spread
+from fusedopt_kernels.memory import outside_inference_mode
 
 
 def is_sharded(t: Any) -> bool:
@@ -60,7 +61,8 @@ def put_back(states: list[dict[str, Tensor]], local_states: list[dict[str, Tenso
             if not is_sharded(old):
                 state[name] = t
             elif t.dtype != old.dtype or t.data_ptr() != old.to_local().data_ptr():
-                state[name] = _of_shard(old, t, old.shape, old.stride(), old.placements)
+                with outside_inference_mode():
+                    state[name] = _of_shard(old, t, old.shape, old.stride(), old.placements)
 
 
 def _of_shard(like: Any, mine: Tensor, shape: Any, stride: Any, placements: Any) -> Tensor:
@@ -149,7 +151,7 @@ def zeros_without(p: Any, dimension: int, dtype: torch.dtype) -> Tensor:
     zeros = torch.zeros([n for d, n in enumerate(mine.shape) if d != dimension], dtype=dtype, device=mine.device)
     if not is_sharded(p):
         return zeros
-    whole = torch.empty([n for d, n in enumerate(p.shape) if d != dimension], device="meta")
+    whole = torch.empty([n for d, n in enumerate(p.shape) if d != dimension], dtype=dtype, device="meta")
     placements = [_without(placement, dimension) for placement in p.placements]
     return _of_shard(p, zeros, whole.shape, whole.stride(), placements)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from fusedopt.keras_schedules import RateSchedule
 from fusedopt.mistakes import Run, explain
 from fusedopt.recorder import LRRecorder
 from fusedopt.schedule_base import Schedule
+from fusedopt.wrappers import unwrapped_scheduler
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +21,7 @@ class Verification:
     """What a run used beside what it was meant to use.
 
     Attributes:
-        steps: Numbers of the optimizer steps, int64 of shape [n].
+        steps: Numbers of the optimizer steps, int64 of shape [n]; those that an overflow made void count.
         recorded: Rates that were used, float64 of shape [n, param groups].
         expected: Rates that were meant, same shape.
         differs: Where they differ by more than the tolerance, bool, same shape.
@@ -63,15 +64,17 @@ def verify_schedule(
 
     Args:
         recorder: The record of the run.
-        schedule: The schedule that was meant: an object of `fusedopt.closed_forms`, a live `LambdaLR`, any function
-            from step to factor, or one function per param group.
+        schedule: The schedule that was meant: an object of `fusedopt.closed_forms`, a live `LambdaLR` (Accelerate's
+            wrapper around it too), any function from step to factor, or one function per param group.
         tolerance: Largest relative difference that counts as equal. Default: 1e-9, or 4 units in the last place of a
             rate that is a tensor.
         raise_on_difference: Raise instead of returning a `Verification` with differences.
 
     Returns:
         The data, and a sentence that names the mistake where one explains all differences: a scheduler that is stepped
-        before the optimizer, several times per step, once per epoch, not at all, or that starts anew on resume.
+        before the optimizer, several times per step, once per micro-batch or epoch, not at all, that goes on over
+        skipped steps, counts twice or starts anew on resume; a record without its `first_step`. Where the optimizer
+        itself skipped a step because of an overflow, the scheduler may have waited or not.
 
     Raises:
         ValueError: If nothing was recorded, if the schedule is no function of the step, or has not one per param group.
@@ -99,19 +102,27 @@ def verify_schedule(
     run = Run(recorder.steps, recorder.rates, _rates_of(schedule, recorder), relative, recorder.initial_rates)
     expected = run.meant(run.steps)
     differs = run.differs(run.recorded, expected)
+    skipped, explained = recorder.skipped, run
+    if skipped.any():
+        # The scheduler may have waited, and then counts the applied steps alone.
+        applied = run.steps[0] + np.cumsum(~skipped) - ~skipped
+        waiting = run.meant(applied)
+        if (differs_waiting := run.differs(run.recorded, waiting)).any(axis=1).sum() < differs.any(axis=1).sum():
+            expected, differs = waiting, differs_waiting
+            explained = replace(run, steps=applied[~skipped], recorded=run.recorded[~skipped])
     wrong = np.asarray(differs.any(axis=1))
     finding = f"all {len(run.steps)} steps used the rate of the schedule"
     if wrong.any():
         first = int(wrong.argmax())
         used, meant = ([float(f"{lr:.6g}") for lr in rates[first]] for rates in (run.recorded, expected))
-        cause = explain(run, first) or f"first at step {run.steps[first]}, {used} instead of {meant}"
+        cause = explain(explained) or f"first at step {run.steps[first]}, {used} instead of {meant}"
         finding = f"{wrong.sum()} of {len(wrong)} steps used another rate: {cause}"
     verification = Verification(run.steps, run.recorded, expected, differs, finding)
     return verification.raise_on_difference() if raise_on_difference else verification
 
 
 def _rates_of(schedule: Any, recorder: LRRecorder) -> Callable[[np.ndarray], np.ndarray]:
-    initial = recorder.initial_rates
+    initial, schedule = recorder.initial_rates, unwrapped_scheduler(schedule)
     functions = schedule if isinstance(schedule, (list, tuple)) else [schedule] * len(initial)
     if isinstance(schedule, LambdaLR):
         functions, initial = schedule.lr_lambdas, np.array([float(lr) for lr in schedule.base_lrs])
@@ -121,7 +132,10 @@ def _rates_of(schedule: Any, recorder: LRRecorder) -> Callable[[np.ndarray], np.
             "of the step (metric-driven schedulers have none)"
         )
     if len(functions) != recorder.rates.shape[1]:
-        raise ValueError(f"{recorder.rates.shape[1]} param groups were recorded, but {len(functions)} schedules given")
+        raise ValueError(
+            f"{recorder.rates.shape[1]} param groups were recorded, but {len(functions)} schedules given: give "
+            "one per group, or a scheduler that was made after the last group was added"
+        )
     # Those are the rate itself, no factor of an initial one.
     initial = np.where([isinstance(function, RateSchedule) for function in functions], 1.0, initial)
 

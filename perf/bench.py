@@ -29,12 +29,14 @@ _FOR_HOSTS = ("fusedopt", "torch fused", "torch foreach")
 
 PLANS: dict[str, tuple[Contest, ...]] = {
     "cpu": (
-        Contest("gpt_50m", "adamw", 0.26),
-        Contest("tiny_2000", "adamw", 0.08),
-        Contest("tiny_300", "adamw", 0.04, _FOR_HOSTS),
-        Contest("gpt_50m", "adafactor", 0.34),
-        Contest("gpt_50m", _BELOW, 0.14, _FOR_CLIPPING),
-        Contest("gpt_50m", _CLIPPED, 0.14, _FOR_CLIPPING),
+        Contest("gpt_50m", "adamw", 0.2),
+        Contest("tiny_2000", "adamw", 0.07),
+        Contest("tiny_300", "adamw", 0.03, _FOR_HOSTS),
+        Contest("gpt_50m", "adafactor", 0.24),
+        Contest("matrices_50m", "adafactor", 0.16, ("fusedopt", "transformers 4.34 loop", "torch foreach")),
+        Contest("gpt_50m", _BELOW, 0.1, _FOR_CLIPPING),
+        Contest("gpt_50m", _CLIPPED, 0.1, _FOR_CLIPPING),
+        Contest("matrices_50m", _CLIPPED, 0.1, _FOR_CLIPPING),
     ),
     "cuda": (
         Contest("gpt2", "adamw", 0.15),

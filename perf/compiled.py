@@ -9,6 +9,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -107,6 +108,34 @@ def standing_in(target: str) -> Iterator[list[Launch]]:
         mock.patch("fusedopt.backends.interpreting", lambda: True),
     ):
         yield launches
+
+
+class InPlace(NamedTuple):
+    """Elements that a kernel writes where it has read them.
+
+    Attributes:
+        elements: that a program has in hand at once.
+        behind_barrier: whether all threads have read theirs before one writes.
+    """
+
+    elements: int
+    behind_barrier: bool
+
+
+def in_place(code: Any) -> list[InPlace]:
+    """What compiled code writes where it has read, from Triton's own representation before layouts are chosen."""
+    lines = code.asm["ttir"].splitlines()
+    read: dict[str, int] = {}
+    found = []
+    for number, line in enumerate(lines):
+        if load := re.search(r"tt\.load (%[\w#]+)", line):
+            read[load[1]] = number
+        elif (store := re.search(r"tt\.store (%[\w#]+),.* : (?:tensor<((?:\d+x)+))?!tt\.ptr", line)) and store[
+            1
+        ] in read:
+            elements = prod(int(size) for size in (store[2] or "").split("x") if size)
+            found.append(InPlace(elements, any("barrier" in between for between in lines[read[store[1]] : number])))
+    return found
 
 
 def resources(code: Any) -> Resources:

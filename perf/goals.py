@@ -77,6 +77,9 @@ GOALS = (
     Goal("cpu", "gpt_50m", "adafactor", "fusedopt", "timm", 1.0),
     Goal("cpu", "gpt_50m", _BELOW, "fusedopt", _CLIP_FUSED, 1.15),
     Goal("cpu", "gpt_50m", _CLIPPED, "fusedopt", _CLIP_FUSED, 1.0),
+    Goal("cpu", "matrices_50m", "adafactor", "fusedopt", _LOOP, 2.5),
+    Goal("cpu", "matrices_50m", "adafactor", "fusedopt", _FOREACH, 4.0),
+    Goal("cpu", "matrices_50m", _CLIPPED, "fusedopt", _CLIP_FUSED, 1.1),
     *(
         Goal("cuda", workload, "adamw", "fusedopt", "copy", 0.9, "bandwidth", "device")
         for workload in ("llama_1g", "llama_1g:bfloat16", "llama2_7b")

@@ -100,6 +100,11 @@ WORKLOADS = {
             "GPT-2's architecture with 7 layers of width 512 and normalised embeddings",
             (*_gpt(7, 512, 50257, 4096), (512,), (512,)),
         ),
+        Workload(
+            "matrices_50m",
+            "29 matrices of 1 to 8 M elements and 61 vectors, whose temporaries the caches and the allocator keep",
+            ((1024, 1024),) * 24 + ((4096, 1024),) * 4 + ((8192, 1024),) + ((1024,),) * 61,
+        ),
         Workload("gpt_13m", "GPT-2's architecture, small enough for a laptop", _gpt(4, 384, 16384, 512)),
         Workload("gpt2", "GPT-2 124M", _gpt(12, 768, 50257, 1024)),
         Workload("bert_base", "BERT-base, uncased", _bert(12, 768, 30522)),

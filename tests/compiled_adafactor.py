@@ -6,7 +6,15 @@ import sys
 import torch
 
 from fusedopt import Adafactor
-from perf.compiled import ADAFACTOR_SHAPES, TARGETS, adafactor_variants, resources, shard_step, standing_in
+from perf.compiled import (
+    ADAFACTOR_SHAPES,
+    TARGETS,
+    adafactor_variants,
+    in_place,
+    resources,
+    shard_step,
+    standing_in,
+)
 
 
 def variants(target):
@@ -17,6 +25,7 @@ def variants(target):
             "fusion": launch.code.metadata.enable_fp_fusion,
             "threads": launch.code.metadata.num_warps * TARGETS[target].warp_size,
             "per_element": {"reads": read, "writes": written},
+            "in_place": in_place(launch.code),
             **resources(launch.code)._asdict(),
         }
         for name, launch, (read, written) in adafactor_variants(target)

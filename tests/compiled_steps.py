@@ -11,7 +11,7 @@ import torch
 
 from fusedopt import AdamW
 from fusedopt_kernels.elementwise import BLOCK, THREADS
-from perf.compiled import TARGETS, adamw_variants, resources, standing_in
+from perf.compiled import TARGETS, adamw_variants, in_place, resources, standing_in
 
 
 def variants(target):
@@ -26,6 +26,7 @@ def variants(target):
                 "threads": launch.code.metadata.num_warps * TARGETS[target].warp_size,
                 "bytes": {"reads": elements * read, "writes": elements * written},
                 "multiplications_in_32_bits": len(re.findall(r"arith\.muli.*i32\b", launch.code.asm["ttir"])),
+                "in_place": in_place(launch.code),
                 **resources(launch.code)._asdict(),
             }
         )

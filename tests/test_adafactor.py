@@ -417,3 +417,15 @@ def test_a_rate_may_be_a_tensor(lr):
     ours, _ = after(Adafactor, start, steps, lr=lr, **options)
     for p, q in zip(ours, expected):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_averages_that_somebody_keeps_in_16_bits_are_averaged_too():
+    """Tiles work in numpy, which has no bfloat16: such a parameter goes another way."""
+    p = torch.nn.Parameter(normal((300, 200))[0])
+    optimizer = Adafactor([p], backend="eager")
+    for k in (1, 2):
+        before = p.detach().clone()
+        (p.grad,) = normal((300, 200), seed=k)
+        optimizer.step()
+        optimizer.state[p]["exp_avg_sq_row"] = optimizer.state[p]["exp_avg_sq_row"].bfloat16()
+        assert p.isfinite().all() and not torch.equal(p, before)

@@ -100,6 +100,40 @@ def test_triton_that_is_not_installed(monkeypatch):
         AdamW([weight()], backend="triton")
 
 
+def tritons(monkeypatch, version):
+    """Another version of triton stands in, None for none; what was said once is forgotten."""
+    monkeypatch.setattr(backends, "triton_version", lambda: version)
+    backends._warn_once.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("version", "what"), [("3.3.1", r"triton 3\.3\.1 is installed"), (None, "no triton is installed")]
+)
+def test_a_gpu_whose_triton_is_too_old_is_told_once_how_to_be_fast(version, what, monkeypatch):
+    tritons(monkeypatch, version)
+    gpu = torch.device("cuda", 0)
+    with pytest.warns(
+        UserWarning, match=rf"{what}, and the kernels need 3\.6 or newer: pip install -U torch"
+    ) as warned:
+        assert [backends.choose(gpu) for _ in range(3)] == ["eager"] * 3
+    assert len(warned) == 1
+    with pytest.raises(RuntimeError, match=rf"backend='triton' cannot work: {what}.*pip install"):
+        AdamW([weight()], backend="triton")
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "3.9.0", "3.10.0+git1a2b", "4.0"])
+def test_a_newer_triton_serves_a_gpu_without_a_word(version, monkeypatch, recwarn):
+    tritons(monkeypatch, version)
+    assert backends.choose(torch.device("cuda", 0)) == "triton"
+    assert backends.choose(torch.device("cpu")) == "eager" and not recwarn
+
+
+def test_a_cpu_needs_no_triton_and_hears_nothing_of_it(monkeypatch, recwarn):
+    tritons(monkeypatch, None)
+    assert backends.choose(torch.device("cpu")) == backends.choose(torch.device("cuda", 0), "eager") == "eager"
+    assert not recwarn
+
+
 def test_unknown_convention():
     with pytest.raises(ValueError, match="'transformers', 'torch', 'keras'"):
         AdamW([weight()], convention="jax")
@@ -194,10 +228,6 @@ def broken_checkpoints():
         "other groups": ({"state": {}, "param_groups": []}, "0 param groups"),
         "missing state": (missing, "missing .'exp_avg_sq'."),
         "unknown state": (unknown, "unknown .'momentum_buffer'."),
-        "amsgrad without its state": (
-            {"state": good["state"], "param_groups": [{**good["param_groups"][0], "amsgrad": True}]},
-            "max_exp_avg_sq",
-        ),
         "no checkpoint": ({"model": {}}, "'state' is NoneType"),
         "Adam that decays its gradients": (decaying, "added to the gradients"),
         "no count": (count, "step=-1.0"),

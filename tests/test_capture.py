@@ -86,6 +86,7 @@ def capture(monkeypatch):
         "fusedopt.backends.triton.scalars",
     ):
         monkeypatch.setattr(f"{module}.capturing", lambda device: bool(capturing))
+    monkeypatch.setattr("fusedopt.keras._capturing", lambda: bool(capturing))
     for kernels, names in KERNELS.items():
         for name in names:
             monkeypatch.setattr(kernels, name, Kernel(getattr(kernels, name), capturing))

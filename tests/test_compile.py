@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+
+from fusedopt import backends
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,25 +25,71 @@ def compiled(what, script="compiled_steps.py"):
     return json.loads(done.stdout)
 
 
+ADAFACTOR = "compiled_adafactor.py"
+
+TRITON = backends.release(backends.triton_version())
+ALWAYS = ((0, 0), (1000, 0))
+NVIDIA = ("sm_80", "sm_90", "sm_100")
+
+
+class Exemption(NamedTuple):
+    """What kernels may take more than the others, with some versions of triton, whose compilers differ."""
+
+    kernels: str | tuple[str, ...]  # how their names begin
+    targets: tuple[str, ...]
+    tritons: tuple[tuple[int, int], tuple[int, int]]  # the first and the last
+    registers: int
+    spilled: int
+    reason: str
+
+
+PHASES = ("sums", "averages", "squares", "apply")
+EXEMPTIONS = (
+    Exemption("apply, bfloat16", ("sm_100",), ALWAYS, 88, 0, "two programs to a multiprocessor instead of three"),
+    Exemption(PHASES, NVIDIA, ((3, 6), (3, 6)), 0, 16, "up to four numbers spilled make room for one more program"),
+    Exemption(PHASES, NVIDIA, ((3, 8), (3, 8)), 0, 8, "as in 3.6, two numbers: 64 registers, four programs"),
+    Exemption("float32, unaligned", NVIDIA, ((3, 9), (3, 9)), 96, 0, "two programs, for tensors of odd sizes alone"),
+)
+
+
+def limits(kernel, target, registers):
+    """How many registers a kernel may take, and how many bytes it may spill, given what the others may."""
+    exempt = [
+        e
+        for e in EXEMPTIONS
+        if kernel.startswith(e.kernels) and target in e.targets and e.tritons[0] <= TRITON <= e.tritons[1]
+    ]
+    return max([registers, *(e.registers for e in exempt)]), max([0, *(e.spilled for e in exempt)])
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_every_variant(target):
     variants = compiled(target)
     assert 16 < len(variants) <= 24
     for kernel in variants:
         what = f"{kernel['name']} on {target}: {kernel}"
-        assert kernel["spilled"] == 0, what
+        # 65,536 registers to a multiprocessor: half of its 2,048 threads fit, to keep enough reads in flight.
+        usual = 128 if "float64" in what else 64 if ", aligned" in what else 80
+        registers, spilled = limits(kernel["name"], target, usual)
+        assert kernel["registers"] <= registers and kernel["spilled"] <= spilled, what
         assert kernel["fusion"] is False, what  # Or the numbers would not be those of the interpreter and of numpy.
         assert not kernel["drops_nan"], what
+        assert_no_race(kernel, what, in_place=True)
         assert kernel["shared"] == 0, what  # Each thread keeps its elements from the reads to the writes.
         if kernel["name"] == "prologue":
             continue
         assert kernel["threads"] == 256, what
-        # 65,536 registers to a multiprocessor: half of its 2,048 threads fit, to keep enough reads in flight.
-        assert kernel["registers"] <= (128 if "float64" in what else 64 if ", aligned" in what else 80), what
         # Offsets are int64 before the first multiplication.
         assert kernel["multiplications_in_32_bits"] == 0, what
         if ", aligned" in kernel["name"]:
             reads_and_writes_128_bits_at_a_time(kernel, what)
+
+
+def assert_no_race(kernel, what, in_place):
+    """Where a kernel writes what it reads, no two threads have a copy of one number each, or a barrier is between."""
+    assert in_place == bool(kernel["in_place"]), what
+    for elements, behind_barrier in kernel["in_place"]:
+        assert elements >= kernel["threads"] or behind_barrier, what
 
 
 def reads_and_writes_128_bits_at_a_time(kernel, what):
@@ -71,10 +120,8 @@ def test_nothing_is_compiled_twice():
     assert not any(changes.values()), changes
 
 
-ADAFACTOR = "compiled_adafactor.py"
-
-# The ptxas of triton 3.6 spills up to four numbers where that makes room for a fourth program per multiprocessor.
-SPILLED = 0 if version("triton") >= "3.7" else 16
+IN_PLACE = ("prologue", "sums", "averages", "apply")
+"""The phases that write where they read."""
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
@@ -83,16 +130,17 @@ def test_every_variant_of_adafactor(target):
     assert len(variants) == 20  # of three dtypes, where what reads no gradient serves several; 7 for shards alone
     for kernel in variants:
         what = f"{kernel['name']} on {target}: {kernel}"
-        assert kernel["spilled"] <= SPILLED, what
+        # 65,536 registers to a multiprocessor: three programs of 256 threads fit.
+        registers, spilled = limits(kernel["name"], target, 168 if "float64" in what else 80)
+        assert kernel["spilled"] <= spilled, what
         assert kernel["fusion"] is False, what
         assert not kernel["drops_nan"], what
+        assert_no_race(kernel, what, in_place=kernel["name"].startswith(IN_PLACE))
         assert kernel["shared"] <= 16384, what
         if not kernel["per_element"]["reads"]:
             continue
         assert kernel["threads"] == 256, what
-        # 65,536 registers to a multiprocessor: three programs of 256 threads fit, or two of the one exception.
-        exception = kernel["name"] == "apply, bfloat16" and target == "sm_100"
-        assert kernel["registers"] <= (168 if "float64" in what else 88 if exception else 80), what
+        assert kernel["registers"] <= registers, what
         # Kernels for all alignments in one: as many wide accesses as an aligned tile takes, 8 elements to a thread.
         for kind, size in kernel["per_element"].items():
             wide = sum(int(width) * number for width, number in kernel[kind].items() if int(width) >= 128)
@@ -117,3 +165,15 @@ def test_nothing_of_adafactor_is_compiled_twice():
     changes = compiled("changes", ADAFACTOR)
     assert len(changes) == 11
     assert not any(changes.values()), changes
+
+
+def test_every_kernel_compiles_under_a_hook_that_serializes_its_constants():
+    root = ROOT / "kernels"
+    kernels = [
+        f"{'.'.join(path.relative_to(root).with_suffix('').parts)}.{name}"
+        for path in (root / "fusedopt_kernels").rglob("*.py")
+        for name in re.findall(r"^@triton\.jit\ndef (\w+)", path.read_text(), re.M)
+    ]
+    serialized = compiled("", "compiled_hooked.py")
+    assert sorted(serialized) == sorted(kernels)
+    assert all(serialized.values())

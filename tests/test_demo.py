@@ -1,5 +1,6 @@
 """The demo: what it learns, what it writes, and that a run that was stopped goes on as if it had not been."""
 
+import errno
 import json
 import math
 import os
@@ -13,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusedopt import demo, demo_checkpoint, demo_report
+from fusedopt import cli, demo, demo_checkpoint, demo_report
 from fusedopt.demo import Settings, train
 from fusedopt.demo_model import GPT
 from fusedopt.demo_text import DEFAULT_BYTES, Text, read_text
+from fusedopt.files import write_atomically
 
 TINY = Settings(steps=4, batch_size=2, layers=2, width=16, device="cpu", checkpoint_every=0)
 
@@ -256,6 +258,40 @@ def test_refuses_what_is_no_checkpoint(tiny, content):
         train(tiny, resume=True)
 
 
+DAMAGE = {
+    "settings": lambda c: c.update(settings=[1]),
+    "an unknown setting": lambda c: c["settings"].update(colour="blue"),
+    "a setting of another kind": lambda c: c["settings"].update(steps="four"),
+    "identity": lambda c: c.update(identity=None),
+    "step": lambda c: c.update(step="four"),
+    "a step too many": lambda c: c.update(step=c["step"] + 1),
+    "records": lambda c: c.update(records=None),
+    "a record that is a number": lambda c: c["records"].__setitem__(0, 1),
+    "a record without loss": lambda c: c["records"][0].pop("train_loss"),
+    "batches": lambda c: c.update(batches=None),
+    "batches of another generator": lambda c: c.update(batches=torch.zeros(3, dtype=torch.uint8)),
+    "runs": lambda c: c.update(runs={}),
+    "a run without model": lambda c: c["runs"]["fused"].pop("model"),
+    "weights": lambda c: c["runs"]["fused"]["model"].popitem(),
+    "moments": lambda c: c["runs"]["fused"]["optimizer"]["state"][0].update(exp_avg=torch.ones(2)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint_is_one_sentence_that_names_the_file(tiny, damage, capsys):
+    train(tiny)
+    path = Path(tiny.out) / demo.CHECKPOINT
+    checkpoint = torch.load(path, weights_only=True)
+    damage(checkpoint)
+    torch.save(checkpoint, path)
+    before = metrics(tiny)
+    capsys.readouterr()
+    assert cli.main(["demo", "--resume", "--out", str(tiny.out)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "Traceback" not in said and f"cannot resume: {path}" in said
+    assert metrics(tiny) == before
+
+
 @pytest.mark.parametrize("moment", ["while writing", "before renaming"])
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, moment):
     path = tmp_path / "file"
@@ -272,8 +308,32 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, moment):
     if moment == "before renaming":
         monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(Killed):
-        demo_checkpoint.write_atomically(path, write)
+        write_atomically(path, write)
     assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_link_to_a_file_stays_a_link(tmp_path):
+    (tmp_path / "there").write_bytes(b"old")
+    (tmp_path / "here").symlink_to(tmp_path / "there")
+    write_atomically(tmp_path / "here", lambda file: file.write(b"new"))
+    assert (tmp_path / "here").is_symlink() and (tmp_path / "there").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["as it is", "in an error of a library"])
+def test_a_full_disk_names_the_file(tmp_path, wrapped):
+    def write(file):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError:
+            if wrapped:
+                raise RuntimeError("unexpected pos 64 vs 0")  # noqa: B904 - as C++ does
+            raise
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_atomically(tmp_path / "file", write)
+    assert caught.value.filename == str(tmp_path / "file")
+    assert os.listdir(tmp_path) == []
 
 
 OUT_OF_RANGE = [
@@ -329,6 +389,28 @@ class TestText:
         assert torch.equal(targets, tokens + 1)
         assert len(tokens[:, 0].unique()) > 10
 
+    def test_places_in_a_text_longer_than_float32_can_count(self):
+        """The places are those of whole numbers, at the size of the largest text; nothing of that size is made."""
+        text = Text(b"x" * 200, context=4)
+        size = 10**9 + 7
+        asked = []
+
+        class Windows:
+            def __len__(self):
+                return size
+
+            def __getitem__(self, places):
+                asked.extend(places.tolist())
+                return torch.zeros(len(places), 5, dtype=torch.uint8)
+
+        text._held_out = Windows()
+        text.held_out(64)
+        assert asked == [k * (size - 1) // 63 for k in range(64)]
+        assert asked[0] == 0 and asked[-1] == size - 1
+        asked.clear()
+        text.held_out(1)
+        assert asked == [0]
+
     @pytest.mark.parametrize("size", [0, 1, 89])
     def test_too_small(self, size):
         with pytest.raises(ValueError, match=f"the text has {size} bytes, too few .* 90 are needed"):
@@ -383,3 +465,28 @@ class TestReport:
         assert len(demo_report.figure(outcome).axes) == 3
         demo_report.save_picture(outcome, tmp_path / "demo.png")
         assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+    @pytest.mark.parametrize(
+        ("eager", "fused", "title"),
+        [
+            ([5.0, 4.0, 3.0], [5.0, 4.001, 3.0], "one curve on top of the other"),
+            ([3.0], [3.0], "one curve on top of the other"),
+            ([5.0, 4.0, 3.0], [5.0, 4.5, 3.1], "two curves, furthest apart at step 2"),
+            ([math.nan] * 3, [math.inf] * 3, "no loss is finite"),
+            ([5.0, math.nan, 3.0], [5.0, math.nan, 3.0], "not finite from step 2 on (reference loop and fusedopt)"),
+            ([5.0, 4.0, 3.0], [5.0, 4.0, math.inf], "not finite from step 3 on (fusedopt)"),
+        ],
+        ids=["same", "one step", "apart", "nothing finite", "both broken", "one broken"],
+    )
+    def test_the_title_of_the_losses_says_what_there_is_to_see(self, eager, fused, title):
+        figure = demo_report.figure(self.outcome(eager, fused))
+        assert figure.axes[0].get_title(loc="left") == f"Loss, nats per byte: {title}"
+        assert "nan" not in " ".join(text.get_text() for text in figure.axes[0].texts)
+
+    def test_the_legend_lies_beside_the_losses(self):
+        rising = [1.0, 2.0, 3.0]
+        figure = demo_report.figure(self.outcome(rising, rising))
+        figure.draw_without_rendering()
+        legend = figure.axes[0].get_legend().get_window_extent()
+        assert not legend.overlaps(figure.axes[0].bbox)
+        assert figure.bbox.x1 >= legend.x1 and figure.bbox.y1 >= legend.y1

@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -176,15 +177,32 @@ def test_copies_keep_the_options_and_the_counts():
     assert other.skipped_steps is not optimizer.skipped_steps
 
 
+MAGNITUDES = {
+    torch.float32: (1e-45, 1e-38, 1e-30, 1e-23, 1e-22, 1e-21, 1e-19, 1e-15, 1.0, 1e19, 1e30, 1e37),
+    torch.bfloat16: (1e-39, 1e-37, 1e-30, 1e-22, 1e-21, 1e-19, 1.0, 1e20, 1e37),
+    torch.float16: (1e-7, 1e-5, 1e-3, 1.0, 1e4),
+    torch.float64: (1e-150, 1e-100, 1e-30, 1.0, 1e30, 1e150),
+}
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("size", [1e20, 1e-25])
-def test_the_norm_of_huge_and_tiny_gradients(backend, size):
-    """Their squares overflow float32, or vanish in it; they are finite all the same."""
-    p = torch.nn.Parameter(torch.ones(4))
-    optimizer = AdamW([p], backend=backend, skip_nonfinite=True, max_grad_norm=math.inf)
-    optimizer.apply_gradients([(torch.full((4,), size), p)])
+@pytest.mark.parametrize("dtype", MAGNITUDES, ids=str)
+def test_the_norm_is_right_at_every_magnitude(backend, dtype, device):
+    """Squares overflow float32 above 1e19, are coarse below 1e-19 and vanish below 1e-22, beside others or alone."""
+    device = device if backend == "triton" else torch.device("cpu")
+    unit = torch.rand(16_385 if backend == "eager" else 4097, generator=torch.Generator().manual_seed(0)).double() + 0.5
+    params = [torch.nn.Parameter(torch.ones(n, dtype=dtype, device=device)) for n in (len(unit), 5)]
+    optimizer = AdamW(params, lr=0.0, backend=backend, skip_nonfinite=True, max_grad_norm=math.inf)
+    # Triton's interpreter reads a bfloat16 below 1e-38 as another number.
+    magnitudes = [size for size in MAGNITUDES[dtype] if backend == "eager" or dtype != torch.bfloat16 or size > 1e-38]
+    for size in magnitudes:
+        for beside in (0.0, magnitudes[0], size, 1.0, magnitudes[-1]):
+            grads = [(size * unit).to(dtype), (beside * unit[:5]).to(dtype)]
+            exact = np.concatenate([g.double().numpy() for g in grads]).astype(np.longdouble)
+            optimizer.apply_gradients((g.to(device), p) for g, p in zip(grads, params))
+            norm = float(np.sqrt(np.square(exact).sum()))
+            assert optimizer.grad_norm.item() == pytest.approx(norm, rel=1e-6, abs=0.0), (size, beside)
     assert optimizer.skipped_steps == 0
-    assert optimizer.grad_norm.item() == pytest.approx(2 * size, rel=1e-6)
 
 
 def test_the_norm_of_a_large_gradient():
@@ -325,6 +343,19 @@ def test_keras_clippings_know_the_norm_of_a_large_gradient(option):
     optimizer = AdamWeightDecay([p], 0.1, beta_1=0.0, **{option: 1.0})
     optimizer.apply_gradients([(g, p)])
     assert optimizer.state[p]["exp_avg"].double().norm().item() == pytest.approx(1.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e-40, 1e-30, 1e-22, 1e30, 1e37])
+@pytest.mark.parametrize("option", ["clipnorm", "global_clipnorm"])
+@pytest.mark.parametrize("numel", [400, 16_400])
+def test_keras_clippings_know_norms_of_every_magnitude(numel, option, size):
+    g = size * (torch.rand(numel, generator=torch.Generator().manual_seed(0)) + 0.5)
+    p = torch.nn.Parameter(torch.zeros_like(g))
+    optimizer = AdamWeightDecay([p], 0.1, beta_1=0.0, **{option: 10.0 * size})
+    optimizer.apply_gradients([(g, p)])
+    clipped = optimizer.state[p]["exp_avg"].double()
+    # Below 1e-38 a float32 is a multiple of 1.4e-45.
+    assert clipped.norm().item() == pytest.approx(10.0 * size, rel=1e-5 if size < 1e-38 else 1e-6)
 
 
 def test_two_clippings_exclude_each_other():

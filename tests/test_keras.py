@@ -184,7 +184,7 @@ def test_norm_and_skipping_are_of_the_gradients_before_clipping(clipping, backen
     before = p.detach().clone()
     step(optimizer, math.inf)
     assert torch.equal(p, before) and optimizer.skipped_steps == 1
-    assert optimizer.iterations == 1 and optimizer.state[p]["step"] == 0
+    assert optimizer.iterations == 0 and optimizer.state[p]["step"] == 0
     step(optimizer, 3.0)
     assert optimizer.grad_norm.item() == pytest.approx(3 * 2**0.5)
     assert (p != before).all() and optimizer.skipped_steps == 1

@@ -13,9 +13,10 @@ KERNELS = sorted((ROOT / "kernels" / "fusedopt_kernels").rglob("*.py"))
 
 # Lowest first: a file may import what stands above it in this list, or beside it on the same line.
 LAYERS = [
-    {"batch", "checks", "outside_graphs", "sharding"},
+    {"batch", "checks", "outside_graphs", "sharding", "wrappers"},
     {"backends"},
-    {"checkpoint"},
+    {"checkpoint", "states", "whose", "without_data"},
+    {"loading"},
     {"base"},
     {"adamw", "adafactor"},
     {"adafactor_schedule", "keras", "accumulate", "decay_groups", "in_backward", "reference"},

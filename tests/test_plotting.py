@@ -145,9 +145,138 @@ def test_any_function_of_the_step_and_long_runs() -> None:
         return 0.5 ** (step // 1000)
 
     line = lines(plot_schedule(halving, num_steps=1_000_000))["halving"]
-    assert len(line.get_xdata()) == 2001 and line.get_xdata()[-1] == 1_000_000
+    assert line.get_xdata()[0] == 0 and line.get_xdata()[-1] == 1_000_000
+    np.testing.assert_array_equal(line.get_ydata(), [halving(int(step)) for step in line.get_xdata()])
     line = lines(plot_schedule(schedules.LinearSchedule(0, 1)))["linear"]
     assert line.get_ydata().tolist() == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("total", [10, 1_000, 100_000, 10_000_000])
+@pytest.mark.parametrize("warm_up", [1, 3, 137])
+@pytest.mark.parametrize("known", [True, False], ids=["schedule", "function"])
+def test_the_peak_after_a_short_warm_up_is_in_the_picture_however_long_the_run(
+    total: int, warm_up: int, known: bool
+) -> None:
+    schedule = schedules.LinearSchedule(min(warm_up, total // 2), total)
+    figure = plot_schedule(schedule if known else lambda step: schedule(step), num_steps=total, lr=1e-4)
+    (line,) = [line for line in figure.axes[0].get_lines() if len(line.get_xdata()) > 2]
+    assert max(line.get_ydata()) == 1e-4
+    assert len(line.get_xdata()) <= 20_001
+    np.testing.assert_allclose(line.get_ydata(), 1e-4 * schedule(line.get_xdata()), rtol=1e-12)
+    assert figure.axes[0].get_ylabel() == "learning rate ($10^{-4}$ per step)"
+
+
+def test_restarts_of_a_long_run_fall_from_one_step_to_the_next() -> None:
+    schedule = schedules.CosineWithRestartsSchedule(100, 5_000_000, num_cycles=4)
+    line = lines(plot_schedule(schedule))["cosine_with_restarts"]
+    steps, rates = line.get_xdata(), line.get_ydata()
+    (jumps,) = np.nonzero(np.diff(rates) > 0.5)
+    restarts = [100 + (5_000_000 - 100) * cycle / 4 for cycle in (1, 2, 3)]
+    assert steps[jumps + 1].tolist() == [int(np.ceil(step)) for step in restarts]
+    assert steps[jumps].tolist() == [int(np.ceil(step)) - 1 for step in restarts]
+
+
+def test_a_wave_is_not_taken_for_a_line() -> None:
+    """A wave whose period is the distance of evenly spread points, or half of it, or twice."""
+    for cycles in (800, 1_200, 1_997, 2_000, 4_000):
+        figure = plot_schedule(lambda step, cycles=cycles: np.cos(2 * np.pi * cycles * step / 10**7), num_steps=10**7)
+        rates = figure.axes[0].get_lines()[0].get_ydata()
+        assert rates.min() < -0.99 and rates.max() > 0.99
+
+
+@pytest.mark.parametrize("lr", [1e-4, 9.4e-4, 9.999e-4, 1e-3, 3e-7, 0.0])
+def test_no_tick_of_the_rates_reads_ten(lr: float) -> None:
+    (ax, *_) = plot_schedule("cosine", lr=lr, num_warmup_steps=10, num_training_steps=100).axes
+    low, high = ax.get_ylim()
+    shown = [tick for tick in ax.yaxis.get_majorticklocs() if low <= tick <= high]
+    assert max(abs(float(ax.yaxis.get_major_formatter()(tick, 0))) for tick in shown) < 10
+
+
+def many(number: int, kind: str) -> Any:
+    """What is drawn as so many curves."""
+    if kind == "param groups":
+        optimizer = sgd(*[1e-4 * 0.9**group for group in range(number)])
+        scheduler = schedules.get_cosine_schedule_with_warmup(optimizer, 5, 40)
+        for _ in range(12):
+            advance(scheduler)
+        return scheduler
+    name = "a name that somebody has typed into a configuration file, " * 4
+    return {f"_{name}{run}": schedules.LinearSchedule(run, 100 + run) for run in range(number)}
+
+
+@pytest.mark.parametrize("kind", ["param groups", "long names"])
+@pytest.mark.parametrize("number", [1, 3, 8, 26, 100])
+def test_the_legend_of_many_curves_fits_on_the_page_and_lies_on_no_curve(number: int, kind: str) -> None:
+    figure = plot_schedule(many(number, kind), title="a title as long as a configuration " * 6)
+    figure.draw_without_rendering()
+    (legend,), (ax,) = figure.legends, figure.axes
+    place, page = legend.get_window_extent(), figure.bbox
+    assert page.x0 <= place.x0 and place.x1 <= page.x1 and page.y0 <= place.y0 and place.y1 <= page.y1
+    assert not place.overlaps(ax.get_window_extent())
+    assert ax.get_window_extent().height > 0.35 * page.height and figure.get_figheight() < 9
+    assert ax.title.get_window_extent().x1 <= page.x1 and ax._left_title.get_window_extent().x1 <= page.x1
+    curves = ax.get_lines()[: number if kind == "long names" else 2 * number]
+    looks = {
+        (tuple(np.atleast_1d(line.get_color())), line.get_linestyle())
+        for line in curves
+        if line.get_linestyle() != "None"
+    }
+    assert len(looks) == number
+    named = [text.get_text() for text in legend.get_texts()]
+    if number <= 28:
+        assert len(named) >= number
+    else:
+        assert legend.get_title().get_text() == f"10 of {number} curves, coloured in their order"
+
+
+@pytest.mark.parametrize("number", [1, 3, 26])
+def test_the_legend_in_axes_of_ones_own_lies_on_no_curve(number: int) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    axes = figure.subplots(2, 2)
+    plot_schedule(many(number, "param groups"), ax=axes[0, 0])
+    plot_schedule("constant", ax=axes[0, 1], lr=1e-3, num_steps=50)
+    plot_schedule("greedy", ax=axes[1, 0], num_steps=100, lr=1e-3)
+    figure.draw_without_rendering()
+    for ax in (axes[0, 0], axes[0, 1], axes[1, 0]):
+        legend = ax.get_legend().get_window_extent()
+        assert legend.y1 <= ax.bbox.y1 and legend.x0 >= ax.bbox.x0
+        for each in [other for other in figure.axes if other.bbox.bounds == ax.bbox.bounds]:
+            for line in each.get_lines():
+                points = each.transData.transform(line.get_xydata())
+                assert points[:, 1].max() < legend.y0, line.get_label()
+
+
+def test_curves_drawn_one_after_the_other_all_fit_and_limits_of_ones_own_stay() -> None:
+    from matplotlib.figure import Figure
+
+    ax = Figure().subplots()
+    plot_schedule("constant", ax=ax, lr=1e-3, num_steps=50)
+    plot_schedule("constant", ax=ax, lr=5e-3, num_steps=50)
+    assert ax.get_ylim()[1] > 5e-3
+    ax.set_ylim(0, 1)
+    plot_schedule("constant", ax=ax, lr=5e-3, num_steps=50)
+    assert ax.get_ylim() == (0, 1)
+
+
+def test_the_legend_of_many_param_groups_verified_fits_on_the_page() -> None:
+    recorder, scheduler = recorded(mistake=True, lrs=tuple(0.1 * 0.9**group for group in range(26)))
+    figure = plot_verification(recorder, scheduler)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    place = legend.get_window_extent()
+    assert figure.bbox.y0 <= place.y0 and place.x0 >= 0 and place.x1 <= figure.bbox.x1
+    assert not place.overlaps(figure.axes[0].get_window_extent())
+    assert [text.get_text() for text in legend.get_texts()][-3:] == ["used, as meant", "used, differs", "warm-up"]
+
+
+def test_a_label_is_no_formula_and_none_is_left_out() -> None:
+    figure = plot_schedule(
+        {"_mine $a$ $\\nonsense$": schedules.ConstantSchedule(), "other": schedules.ConstantSchedule()}
+    )
+    figure.draw_without_rendering()
+    assert [text.strip() for text in legend(figure)] == ["_mine $a$ $\\nonsense$", "other"]
 
 
 def test_a_schedule_that_gives_the_rate_itself() -> None:
@@ -293,6 +422,10 @@ def test_the_command_draws_a_name_with_what_it_needs(
         ["linear", "--verify"],
         ["warmup_stable_decay", "--verify", "--training-steps", "30", "--set", "decay_type=1-sqrt"],
         ["cosine", "cosine_with_restarts", "--set", "num_cycles=4"],
+        ["cosine_with_min_lr", "--set", "min_lr=1e-4"],
+        ["cosine_warmup_with_min_lr", "--set", "min_lr=1e-4", "--verify"],
+        ["warmup_stable_decay", "--set", "num_stable_steps=100"],
+        ["greedy", "--set", "smooth=true"],
     ],
     ids=" ".join,
 )
@@ -303,6 +436,26 @@ def test_the_command_says_what_it_wrote(
     assert run_command(*arguments, "-o", str(path)) == 0
     assert capsys.readouterr().out == f"wrote {path}\n" and is_a_picture(path)
     assert not recwarn.list
+
+
+def test_what_is_set_takes_the_place_of_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusedopt import plot_command
+
+    drawn: list[Any] = []
+    monkeypatch.setattr(plot_command, "plot_schedule", lambda what, **_: drawn.append(what) or plot_gallery(1, 9))
+    run_command("cosine_with_min_lr", "--set", "min_lr=1e-4", "-o", str(tmp_path / "x.png"))
+    run_command("warmup_stable_decay", "--set", "num_stable_steps=100", "-o", str(tmp_path / "x.png"))
+    assert drawn == [
+        [("cosine_with_min_lr", {"num_warmup_steps": 100, "num_training_steps": 1000, "min_lr": 1e-4})],
+        [("warmup_stable_decay", {"num_warmup_steps": 100, "num_decay_steps": 200, "num_stable_steps": 100})],
+    ]
+
+
+def test_a_format_that_needs_a_missing_program_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match=r"cannot write .*picture\.pgf: .* choose another"):
+        run_command("linear", "-o", str(tmp_path / "picture.pgf"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_other_formats(tmp_path: Path) -> None:
@@ -320,6 +473,11 @@ def test_other_formats(tmp_path: Path) -> None:
         (["greedy", "--verify"], "follows a metric.*name another"),
         (["linear", "--set", "num_cycles=2"], "unexpected keyword argument 'num_cycles'; see the schedule's function"),
         (["linear", "--set", "num_cycles"], "--set takes KEY=VALUE, got 'num_cycles'"),
+        (["cosine", "--set", "last_epoch=5"], "a picture is of a new run, without last_epoch"),
+        (["cosine", "--verify", "--set", "num_warmup_steps=5"], "give num_warmup_steps as --warmup-steps"),
+        (["greedy", "--set", "factor=abc"], "factor must be a number, got 'abc'"),
+        (["greedy", "--set", "factor=nan"], "factor must be a number, got nan"),
+        (["greedy", "--set", "factor=0"], "division by zero"),
         (["linear", "--warmup-steps", "-3"], "--warmup-steps must be >= 0, got -3"),
         (["linear", "--training-steps", "nan"], "--training-steps must be a finite number, got nan"),
         (["linear", "--lr", "-1"], "--lr must be finite and >= 0, got -1"),

@@ -92,7 +92,7 @@ def test_checkpoint_in_the_middle_of_a_run(name: str, as_tensor: bool) -> None:
         uninterrupted.append(rates(optimizer))
 
     optimizer = sgd(*lrs())
-    scheduler = by_name(name, optimizer, num_training_steps=99)  # other settings: the checkpoint's must win
+    scheduler = by_name(name, optimizer)
     optimizer.load_state_dict(saved["optimizer"])
     scheduler.load_state_dict(saved["scheduler"])
     resumed = []

@@ -11,8 +11,20 @@ import pytest
 import torch
 from loop_cases import OPTIMIZERS, Net, rate_of_the_step, same, same_weights
 
-from fusedopt import Adafactor, AdamW, AdamWeightDecay, register_step_in_backward
-from fusedopt.adafactor_schedule import AdafactorSchedule
+from fusedopt import (
+    Adafactor,
+    AdafactorSchedule,
+    AdamW,
+    AdamWeightDecay,
+    LinearSchedule,
+    LRRecorder,
+    create_optimizer,
+    get_scheduler,
+    plot_schedule,
+    plot_verification,
+    register_step_in_backward,
+    verify_schedule,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning"),
@@ -379,3 +391,148 @@ def test_the_folder_of_the_kernels_is_not_taken_for_the_package_of_that_name():
         importlib.metadata.version("kernels")
     except importlib.metadata.PackageNotFoundError:
         assert not import_utils.is_kernels_available()
+
+
+def test_a_trainer_that_resumes_with_more_steps_follows_the_longer_schedule(example, tmp_path):
+    rates = {}
+    for steps, checkpoint in ((6, None), (12, str(tmp_path / "checkpoint-6"))):
+        model = counting_trainer(example, tmp_path).model
+        optimizer = AdamW(model.parameters(), lr=0.01)
+        scheduler = get_scheduler("linear", optimizer, 2, steps)
+        recorder = LRRecorder(optimizer, first_step=0 if checkpoint is None else 6)
+        trainer = counting_trainer(example, tmp_path, model, optimizers=(optimizer, scheduler))
+        trainer.args.max_steps = steps
+        trainer.train(resume_from_checkpoint=checkpoint)
+        rates[steps] = recorder.rates[:, 0].tolist()
+    schedule = LinearSchedule(2, 12)
+    # The first step has the rate of the optimizer's checkpoint, as with transformers' own schedules.
+    assert rates[12] == pytest.approx([0.0, *[0.01 * schedule(step) for step in range(7, 12)]])
+
+
+@pytest.mark.parametrize("name", ["greedy", "reduce_lr_on_plateau"])
+def test_schedulers_driven_by_a_metric_in_the_transformers_trainer(example, tmp_path, name):
+    def run(checkpoint=None):
+        model = counting_trainer(example, tmp_path).model
+        optimizer = AdamW(model.parameters(), lr=0.001)
+        kwargs = {"patience": 0, "factor": 0.5, **({"min_lr": 1e-6} if name == "greedy" else {"threshold": 10.0})}
+        scheduler = get_scheduler(name, optimizer, scheduler_specific_kwargs=kwargs)
+        settings = {"eval_strategy": "steps", "eval_steps": 3, "metric_for_best_model": "eval_loss"}
+        data = example("transformers_trainer", "transformers").counting(8)
+        trainer = counting_trainer(
+            example, tmp_path, model, optimizers=(optimizer, scheduler), eval_dataset=data, settings=settings
+        )
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return model, scheduler
+
+    model, scheduler = run()
+    assert scheduler.last_epoch == 2 and scheduler.get_last_lr() != [0.001]
+    resumed, again = run(str(tmp_path / "checkpoint-3"))
+    assert same_weights(model, resumed) and again.state_dict() == scheduler.state_dict()
+
+
+def test_create_optimizers_pair_in_the_transformers_trainer(example, tmp_path):
+    def run(checkpoint=None):
+        model = counting_trainer(example, tmp_path).model
+        optimizer, schedule = create_optimizer(model, 0.01, 6, 2, weight_decay_rate=0.01)
+        trainer = counting_trainer(example, tmp_path, model, optimizers=(optimizer, schedule))
+        trainer.train(resume_from_checkpoint=checkpoint)
+        logged = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+        assert logged == pytest.approx([schedule(step) for step in range(6)])
+        return model, optimizer
+
+    model, optimizer = run()
+    resumed, again = run(str(tmp_path / "checkpoint-3"))
+    assert same_weights(model, resumed) and same(optimizer.state_dict(), again.state_dict())
+
+
+@pytest.mark.parametrize("in_epochs", [False, True], ids=["per step", "per epoch"])
+def test_greedy_in_lightning_is_stepped_with_the_metric_it_monitors(in_epochs, tmp_path):
+    pl = pytest.importorskip("pytorch_lightning")
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = Net()
+
+        def training_step(self, x, index):
+            loss = loss_of(self.net, x)
+            self.log("train_loss", loss)
+            return loss
+
+        def configure_optimizers(self):
+            optimizer = AdamW(self.net.parameters(), lr=0.01)
+            self.recorder = LRRecorder(optimizer)
+            self.scheduler = get_scheduler(
+                "greedy", optimizer, scheduler_specific_kwargs={"patience": 0, "factor": 0.5}
+            )
+            interval = "epoch" if in_epochs else "step"
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": {"scheduler": self.scheduler, "monitor": "train_loss", "interval": interval},
+            }
+
+        def on_train_start(self):
+            self.prepared = self.optimizers()
+            self.outer = LRRecorder(self.prepared)
+            assert self.lr_schedulers() is self.scheduler
+
+    module = Module()
+    trainer = pl.Trainer(
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        max_epochs=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, torch.utils.data.DataLoader(batches(4), batch_size=None))
+    assert module.scheduler.last_epoch == (2 if in_epochs else 8)
+    assert {*module.scheduler.get_last_lr(), *module.outer.rates[:, 0].tolist()} != {0.01}
+    assert module.outer.rates.tolist() == module.recorder.rates.tolist() and len(module.outer) == 8
+
+
+def test_what_accelerate_prepared_is_taken_wherever_the_thing_itself_is():
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    net = Net()
+    optimizer = AdamW(net.parameters(), lr=0.01)
+    scheduler = get_scheduler("cosine", optimizer, 2, 10)
+    model, wrapped, wrapped_scheduler = accelerator.prepare(net, optimizer, scheduler)
+    recorder = LRRecorder(wrapped)
+    for x in batches(8):
+        with accelerator.accumulate(model):
+            accelerator.backward(loss_of(model, x))
+            wrapped.step()
+            wrapped_scheduler.step()
+            wrapped.zero_grad()
+    assert len(recorder) == 4 and verify_schedule(recorder, wrapped_scheduler).ok
+    figures = [plot_schedule(wrapped_scheduler), plot_schedule([wrapped_scheduler, "inverse_sqrt"], num_warmup_steps=2)]
+    figures.append(plot_verification(recorder, wrapped_scheduler))
+    assert all(figure.axes for figure in figures)
+    again = get_scheduler("linear", wrapped, 2, 20)
+    again.load_state_dict(get_scheduler("linear", wrapped, 2, 10).state_dict())
+    assert again.lr_lambdas[0].num_training_steps == 20
+    adafactor = Adafactor(Net().parameters())
+    assert AdafactorSchedule(accelerator.prepare(adafactor)).optimizer is adafactor
+
+
+def test_a_scheduler_prepared_by_accelerate_resumes_with_more_steps(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    for steps in (4, 8):
+        accelerator = accelerate.Accelerator(cpu=True)
+        net = Net()
+        optimizer = AdamW(net.parameters(), lr=0.01)
+        scheduler = get_scheduler("linear", optimizer, 0, steps)
+        model, wrapped, wrapped_scheduler = accelerator.prepare(net, optimizer, scheduler)
+        if steps == 8:
+            accelerator.load_state(str(tmp_path / "state"))
+        for x in batches(4):
+            accelerator.backward(loss_of(model, x))
+            wrapped.step()
+            wrapped_scheduler.step()
+            wrapped.zero_grad()
+            if steps == 8 and scheduler.last_epoch == 5:
+                assert scheduler.get_last_lr() == [pytest.approx(0.01 * 3 / 8)]
+        accelerator.save_state(str(tmp_path / "state"))
+    assert scheduler.last_epoch == 8

@@ -1,9 +1,10 @@
 """How a step runs: Triton kernels on a GPU, torch operations elsewhere. Chosen per device."""
 
-import importlib.util
+import re
+import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib import import_module
-from pathlib import Path
 
 import torch
 
@@ -20,15 +21,50 @@ def check(backend: str) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if backend == "triton" and not has_triton():
-        raise RuntimeError(
-            "backend='triton' needs triton 3.4 or newer, which is not installed: pip install 'fusedopt[triton]'"
-        )
+        raise RuntimeError(f"backend='triton' cannot work: {_what_is_missing()}")
+
+
+OLDEST_TRITON = (3, 6)
+"""The oldest version that the tests were run with."""
+
+
+def triton_version() -> str | None:
+    """The version of triton that is installed, None for none."""
+    try:
+        import triton
+    except ImportError:
+        return None
+    return str(triton.__version__)
 
 
 def has_triton() -> bool:
-    """Whether triton is installed, in a version that the kernels run on (older ones than 3.4 have no knobs)."""
-    spec = importlib.util.find_spec("triton")
-    return spec is not None and bool(spec.origin) and Path(str(spec.origin)).with_name("knobs.py").exists()
+    """Whether triton is installed, in a version that the kernels run on."""
+    return release(triton_version() or "0.0") >= OLDEST_TRITON
+
+
+def release(version: str) -> tuple[int, int]:
+    """Major and minor number of a version, which compare as numbers: 3.10 is newer than 3.9.
+
+    Example:
+        >>> release("3.10.0+git1a2b") > release("3.9.1")
+        True
+    """
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def _what_is_missing() -> str:
+    installed = triton_version()
+    found = "no triton is installed" if installed is None else f"triton {installed} is installed"
+    return (
+        f"{found}, and the kernels need {'.'.join(map(str, OLDEST_TRITON))} or newer: "
+        "pip install -U torch brings one on Linux, pip install 'fusedopt[triton]' one alone"
+    )
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
 
 
 def interpreting() -> bool:
@@ -55,6 +91,11 @@ def choose(device: torch.device, backend: str = "auto") -> str:
     """
     check(backend)
     if backend == "auto":
+        if device.type == "cuda" and not has_triton():
+            _warn_once(
+                f"fusedopt updates parameters on {device} without its kernels, much slower than with them: "
+                f"{_what_is_missing()}; backend='eager' says that this is meant"
+            )
         return "triton" if device.type == "cuda" and has_triton() else "eager"
     if backend == "triton" and device.type != "cuda" and not interpreting():
         raise RuntimeError(

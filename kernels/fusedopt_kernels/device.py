@@ -24,9 +24,13 @@ TRITON_DTYPES = {
 }
 
 
-def warp_size() -> int:
-    """Threads per warp: kernels want a number of threads, launches ask for one of warps."""
-    return 64 if torch.version.hip else 32
+def options(threads: int) -> dict[str, Any]:
+    """How a kernel of so many threads per program is compiled.
+
+    A kernel that writes where it reads gets no more threads than it has elements in hand: else several threads read an
+    element, and may read what one of them already wrote.
+    """
+    return {"num_warps": threads // (64 if torch.version.hip else 32), "enable_fp_fusion": False}
 
 
 def device_function(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -137,7 +141,14 @@ def load_float64(cell):
 def narrow(x, DTYPE: tl.constexpr):
     """x rounded to DTYPE, to nearest even: the interpreter would cut off what bfloat16 cannot hold."""
     if _INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300
-        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        nearest = x.to(tl.float32)
+        bits = nearest.to(tl.uint32, bitcast=True)
+        if (
+            x.dtype == tl.float64
+        ):  # Rounded to odd, so that no tie comes of it: see fusedopt/backends/eager/rounding.py.
+            back = nearest.to(tl.float64)
+            toward_zero = bits - (tl.abs(back) > tl.abs(x)).to(tl.uint32)
+            bits = tl.where(tl.abs(x - back) > 0.0, toward_zero | 1, bits)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         narrowed = tl.where(x != x, 0x7FC0, rounded).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import triton.language as tl
 
-from fusedopt_kernels.device import TRITON_DTYPES, device_function, load_size, my_piece, warp_size
+from fusedopt_kernels.device import TRITON_DTYPES, device_function, load_size, my_piece, options
 from fusedopt_kernels.record import Record
 from fusedopt_kernels.table import LaunchTable, launch_class
 
@@ -62,6 +62,5 @@ def launch_elementwise(
             ALIGNED=aligned,
             VECTOR_WIDTH=16 // max(dtype.itemsize for dtype in dtypes if dtype),
             BLOCK=BLOCK,
-            num_warps=THREADS // warp_size(),
-            enable_fp_fusion=False,
+            **options(THREADS),
         )

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedopt_kernels.device import TRITON_DTYPES, load_pointer, warp_size
+from fusedopt_kernels.device import TRITON_DTYPES, load_pointer, options
 from fusedopt_kernels.elementwise import open_piece
 from fusedopt_kernels.record import INTEGER, TENSOR, Record, Tables
 from fusedopt_kernels.table import LaunchTable, launch_class
@@ -63,7 +63,6 @@ def squares(table: LaunchTable, keys: np.ndarray, numel: np.ndarray) -> Tensor:
             COMPUTE=tl.float64 if dtype is torch.float64 else tl.float32,
             ALIGNED=aligned,
             BLOCK=BLOCK,
-            num_warps=THREADS // warp_size(),
-            enable_fp_fusion=False,
+            **options(THREADS),
         )
     return parts[0] if len(parts) == 1 else torch.cat([*parts, table.rows.new_zeros(1, dtype=torch.float64)])

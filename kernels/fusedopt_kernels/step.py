@@ -10,7 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from fusedopt_kernels.device import device_function, load_behind, load_float64, load_number
+from fusedopt_kernels.device import device_function, load_behind, load_float64, load_number, options
 from fusedopt_kernels.record import ADDRESS, FLOAT, INTEGER, NUMBER, TENSOR, Field, Record, Tables
 from fusedopt_kernels.table import ROWS_PER_PROGRAM, LaunchTable
 
@@ -70,5 +70,7 @@ def begin_step(rows, hyper, scalars, T: tl.constexpr):
 def run_prologue(prologue: Any, table: LaunchTable, tables: Tables) -> Tensor:
     """Launches a prologue over all rows; returns the scalars that it leaves, float64 [rows, scalars]."""
     scalars = table.scratch("scalars", len(table.rows), tables.scalars.length, dtype=torch.float64)
-    prologue[(len(table.rows) // ROWS_PER_PROGRAM,)](table.rows, table.hyper, scalars, tables, enable_fp_fusion=False)
+    prologue[(len(table.rows) // ROWS_PER_PROGRAM,)](
+        table.rows, table.hyper, scalars, tables, **options(ROWS_PER_PROGRAM)
+    )
     return scalars

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fusedopt_kernels.memory import lasting
 from fusedopt_kernels.record import cells
 
 ROWS_PER_PROGRAM = 128
@@ -29,9 +30,9 @@ Upload = Callable[[np.ndarray, torch.device], Tensor]
 
 def upload(host: np.ndarray, device: torch.device) -> Tensor:
     """Copies through a pinned block used for this alone: the host runs ahead of the copy, after which it is free."""
-    staging = torch.empty(host.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
+    staging = lasting(host.shape, torch.int64, "cpu", pinned=device.type == "cuda")
     staging.numpy()[...] = host
-    return torch.empty(host.shape, dtype=torch.int64, device=device).copy_(staging, non_blocking=True)
+    return lasting(host.shape, torch.int64, device).copy_(staging, non_blocking=True)
 
 
 class LaunchClass(NamedTuple):
@@ -93,8 +94,8 @@ class LaunchTable:
         host[: hyper.size] = hyper.ravel()
         host[hyper.size : hyper.size + rows.size] = rows.ravel()
         if not np.array_equal(host, self._host):
-            self._host = host
             table = self._upload(host, self.device)
+            self._host = host
             self.hyper = table[: hyper.size].view(hyper.shape)
             self.rows = table[hyper.size :].view(height, rows.shape[1])
 
@@ -118,9 +119,9 @@ class LaunchTable:
                     "a CUDA graph is being captured, and no step before it had tensors of these dtypes and alignments: "
                     "take one step like the captured one before the capture, so that its kernels are compiled"
                 )
-            self._warm |= new
             launches = {key: self._cut(np.flatnonzero((keys == key) & (pieces > 0)), pieces) for key in sorted(wanted)}
             known = self._chunks[phase] = keys, pieces, launches
+            self._warm |= new
         return known[2]
 
     def _cut(self, rows: np.ndarray, pieces: np.ndarray) -> Tensor:
@@ -129,13 +130,14 @@ class LaunchTable:
         total = int(counts.sum())
         short = self._upload(np.stack([rows, np.cumsum(counts) - counts, counts]), self.device)
         row, first = short[:2].repeat_interleave(short[2], dim=1, output_size=total)
-        return torch.stack([row, torch.arange(total, device=self.device) - first], dim=1).to(torch.int32)
+        piece = torch.arange(total, dtype=torch.int64, device=self.device) - first
+        return lasting((total, 2), torch.int32, self.device).copy_(torch.stack([row, piece], dim=1))
 
     def scratch(self, name: str, *shape: int, dtype: torch.dtype) -> Tensor:
         """Memory for what the launches of one step hand to each other; the same at every step, not initialised."""
         known = self._scratch.get(name)
         if known is None or known.shape != shape or known.dtype != dtype:
-            known = self._scratch[name] = torch.empty(shape, dtype=dtype, device=self.device)
+            known = self._scratch[name] = lasting(shape, dtype, self.device)
         return known
 
     @property

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fusedopt.backends.eager.rounding import round_into
+
 
 class Adder:
     """Adds gradients to their sums, for the tensors on one device."""
@@ -23,7 +25,9 @@ class Adder:
 
         A weight of 0 adds nothing, whatever the gradients hold. `previous[i]` may be `sums[i]`.
         """
-        if isinstance(weight, Tensor) or (weight != 1.0 and any(s.dtype.itemsize < 4 for s in sums)):
+        # torch's own operations round a sum of 16 bits after each factor, and twice what is added to it in float64.
+        narrow = any(s.dtype.itemsize < 4 for s in sums)
+        if isinstance(weight, Tensor) or (narrow and (weight != 1.0 or any(g.dtype == torch.float64 for g in grads))):
             for s, g, before in zip(sums, grads, previous):
                 _add_wide(s, g, before, weight)
             return
@@ -43,11 +47,11 @@ class Adder:
 
 
 def _add_wide(s: Tensor, g: Tensor, before: Tensor | None, weight: float | Tensor) -> None:
-    """In float32 at least: a weight such as 1001 tokens is no bfloat16 number. What it is, a tensor need not tell."""
+    """In float32 at least, rounded once: 1001 tokens are no bfloat16 number. What it is, a tensor need not tell."""
     wide = torch.promote_types(torch.promote_types(s.dtype, g.dtype), torch.float32)
     if isinstance(weight, Tensor):
         weight = weight.to(g.device, wide, non_blocking=True)
         term = torch.where(weight == 0.0, 0.0, g.to(wide) * weight)
     else:
         term = g.to(wide) * weight if weight != 0.0 else torch.zeros_like(g, dtype=wide)
-    s.copy_(term if before is None else before.to(wide) + term)
+    round_into(s, term if before is None else before.to(wide) + term)

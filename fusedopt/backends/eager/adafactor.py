@@ -12,7 +12,7 @@ from fusedopt.backends.eager.adafactor_apply import applied
 from fusedopt.backends.eager.adafactor_shards import shard_update, update_together
 from fusedopt.backends.eager.adafactor_tiles import TILE, tiled_update
 from fusedopt.backends.eager.norms import norm
-from fusedopt.backends.eager.step_counts import StepCounts
+from fusedopt.backends.eager.step_counts import advance
 from fusedopt.batch import AdafactorHyper, Batch, Control
 from fusedopt_kernels import rules
 
@@ -34,37 +34,42 @@ class EagerAdafactor:
 
     def __init__(self, device: torch.device) -> None:
         self._on_cpu = device.type == "cpu"
-        self._counts = StepCounts()
 
     def __call__(self, batches: Sequence[Batch], control: Control) -> None:
         active = [[i for i, g in enumerate(batch.grads) if g is not None] for batch in batches]
         if not any(active) or control.skips():
             return
         scale = control.factor()
-        steps = iter(self._counts.advance([batch.states[i] for batch, which in zip(batches, active) for i in which]))
+        steps = iter(advance([batch.states[i]["step"] for batch, which in zip(batches, active) for i in which]))
         shards = []
         for batch, which in zip(batches, active):
             alike: dict[tuple[float, torch.Size, torch.dtype], list[_Work]] = {}
             splits = batch.splits or [None] * len(batch.params)
+            hyper: AdafactorHyper = batch.hyper
+            if isinstance(hyper.lr, Tensor):  # a number whatever its dtype, as on the other backend
+                hyper = hyper._replace(lr=float(hyper.lr))
             for i, step in zip(which, steps):
                 p, g, state = batch.params[i], batch.grads[i], batch.states[i]
                 split = splits[i]
                 if g is None or (p.numel() == 0 and split is None):
                     continue
                 if split is not None:
-                    shards.append(shard_update(batch.hyper, step, scale, p, g, state, split))
-                elif self._on_cpu and p.numel() > SMALL and _matrices_follow_each_other(p, g, state):
-                    tiled_update(batch.hyper, step, scale, p, g, state)
+                    shards.append(shard_update(hyper, step, scale, p, g, state, split))
+                elif self._on_cpu and p.numel() > SMALL and _tiles_serve(p, g, state):
+                    tiled_update(hyper, step, scale, p, g, state)
                 else:
                     alike.setdefault((step, p.shape, p.dtype), []).append(_Work(p, g, state))
             for (step, _, _), works in alike.items():
                 for together in _together(works):
-                    _update_by_rules(batch.hyper, step, scale, together)
+                    _update_by_rules(hyper, step, scale, together)
         update_together(shards)
 
 
-def _matrices_follow_each_other(p: Tensor, g: Tensor, state: dict[str, Tensor]) -> bool:
-    return p.dim() <= 2 or all(t.is_contiguous() for t in (p, g, state.get("exp_avg", p)))
+def _tiles_serve(p: Tensor, g: Tensor, state: dict[str, Tensor]) -> bool:
+    """Whether matrices follow each other in memory, and numpy knows the dtypes of all averages."""
+    if p.dim() > 2 and not all(t.is_contiguous() for t in (p, g, state.get("exp_avg", p))):
+        return False
+    return all(t.dtype.itemsize > 2 for t in state.values())
 
 
 def _together(works: Iterable[_Work]) -> Iterator[list[_Work]]:

@@ -1,10 +1,10 @@
 """Adafactor for one parameter on a CPU, in tiles that stay in the cache: no temporary of the parameter's size."""
 
 import math
-import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +20,14 @@ with 2^20, 84 with 2^22. Larger tiles also wait less often for another thread.
 """
 
 
+PARTS = 16
+"""Bands of rows of a tile whose columns are added up apart: every thread then reads the squares that it wrote.
+
+torch's sum over rows gives each thread a share of the columns instead, and what another core has written takes five
+times as long to read as what this one has. A fixed number, so that results do not depend on the number of threads.
+"""
+
+
 class _Tiles:
     """A parameter and its gradient in tiles, read in float32 (float64 for float64 parameters).
 
@@ -27,24 +35,29 @@ class _Tiles:
     """
 
     def __init__(self, p: Tensor, g: Tensor, scale: float) -> None:
-        self.shape = (p.shape[:-2].numel(), *p.shape[-2:]) if p.dim() >= 2 else (1, p.numel(), 1)
-        _, rows, columns = self.shape
-        self._matrices, self._rows = TILE // (rows * columns), max(1, TILE // columns)
+        batch, rows, columns = self.shape = _as_matrices(p)
+        self.dtype = torch.promote_types(p.dtype, torch.float32)
+        several = min(batch, TILE // (rows * columns))
+        self._matrices = several if several > 1 else 0
+        self._rows = max(1, TILE // columns)
         self._p, self._g = self.split(p), self.split(g)
         self._scale, self._of_vector = scale, p.dim() < 2
-        self.dtype = torch.promote_types(p.dtype, torch.float32)
+        self._room = scratch.like(self._g[0], "update", self.dtype)
         self.forward = range(len(self._p))
         self.backward = range(len(self._p) - 1, -1, -1)
 
     def split(self, t: Tensor) -> list[Tensor]:
         """The tiles of a tensor that has as many elements as the parameter."""
-        return self.pieces(t.view(self.shape))
+        return self.pieces(t if t.dim() == 2 else t.view(self.shape))
 
     def pieces(self, t: Tensor) -> list[Tensor]:
-        """What belongs to each tile of a tensor [batch, rows, any]."""
+        """What belongs to each tile of a tensor [batch, rows, any], or of [rows, any] where there is one matrix."""
         if self._matrices:
             return list(t.split(self._matrices))
-        return [piece for matrix in t.unbind() for piece in matrix.split(self._rows)]
+        matrices = [t] if t.dim() == 2 else list(t.unbind())
+        if self._rows >= self.shape[1]:
+            return matrices
+        return [piece for matrix in matrices for piece in matrix.split(self._rows)]
 
     def gradient(self, i: int) -> Tensor:
         g = self._g[i]
@@ -58,16 +71,21 @@ class _Tiles:
 
     def room(self, i: int) -> Tensor:
         """Where the update of a tile is made."""
-        return scratch.like(self._g[i], "update", self.dtype)
+        g = self._g[i]
+        return self._room if g.shape == self._room.shape else self._room[: len(g)]
 
-    def norms(self, t: Tensor) -> Tensor:
-        """The norm of each row of a tile, of the whole tile for a vector."""
-        return torch.linalg.vector_norm(t, dim=None if self._of_vector else -1)
+    def norms(self, t: Tensor) -> np.ndarray:
+        """The norm of each row of a tile, of the whole tile for a vector; flat."""
+        return _flat(torch.linalg.vector_norm(t, dim=None if self._of_vector else -1))
 
     def store(self, i: int, p: Tensor) -> None:
         """Rounds what `parameter` returned back into the parameter, unless it is the parameter itself."""
         if p.dtype != self._p[i].dtype:
             self._p[i].copy_(p)
+
+
+def _as_matrices(p: Tensor) -> tuple[int, int, int]:
+    return (math.prod(p.shape[:-2]), p.shape[-2], p.shape[-1]) if p.dim() >= 2 else (1, p.numel(), 1)
 
 
 class _Update(NamedTuple):
@@ -80,10 +98,11 @@ class _Update(NamedTuple):
     """
 
     made: Callable[[int], Tensor]
-    factors: Tensor
-    rows: Callable[[Tensor], list[Tensor]]
+    factors: np.ndarray
+    rows: Callable[[np.ndarray], list[Tensor]]
 
 
+@np.errstate(all="ignore")
 def tiled_update(
     hyper: AdafactorHyper, step: float, scale: float, p: Tensor, g: Tensor, state: dict[str, Tensor]
 ) -> None:
@@ -91,12 +110,16 @@ def tiled_update(
 
     Three passes, each in the opposite direction of the last, so that it begins with what is still in the cache: the
     averages of g², the norms of update and parameter, the new parameter. The update is made twice and never stored.
+
+    What has the length of a row or a column is numpy's: a call of torch costs ten microseconds between tiles, which
+    leave nothing of its code in the cache.
     """
     tiles = _Tiles(p, g, scale)
     weight = rules.square_weight(step, hyper.decay_rate, math.exp, math.log)
     average = _factored if "exp_avg_sq_row" in state else _unfactored
     update = average(tiles, state, weight, hyper.square_floor)
 
+    parameter_rms = state["RMS"].numpy()
     of_update, of_parameter = [], []
     for i in tiles.backward:
         u = update.made(i)
@@ -104,8 +127,8 @@ def tiled_update(
         if hyper.scale_parameter:
             of_parameter.append(tiles.norms(tiles.parameter(i)))
     if hyper.scale_parameter:
-        state["RMS"].fill_(math.sqrt(_sum_of_squares(of_parameter) / p.numel()))
-    rate = float(hyper.rate(step, state["RMS"].item()))
+        parameter_rms[...] = math.sqrt(_sum_of_squares(of_parameter) / p.numel())
+    rate = float(hyper.rate(step, float(parameter_rms)))
     rms = math.sqrt(_mean_square(tiles, update, of_update, hyper.clip_threshold))
     step_size = (-rate if hyper.maximize else rate) / rules.clip_divisor(rms, hyper.clip_threshold, max)
 
@@ -126,13 +149,24 @@ def tiled_update(
         tiles.store(i, wide_p)
 
 
-def _sum_of_squares(norms: list[Tensor], factors: Tensor | float = 1.0) -> float:
+def _flat(t: Tensor) -> np.ndarray:
+    array: np.ndarray = t.numpy().reshape(-1)
+    return array
+
+
+def _joined(pieces: Sequence[np.ndarray]) -> np.ndarray:
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def _sum_of_squares(norms: Sequence[np.ndarray], factors: np.ndarray | None = None) -> float:
     """Of everything whose norms these are, times its factor; in float64, where products do not overflow."""
-    everything = torch.cat([t.flatten() for t in norms]).double()
-    return float(everything.mul_(factors).square_().sum())
+    everything = _joined(norms).astype(np.float64)
+    if factors is not None:
+        everything *= factors
+    return float(np.add.reduce(np.square(everything, out=everything)))
 
 
-def _mean_square(tiles: _Tiles, update: _Update, norms: list[Tensor], threshold: float) -> float:
+def _mean_square(tiles: _Tiles, update: _Update, norms: list[np.ndarray], threshold: float) -> float:
     """The mean square of an update, given the norms without row factors: a bilinear form of g² with the factors.
 
     What is below 1e-19 has no square in float32, and is lost however large its row factor is. Where that could show,
@@ -140,36 +174,53 @@ def _mean_square(tiles: _Tiles, update: _Update, norms: list[Tensor], threshold:
     """
     n, floor = math.prod(tiles.shape), torch.finfo(tiles.dtype).tiny
     mean_square = _sum_of_squares(norms[::-1], update.factors) / n
-    lost = floor * float(update.factors.double().square().mean())
+    lost = floor * float(np.add.reduce(np.square(update.factors))) / len(update.factors)
     if lost > 1e-6 * max(mean_square, threshold * threshold):
         rows = update.rows(update.factors)
-        norms = [torch.linalg.vector_norm(update.made(i) * rows[i]) for i in tiles.backward]
+        norms = [_flat(torch.linalg.vector_norm(update.made(i) * rows[i])) for i in tiles.backward]
         mean_square = _sum_of_squares(norms) / n
     return mean_square
 
 
 def _factored(tiles: _Tiles, state: dict[str, Tensor], weight: float, floor: float) -> _Update:
     """Averages the squares over rows and columns; returns the update."""
-    row, column = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
-    of_rows, of_columns = [], []
+    batch, n, m = tiles.shape
+    of_rows: list[np.ndarray] = []
+    of_columns: list[np.ndarray] = []
     for i in tiles.forward:
         g = tiles.gradient(i)
         square = torch.mul(g, g, out=tiles.room(i))
-        of_rows.append(square.sum(-1).flatten())
-        of_columns.append(square.sum(-2).flatten())
-    batch, n, m = tiles.shape
-    row_mean = torch.cat(of_rows).view(row.shape) / m
-    column_mean = torch.cat(of_columns).view(batch, -1, m).sum(1).view(column.shape) / n
-    row.copy_(rules.running_average(row, row_mean + floor, weight))
-    column.copy_(rules.running_average(column, column_mean + floor, weight))
-    of_row = rules.row_factor(row, row.mean(-1, keepdim=True), torch.sqrt, operator.truediv).flatten()
-    of_column = rules.column_factor(column, torch.sqrt, operator.truediv)
-    columns = tiles.pieces(of_column.view(batch, 1, m).expand(batch, n, m))
+        of_columns += map(_flat, _column_sums(square))
+        of_rows.append(_flat(square.sum(-1)))
+    rows, columns = _joined(of_rows).reshape(batch, n), np.add.reduce(_joined(of_columns).reshape(batch, -1, m), 1)
+    row = _averaged(state["exp_avg_sq_row"], rows / m + floor, weight)
+    column = _averaged(state["exp_avg_sq_col"], columns / n + floor, weight)
+    row_mean = np.add.reduce(row, -1, keepdims=True) / n
+    of_row = rules.row_factor(row, row_mean, np.sqrt, np.divide).reshape(-1)
+    of_column = torch.from_numpy(rules.column_factor(column, np.sqrt, np.divide))
+    columns_of = tiles.pieces(of_column.view(batch, 1, m).expand(batch, n, m))
 
     def made(i: int) -> Tensor:
-        return torch.mul(tiles.gradient(i), columns[i], out=tiles.room(i))
+        return torch.mul(tiles.gradient(i), columns_of[i], out=tiles.room(i))
 
-    return _Update(made, of_row, lambda factors: tiles.pieces(factors.view(batch, n, 1)))
+    return _Update(made, of_row, lambda factors: tiles.pieces(torch.from_numpy(factors.reshape(batch, n, 1))))
+
+
+def _averaged(average: Tensor, new: np.ndarray, weight: float) -> np.ndarray:
+    """The running average [batch, any] with what is new; stored, too."""
+    stored = average.numpy()
+    result: np.ndarray = rules.running_average(stored.reshape(new.shape), new, weight)
+    stored[...] = result.reshape(stored.shape)
+    return result
+
+
+def _column_sums(t: Tensor) -> list[Tensor]:
+    """Summands of the sums over the rows of each matrix of a tile."""
+    if t.dim() > 2 or len(t) < PARTS:
+        return [t.sum(-2)]
+    rest = len(t) % PARTS
+    bands = (t[:-rest] if rest else t).view(PARTS, -1, t.shape[-1]).sum(1)
+    return [bands, t[-rest:].sum(0)] if rest else [bands]
 
 
 def _unfactored(tiles: _Tiles, state: dict[str, Tensor], weight: float, floor: float) -> _Update:
@@ -184,4 +235,5 @@ def _unfactored(tiles: _Tiles, state: dict[str, Tensor], weight: float, floor: f
         room = tiles.room(i)
         return torch.div(tiles.gradient(i), torch.sqrt(v[i], out=room), out=room)
 
-    return _Update(made, torch.ones(1, dtype=tiles.dtype), lambda factors: [factors] * len(v))
+    one = torch.ones(1, dtype=tiles.dtype, device="cpu").numpy()
+    return _Update(made, one, lambda factors: [torch.from_numpy(factors)] * len(v))

@@ -1,6 +1,7 @@
-"""Norms of large tensors on the CPU: as exact as those of small ones, and on all threads."""
+"""Norms of tensors: of large ones on the CPU as exact as of small ones, and on all threads; right at all magnitudes."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -20,10 +21,20 @@ as torch's norm of them."""
 _LARGE = 1 << 14
 """Elements beyond which a tensor on the CPU is cut."""
 
+_LEAST_MEAN_SQUARE = 2.0**-100
+"""Squares below 2^-126 vanish in float32, or are coarse. Where the mean of all squares is above this, what was lost is
+less than 2^-26 of it; where it is not, they are worked out again in float64: gradients whose root mean square is below
+1e-15 are seldom."""
+
 
 def is_large(t: Tensor) -> bool:
     """Whether `part_norms` serves `t` better than torch's norm."""
     return t.device.type == "cpu" and t.numel() > _LARGE
+
+
+def are_kept(squares: float, numel: int) -> bool:
+    """Whether a sum of so many squares in float32 is right: it did not overflow, and what vanished does not count."""
+    return _LEAST_MEAN_SQUARE * numel < squares < math.inf
 
 
 def part_norms(t: Tensor, least: torch.dtype) -> Iterator[Tensor]:
@@ -40,8 +51,37 @@ def part_norms(t: Tensor, least: torch.dtype) -> Iterator[Tensor]:
 
 
 def norm(t: Tensor) -> Tensor:
-    """The norm of `t`, 0-d, at least in float32: squares of 16 bits would overflow, or vanish in the sum."""
-    dtype = torch.promote_types(t.dtype, torch.float32)
-    if not is_large(t):
-        return torch.linalg.vector_norm(t, dtype=dtype)
-    return torch.linalg.vector_norm(torch.cat(list(part_norms(t, dtype))).double()).to(dtype)
+    """The norm of `t`, 0-d, at least in float32."""
+    return norms([t])[0].to(torch.promote_types(t.dtype, torch.float32))
+
+
+def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The norm of each tensor, 0-d float64 on its device."""
+    found = _norms(tensors, torch.float32)
+    # The CPU alone can be asked without waiting for it.
+    here = [i for i, t in enumerate(tensors) if t.device.type == "cpu"]
+    if here:
+        together = torch.stack([found[i] for i in here]).double()
+        for i, of_t, value in zip(here, together.unbind(), together.tolist()):
+            kept = tensors[i].dtype == torch.float64 or are_kept(value * value, tensors[i].numel())
+            found[i] = of_t if kept else _norms([tensors[i]], torch.float64)[0]
+    return found
+
+
+def _norms(tensors: Sequence[Tensor], least: torch.dtype) -> list[Tensor]:
+    """Worked out in `least` or wider, at least in float64 on a GPU."""
+    small = [i for i, t in enumerate(tensors) if not is_large(t)]
+    found = list(tensors)
+    for i, of_small in zip(small, small_norms([tensors[i] for i in small], least)):
+        found[i] = of_small
+    for i in set(range(len(found))).difference(small):
+        found[i] = torch.linalg.vector_norm(torch.cat(list(part_norms(tensors[i], least))).double())
+    return found
+
+
+def small_norms(tensors: Sequence[Tensor], least: torch.dtype) -> Sequence[Tensor]:
+    """Norms of tensors that are not large, worked out in `least` or wider; on a GPU in float64: memory is the limit."""
+    if not tensors:
+        return ()
+    wide = any(t.dtype == torch.float64 or t.device.type == "cuda" for t in tensors)
+    return torch._foreach_norm(tensors, 2, torch.float64 if wide else least)

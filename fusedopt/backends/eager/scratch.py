@@ -5,6 +5,8 @@ import threading
 import torch
 from torch import Tensor
 
+from fusedopt_kernels.memory import lasting
+
 _ELEMENTS = 1 << 20
 """Room for so many, at least."""
 
@@ -19,7 +21,9 @@ class _Scratch(threading.local):
         """A contiguous tensor of the shape of `t`; another one for another `use`."""
         flat = self._flat.get((use, dtype))
         if flat is None or flat.numel() < t.numel():
-            flat = self._flat[use, dtype] = torch.empty(max(_ELEMENTS, t.numel()), dtype=dtype)
+            flat = lasting((max(_ELEMENTS, t.numel()),), dtype, "cpu")
+            if type(flat) is Tensor:  # not what a mode, such as FakeTensorMode, makes of it
+                self._flat[use, dtype] = flat
         return flat[: t.numel()].view(t.shape)
 
 

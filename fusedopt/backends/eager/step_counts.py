@@ -1,22 +1,74 @@
-"""Step counts on the host: many 0-d tensors advanced and read as one."""
+"""Step counts on the host: many 0-d tensors advanced and read as few, in place, since others may hold or share them."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
+_ITEMSIZE = 4
 
-class StepCounts:
-    """Keeps the `step` of many states as views of one flat tensor, so that thousands are advanced in one operation."""
 
-    def __init__(self) -> None:
-        self._views: list[Tensor] = []
-        self._flat = torch.empty(0)
+def advance(steps: Sequence[Tensor]) -> list[float]:
+    """Adds one to every count and returns the new counts. On a device other than the CPU this synchronises.
 
-    def advance(self, states: list[dict[str, Tensor]]) -> list[float]:
-        """Adds one to every count and returns the new counts. On a device other than the CPU this synchronises."""
-        if len(states) != len(self._views) or any(s["step"] is not view for s, view in zip(states, self._views)):
-            self._flat = torch.stack([s["step"] for s in states])
-            self._views = list(self._flat.unbind())
-            for s, view in zip(states, self._views):
-                s["step"] = view
-        self._flat += 1
-        return self._flat.tolist()
+    Thousands of counts in one storage, as a step makes them, are advanced in one operation; those in a storage of their
+    own, as loading or sharing leaves them, one by one.
+
+    Args:
+        steps: 0-d float32 tensors on one device.
+    """
+    if not steps or steps[0].device.type != "cpu":
+        return _advance_each(steps)
+    at = np.array(list(map(Tensor.data_ptr, steps)), np.int64)
+    flat, start = _storage_of(steps[0])
+    places = (at - start) // _ITEMSIZE
+    if places.min() < 0 or places.max() >= len(flat):
+        return _advance_by_storage(steps, at)
+    return _advance_in(flat, places)
+
+
+def _advance_by_storage(steps: Sequence[Tensor], at: np.ndarray) -> list[float]:
+    counts = np.empty(len(steps))
+    alone: list[int] = []
+    order = np.argsort(at, kind="stable")
+    done = 0
+    while done < len(order):
+        first = order[done]
+        flat, start = _storage_of(steps[first])
+        end = int(np.searchsorted(at, start + len(flat) * _ITEMSIZE, sorter=order))
+        which = order[done:end]
+        if len(which) == 1:
+            alone.append(int(first))
+        else:
+            counts[which] = _advance_in(flat, (at[which] - start) // _ITEMSIZE)
+        done = end
+    counts[alone] = _advance_each([steps[i] for i in alone])
+    new: list[float] = counts.tolist()
+    return new
+
+
+def _advance_in(flat: Tensor, places: np.ndarray) -> list[float]:
+    first, count = int(places[0]), len(places)
+    if np.array_equal(places, np.arange(first, first + count)):
+        some = flat[first : first + count]
+        some += 1
+        return some.tolist()
+    index = torch.from_numpy(places)
+    flat.index_add_(0, index, torch.ones(count, dtype=torch.float32, device="cpu"))
+    return flat[index].tolist()
+
+
+def _advance_each(steps: Sequence[Tensor]) -> list[float]:
+    if not steps:
+        return []
+    torch._foreach_add_(list(steps), torch.ones((), dtype=torch.float32, device=steps[0].device))
+    counts: list[float] = torch.stack(list(steps)).tolist()
+    return counts
+
+
+def _storage_of(step: Tensor) -> tuple[Tensor, int]:
+    """All that lies in the storage of `step`, as float32, and where it begins."""
+    storage = step.untyped_storage()
+    flat = torch.empty(0, dtype=torch.float32, device="cpu").set_(storage, 0, (storage.nbytes() // _ITEMSIZE,), (1,))
+    return flat, storage.data_ptr()

@@ -16,6 +16,7 @@ from fusedopt_kernels.adafactor.layout import HYPER, ROW, VECTOR
 from fusedopt_kernels.adafactor.plan import Plan, Shapes, plan_of, shape_of
 from fusedopt_kernels.adafactor.splits import Shards
 from fusedopt_kernels.adafactor.step import adafactor
+from fusedopt_kernels.memory import outside_inference_mode
 from fusedopt_kernels.table import LaunchTable, addresses, are_aligned
 
 _STATES = ("exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col", "RMS")
@@ -86,13 +87,13 @@ class TritonAdafactor(TritonStepper):
         kinds = [(p.shape, p.dtype) for p in params]
         if kinds != self._kinds or not all(map(_same, columns, self._seen)):
             for p, state in zip(params, states):
-                _check_factors(p, state)
                 dtype = torch.promote_types(p.dtype, torch.float32)
                 for name in _STATES:
                     if name in state:
-                        like = state[name].to(dtype)
-                        # The averages of rows and columns are of no parameter's layout.
-                        state[name] = like.contiguous() if name in ("exp_avg_sq_row", "exp_avg_sq_col") else like
+                        with outside_inference_mode():
+                            like = state[name].to(dtype)
+                            # The averages of rows and columns are of no parameter's layout.
+                            state[name] = like.contiguous() if name in ("exp_avg_sq_row", "exp_avg_sq_col") else like
             columns = self._seen = _columns(states)
             self._kinds = kinds
         return columns
@@ -110,10 +111,10 @@ class _PlanCache:
         """What parameters look like, as the kernels see them, and how they are cut."""
         layouts = [(p.shape, None if p.is_contiguous() else p.stride()) for p in params]
         if layouts != self._layouts or splits != self._splits or not np.array_equal(keys, self._keys):
-            self._layouts, self._keys, self._splits = layouts, keys, splits
             shapes = [shape_of(_like(p, split), small=split is None) for p, split in zip(params, splits)]
             self._shapes = Shapes(*np.array(shapes, np.int64).T)
             self._plan = plan_of(self._shapes, keys, _shards_of(self._shapes, splits))
+            self._layouts, self._keys, self._splits = layouts, keys, splits
         return self._shapes, self._plan
 
 
@@ -138,23 +139,6 @@ def _shards_of(shapes: Shapes, splits: list[Split | None]) -> Shards:
 
 def _sides(shape: torch.Size) -> tuple[int, ...]:
     return tuple(shape[-2:]) if len(shape) >= 2 else (1, 1)
-
-
-def _check_factors(p: Tensor, state: dict[str, Tensor]) -> None:
-    """Raises where what the kernels would write has another size or place than they take for granted."""
-    if not state:
-        return
-    expected = {"RMS": torch.Size(), "step": torch.Size()}
-    if p.dim() >= 2:
-        expected |= {"exp_avg_sq_row": p.shape[:-1], "exp_avg_sq_col": p.shape[:-2] + p.shape[-1:]}
-    for name, shape in expected.items():
-        t = state.get(name)
-        if t is None or t.shape != shape or t.device != p.device:
-            got = "missing" if t is None else f"of shape {tuple(t.shape)} on {t.device}"
-            raise RuntimeError(
-                f"the state {name} of a parameter of shape {tuple(p.shape)} on {p.device} is {got}, expected shape "
-                f"{tuple(shape)}: was the parameter given another size? Make a new optimizer for it"
-            )
 
 
 def _columns(states: States) -> list[Column]:

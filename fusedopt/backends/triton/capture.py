@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fusedopt.backends.graphs import capturing
+from fusedopt_kernels.memory import lasting
 from fusedopt_kernels.table import LaunchTable
 
 _CAPTURES = 16
@@ -23,7 +24,7 @@ _reserves: dict[torch.device, Tensor] = {}
 
 
 def _reserve(device: torch.device) -> Tensor:
-    return _reserves.get(device, torch.empty(0, dtype=torch.int64))
+    return _reserves.get(device, lasting((0,), torch.int64, "cpu"))
 
 
 class Tables:
@@ -59,7 +60,7 @@ class Tables:
         # Twice the table, since a captured step may have to bring chunks of its own.
         size = 2 * _CAPTURES * (self._eager.hyper.numel() + self._eager.rows.numel())
         if 2 * len(_reserve(self._device)) < size:
-            _reserves[self._device] = torch.empty(size, dtype=torch.int64, pin_memory=self._device.type == "cuda")
+            _reserves[self._device] = lasting((size,), torch.int64, "cpu", pinned=self._device.type == "cuda")
         return self._eager
 
     def _copy_at_every_replay(self, host: np.ndarray, device: torch.device) -> Tensor:
@@ -72,4 +73,4 @@ class Tables:
         staging, _reserves[self._device] = reserve[: host.size].view(host.shape), reserve[host.size :]
         self._kept.append(staging)
         staging.numpy()[...] = host
-        return torch.empty(host.shape, dtype=torch.int64, device=device).copy_(staging, non_blocking=True)
+        return lasting(host.shape, torch.int64, device).copy_(staging, non_blocking=True)

@@ -46,6 +46,7 @@ class Rows:
         self._dtypes: list[list[torch.dtype | None]] = []
         self._codes: list[np.ndarray] = []
         self._contiguous_states: list[bool] = []
+        self._fit = False
         self._counts: list[Tensor | None] = []
         self._counts_at: list[int] = []
         self._updated = np.empty((0, 0), np.int64)
@@ -76,7 +77,7 @@ class Rows:
         numel = np.array([p.numel() for p in params], np.int64)
         self._refresh_dtypes(columns)
         if not self._are_as_before(columns, lay_at, numel):
-            _check_states(params, states)
+            self._fit = _all_fit(params, grads, states)
             self._contiguous_states = [
                 all(t is None or t.is_contiguous() for t in row[1:]) for row in zip(params, *states)
             ]
@@ -134,7 +135,7 @@ class Rows:
     def _are_as_before(self, columns: list[Column], lay_at: np.ndarray, numel: np.ndarray) -> bool:
         """Whether sizes and strides of the states need not be looked at again."""
         return (
-            bool(self._seen)
+            self._fit
             and all(map(_same, [columns[0], *columns[2:]], self._seen))
             and np.array_equal(lay_at[2:], self._lay_at[2:])
             and np.array_equal(numel, self.numel)
@@ -168,15 +169,23 @@ class Rows:
         self._updated = updated
 
 
-def _check_states(params: Sequence[Tensor], states: Sequence[Column]) -> None:
-    """A parameter may have been given other data, or have moved, and its states been left as they were."""
+def _all_fit(params: Sequence[Tensor], grads: Column, states: Sequence[Column]) -> bool:
+    """Whether states fit their parameters, which may have been given other data, or have moved, and the states not.
+
+    Raises for a parameter with a gradient; the kernels leave the others alone.
+    """
+    fit = True
     for column in states:
-        for p, t in zip(params, column):
+        for p, g, t in zip(params, grads, column):
             if t is not None and (t.numel() != p.numel() or t.device != p.device):
+                if g is None:
+                    fit = False
+                    continue
                 raise RuntimeError(
                     f"a state of shape {tuple(t.shape)} on {t.device} belongs to a parameter of shape "
                     f"{tuple(p.shape)} on {p.device}: let it follow its parameter, or delete optimizer.state[parameter]"
                 )
+    return fit
 
 
 def _same(a: Column, b: Column) -> bool:

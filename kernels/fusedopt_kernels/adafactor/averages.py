@@ -9,21 +9,16 @@ import triton.language as tl
 from fusedopt_kernels.adafactor.layout import TABLES
 from fusedopt_kernels.adafactor.plan import ENTRIES, PARTIALS
 from fusedopt_kernels.adafactor.tiles import running_average
-from fusedopt_kernels.device import device_function, div_rn, loop_range, my_piece, warp_size
+from fusedopt_kernels.device import device_function, div_rn, loop_range, my_piece, options
 
-THREADS = 256
-"""Of the kernels here, and of the phases that read gradients."""
-
-
-def options() -> dict[str, Any]:
-    """How the phases that read gradients are compiled."""
-    return {"num_warps": THREADS // warp_size(), "enable_fp_fusion": False}
+THREADS = 128
+"""As many as ENTRIES, each of which one thread alone has to have in hand: it is written where it was read."""
 
 
 def averages_options(wide: int) -> dict[str, Any]:
     """How the kernels here are compiled, for arithmetic in float64 or in float32."""
     compute = tl.float64 if wide else tl.float32
-    return {"T": TABLES, "COMPUTE": compute, "ENTRIES": ENTRIES, "PARTIALS": PARTIALS, **options()}
+    return {"T": TABLES, "COMPUTE": compute, "ENTRIES": ENTRIES, "PARTIALS": PARTIALS, **options(THREADS)}
 
 
 @device_function

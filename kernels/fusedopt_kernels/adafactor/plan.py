@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import triton
 from torch import Tensor
 
-from fusedopt_kernels.adafactor.layout import MATRIX, SMALL, TABLES, VECTOR
+from fusedopt_kernels.adafactor.layout import MATRIX, SMALL, VECTOR
 from fusedopt_kernels.adafactor.splits import Segment, Shards, Workspace, no_shards
 from fusedopt_kernels.table import launch_class
 
@@ -56,8 +57,24 @@ CACHE_BATCH_BYTES = 0
 that their gradients are read from the L2 cache again. 0: all at once. To be swept from 10 to 50 MB on an H200."""
 
 
+class Sizes(NamedTuple):
+    """The sizes above, as far as a kernel that reads gradients depends on them."""
+
+    block: int
+    half_block: int
+    tile_width: int
+    tile_height: int
+    lines: int
+    strip: int
+    means: int
+
+
 class Spec(NamedTuple):
-    """What a kernel is compiled for: tables, dtypes of parameter, gradient and arithmetic, and the sizes above."""
+    """What a kernel that reads gradients is compiled for.
+
+    Its device functions take it whole. The kernel takes the parts and puts them together with `as_spec`: what
+    serializes the constants of a kernel (compile hooks, `JITFunction.preload`) knows no tuple that holds dtypes.
+    """
 
     row: Any
     scalars: Any
@@ -73,11 +90,15 @@ class Spec(NamedTuple):
     means: int
 
 
-def spec_of(param: Any, grad: Any, compute: Any, grad_itemsize: int) -> Spec:
-    """What the kernels of a dtype class are compiled for. `param`, `grad`, `compute`: dtypes of Triton."""
-    tile_width = TILE_BYTES // grad_itemsize
-    tables = TABLES.row, TABLES.scalars
-    return Spec(*tables, param, grad, compute, BLOCK, BLOCK // 2, tile_width, TILE_HEIGHT, LINES, STRIP, MEANS)
+def sizes_of(grad_itemsize: int) -> Sizes:
+    """Returns the sizes for gradients whose elements have so many bytes."""
+    return Sizes(BLOCK, BLOCK // 2, TILE_BYTES // grad_itemsize, TILE_HEIGHT, LINES, STRIP, MEANS)
+
+
+@triton.constexpr_function
+def as_spec(tables: Any, sizes: Any, param: Any, grad: Any, compute: Any) -> Spec:
+    """The `Spec` of a kernel's constants, inside of the kernel."""
+    return Spec(tables.row, tables.scalars, param, grad, compute, *sizes)
 
 
 class Shapes(NamedTuple):

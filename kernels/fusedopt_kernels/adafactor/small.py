@@ -70,6 +70,7 @@ def _averaged(scalar, gradient, at, length, stride, average_at, mask, SPEC: tl.c
     )
     average = tl.load(average_at, mask=mask, other=0.0)
     average = running_average(average, new, tl.load(scalar + SPEC.scalars.square_weight).to(SPEC.compute))
+    tl.debug_barrier()  # There are fewer lines than threads: more than one of them has read what one now writes.
     tl.store(average_at, average, mask=mask)
 
 
@@ -81,7 +82,7 @@ def small_sums(row, scalar, square_partials, piece, SPEC: tl.constexpr):
     p_at = load_pointer(row + SPEC.row.param, SPEC.param, False)
     row_at = load_pointer(row + SPEC.row.exp_avg_sq_row, SPEC.compute, False)
     col_at = load_pointer(row + SPEC.row.exp_avg_sq_col, SPEC.compute, False)
-    scaled = tl.load(scalar + SPEC.scalars.scale_parameter).to(tl.int32) != 0
+    scaled = tl.broadcast_to(tl.load(scalar + SPEC.scalars.scale_parameter).to(tl.int32), [SPEC.lines]) != 0
     p_squares = tl.full([SPEC.lines, SPEC.strip], 0.0, SPEC.compute)
 
     first, last = _share(row, piece, width, SPEC)

@@ -17,6 +17,7 @@ that phases hand sums on in. Shards of tensors go through three more launches, s
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +26,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedopt_kernels import rules
-from fusedopt_kernels.adafactor.averages import averages, averages_options, options
+from fusedopt_kernels.adafactor.averages import averages, averages_options
 from fusedopt_kernels.adafactor.layout import MATRIX, SMALL, TABLES
-from fusedopt_kernels.adafactor.plan import SQUARES, Plan, Spec, spec_of
+from fusedopt_kernels.adafactor.plan import SQUARES, Plan, as_spec, sizes_of
 from fusedopt_kernels.adafactor.shards import AllReduce, ShardPhases, sum_up
 from fusedopt_kernels.adafactor.small import small_sums, small_update
 from fusedopt_kernels.adafactor.tiles import matrix_sums, matrix_update, vector_apply, vector_sums
@@ -40,11 +41,15 @@ from fusedopt_kernels.device import (
     log,
     minimum,
     my_piece,
+    options,
     piece_of,
     sqrt_rn,
 )
 from fusedopt_kernels.step import begin_step, run_prologue
 from fusedopt_kernels.table import LaunchTable, launch_class
+
+THREADS = 256
+"""Of the phases that read gradients."""
 
 _square_weight = device_function(rules.square_weight)
 _relative_step = device_function(rules.relative_step)
@@ -81,8 +86,20 @@ def prologue(rows, hyper, scalars, T: tl.constexpr):
 
 
 @triton.jit
-def sums(chunks, rows, scalars, partial_sums, square_partials, SPEC: tl.constexpr):
+def sums(
+    chunks,
+    rows,
+    scalars,
+    partial_sums,
+    square_partials,
+    T: tl.constexpr,
+    SIZES: tl.constexpr,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
     """What one piece of one tensor adds to the averages of squares, and its parameter's sum of squares."""
+    SPEC: tl.constexpr = as_spec(T, SIZES, P, G, COMPUTE)
     index, piece = my_piece(chunks)
     row = rows + index * SPEC.row.length
     scalar = scalars + index * SPEC.scalars.length
@@ -105,8 +122,20 @@ def sums(chunks, rows, scalars, partial_sums, square_partials, SPEC: tl.constexp
 
 
 @triton.jit
-def squares(chunks, rows, scalars, partial_sums, square_partials, SPEC: tl.constexpr):
+def squares(
+    chunks,
+    rows,
+    scalars,
+    partial_sums,
+    square_partials,
+    T: tl.constexpr,
+    SIZES: tl.constexpr,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
     """The sum of squares of one piece of one tensor's update; a vector's is known from `sums`."""
+    SPEC: tl.constexpr = as_spec(T, SIZES, P, G, COMPUTE)
     # Backwards: what `sums` read last may still be in the cache.
     index, piece = piece_of(chunks, tl.num_programs(0) - 1 - tl.program_id(0))
     row = rows + index * SPEC.row.length
@@ -151,8 +180,20 @@ def finish(chunks, rows, hyper, scalars, square_partials, T: tl.constexpr, BLOCK
 
 
 @triton.jit
-def apply(chunks, rows, scalars, partial_sums, square_partials, SPEC: tl.constexpr):
+def apply(
+    chunks,
+    rows,
+    scalars,
+    partial_sums,
+    square_partials,
+    T: tl.constexpr,
+    SIZES: tl.constexpr,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
     """Updates one piece of one tensor."""
+    SPEC: tl.constexpr = as_spec(T, SIZES, P, G, COMPUTE)
     index, piece = my_piece(chunks)
     row = rows + index * SPEC.row.length
     scalar = scalars + index * SPEC.scalars.length
@@ -193,24 +234,24 @@ def adafactor(table: LaunchTable, keys: np.ndarray, plan: Plan, all_reduce: AllR
 
     for tensors in plan.cache_batches:
         for key, chunks in _launches(table, "pieces", keys, plan.pieces, tensors):
-            spec, wide = _spec(key)
-            arguments = table.rows, scalars, partial_sums[wide], square_partials, spec
-            sums[(len(chunks),)](chunks, *arguments, **options())
+            constants, wide = _constants(key)
+            arguments = table.rows, scalars, partial_sums[wide], square_partials, *constants
+            sums[(len(chunks),)](chunks, *arguments, **options(THREADS))
         for wide, chunks in _launches(table, "averages", plan.in_float64, plan.averages, tensors):
             averages[(len(chunks),)](chunks, table.rows, scalars, partial_sums[wide], **averages_options(wide))
         shards.averages()
         for key, chunks in _launches(table, "squares", keys, plan.matrix_pieces, tensors):
-            spec, wide = _spec(key)
-            arguments = table.rows, scalars, partial_sums[wide], square_partials, spec
-            squares[(len(chunks),)](chunks, *arguments, **options())
+            constants, wide = _constants(key)
+            arguments = table.rows, scalars, partial_sums[wide], square_partials, *constants
+            squares[(len(chunks),)](chunks, *arguments, **options(THREADS))
         shards.squares()
         for _, chunks in _launches(table, "finish", all_rows, plan.whole, tensors):
             tables = table.rows, table.hyper
             finish[(len(chunks),)](chunks, *tables, scalars, square_partials, TABLES, SQUARES, enable_fp_fusion=False)
         for key, chunks in _launches(table, "pieces", keys, plan.pieces, tensors):
-            spec, wide = _spec(key)
-            arguments = table.rows, scalars, partial_sums[wide], square_partials, spec
-            apply[(len(chunks),)](chunks, *arguments, **options())
+            constants, wide = _constants(key)
+            arguments = table.rows, scalars, partial_sums[wide], square_partials, *constants
+            apply[(len(chunks),)](chunks, *arguments, **options(THREADS))
 
 
 def _launches(
@@ -225,10 +266,10 @@ def _launches(
             yield key, chunks
 
 
-def _spec(key: int) -> tuple[Spec, int]:
-    """What a launch is compiled for; 1 if it computes in float64, else 0."""
+def _constants(key: int) -> tuple[tuple[Any, ...], int]:
+    """What a launch is compiled for; and 1 if it computes in float64, else 0."""
     (param, grad), _ = launch_class(key, 2)
     assert param is not None and grad is not None
     wide = int(param is torch.float64)
-    compute = tl.float64 if wide else tl.float32
-    return spec_of(TRITON_DTYPES[param], TRITON_DTYPES[grad], compute, grad.itemsize), wide
+    dtypes = TRITON_DTYPES[param], TRITON_DTYPES[grad], tl.float64 if wide else tl.float32
+    return (TABLES, sizes_of(grad.itemsize), *dtypes), wide

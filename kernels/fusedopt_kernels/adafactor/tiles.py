@@ -70,7 +70,8 @@ def vector_sums(row, scalar, square_partials, piece, SPEC: tl.constexpr, ALIGNED
     """Brings the average of squares of one block up to date; its sums of squares, update and parameter."""
     at = piece * SPEC.half_block + tl.arange(0, SPEC.half_block)
     mask = at < load_size(row + SPEC.row.numel, ALIGNED)
-    scaled = tl.load(scalar + SPEC.scalars.scale_parameter).to(tl.int32) != 0
+    # Compared after it is broadcast: the interpreter of triton 3.9 makes a number of a truth value that it broadcasts.
+    scaled = tl.broadcast_to(tl.load(scalar + SPEC.scalars.scale_parameter).to(tl.int32), [SPEC.half_block]) != 0
     v_at = load_pointer(row + SPEC.row.exp_avg_sq_row, SPEC.compute, ALIGNED) + at
     g = scaled_gradient(load_gradient(row, scalar, SPEC, ALIGNED), at, mask, SPEC)
     v = tl.load(v_at, mask=mask, other=0.0)
@@ -127,7 +128,8 @@ def matrix_sums(row, scalar, partial_sums, square_partials, piece, SPEC: tl.cons
     matrix, first, last, columns, inside = _tile(row, piece, SPEC, ALIGNED)
     gradient = load_gradient(row, scalar, SPEC, ALIGNED)
     p_at = load_pointer(row + SPEC.row.param, SPEC.param, ALIGNED)
-    scaled = tl.load(scalar + SPEC.scalars.scale_parameter).to(tl.int32) != 0
+    scaled = tl.load(scalar + SPEC.scalars.scale_parameter).to(tl.int32)
+    scaled = tl.broadcast_to(scaled, [ROWS, SPEC.tile_width]) != 0
     column_sums = tl.full([ROWS, SPEC.tile_width], 0.0, SPEC.compute)
     p_squares = tl.full([ROWS, SPEC.tile_width], 0.0, SPEC.compute)
     for y in loop_range(first, last, ROWS):

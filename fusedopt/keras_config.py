@@ -1,0 +1,48 @@
+"""Configs of Keras' own Adam and AdamW, as arguments of AdamWeightDecay."""
+
+from typing import Any
+
+_OPTIMIZERS = ("AdamWeightDecay", "Adam", "AdamW")
+
+_HOW_IT_RUNS = ("jit_compile", "is_legacy_optimizer", "ema_momentum", "ema_overwrite_frequency")
+"""Options that change no number; those of the average of weights do not where there is none (`use_ema`)."""
+
+_SWITCHED_ON: dict[str, str] = {
+    "use_ema": "keep the average with torch.optim.swa_utils.AveragedModel",
+    "loss_scale_factor": "scale the loss with torch.amp.GradScaler",
+    "gradient_accumulation_steps": "add gradients up with fusedopt.GradientAccumulator",
+}
+"""Options that do something else when they are on, and what does it here."""
+
+
+def from_keras(config: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of AdamWeightDecay that stand for a config of it, or of Keras' Adam or AdamW.
+
+    Args:
+        config: what `get_config` returned, or `keras.optimizers.serialize`.
+
+    Raises:
+        ValueError: the config is another optimizer's, or an option that does not exist here is switched on.
+
+    Example:
+        >>> from_keras({"learning_rate": 0.1, "weight_decay": None, "use_ema": False, "jit_compile": True})
+        {'learning_rate': 0.1}
+        >>> from_keras({"class_name": "AdamW", "config": {"weight_decay": 0.004}})
+        {'weight_decay_rate': 0.004}
+    """
+    if isinstance(config.get("config"), dict):
+        name = config.get("class_name", "")
+        if str(name).split(">")[-1] not in _OPTIMIZERS:  # "Custom>Adam" and "package>Adam" are registered classes
+            raise ValueError(f"the config is of {name!r}: those of {', '.join(_OPTIMIZERS)} can be read")
+        config = config["config"]
+    arguments = {option: value for option, value in config.items() if option not in _HOW_IT_RUNS}
+    for option, instead in _SWITCHED_ON.items():
+        value = arguments.pop(option, None)
+        if value not in (None, False):
+            raise ValueError(f"the config has {option}={value!r}, which does not exist here: {instead}")
+    decay = arguments.pop("weight_decay", None)
+    if decay is not None:
+        given = arguments.setdefault("weight_decay_rate", decay)
+        if given != decay:
+            raise ValueError(f"the config has weight_decay={decay!r} and weight_decay_rate={given!r}: leave out one")
+    return arguments

@@ -1,0 +1,257 @@
+"""Loading: a checkpoint is checked, and laid out like the parameters it belongs to, before anything changes."""
+
+import copy
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fusedopt import checkpoint, sharding, whose
+from fusedopt.checks import FLOATS
+from fusedopt.without_data import is_lazy
+
+if TYPE_CHECKING:
+    from fusedopt.base import FusedOptimizer
+
+# Group keys of other implementations that choose how a step runs; none of them means anything here.
+_FOREIGN_GROUP_KEYS = ("fused", "foreach", "capturable", "differentiable", "decoupled_weight_decay")
+
+_LARGEST_COUNT = torch.finfo(torch.float32).max
+
+_Place = tuple[Any, Tensor, dict[str, Any]]
+
+
+def loaded(optimizer: "FusedOptimizer", state_dict: Any) -> dict[str, Any]:
+    """The state and the param groups that a checkpoint gives this optimizer, which stays as it is.
+
+    They share no memory with the checkpoint, except for entries of the state that belong to no parameter, which are
+    handed on as they are.
+
+    Raises:
+        ValueError: the checkpoint does not fit.
+    """
+    saved_groups, saved_states, others = _parts(state_dict)
+    known = whose.by_options({name for group in saved_groups for name in group}, _own_options(optimizer))
+    if known is not None:
+        raise ValueError(_is_of(optimizer, known[0], f"its param groups have {known[1]!r}"))
+    # What is made in these modes could not be updated outside of them.
+    with torch.inference_mode(False), torch.no_grad():
+        places = _places(optimizer, saved_groups)
+        for index, p, group in places:
+            if index in saved_states:
+                _check_names(optimizer, index, p, group, saved_states[index])
+        groups = [
+            _merged(optimizer, number, group, saved)
+            for number, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups))
+        ]
+        states: defaultdict[Any, Any] = defaultdict(dict)
+        counts: dict[Tensor, float] = {}
+        for index, p, group in places:
+            if index in saved_states:
+                who = _who(index, p)
+                counts[p] = _count(who, p, saved_states[index]["step"])
+                states[p] = _laid_out(optimizer, who, p, group, saved_states[index])
+        if optimizer.shares_steps():
+            # Other conventions count the updates of each parameter; here all go on from the most.
+            counts = dict.fromkeys(counts, max(counts.values(), default=0.0))
+        for device in dict.fromkeys(p.device for p in counts):
+            here = [p for p in counts if p.device == device]
+            steps = torch.tensor([counts[p] for p in here], dtype=torch.float32, device=device)
+            for p, step in zip(here, steps.unbind()):
+                states[p]["step"] = step
+    states.update(others)
+    return {"state": states, "param_groups": groups}
+
+
+def _parts(state_dict: Any) -> tuple[list[dict[str, Any]], dict[Any, dict[str, Any]], dict[Any, Any]]:
+    """Groups, the states that belong to their parameters, and what else there is in the state."""
+    found = state_dict if isinstance(state_dict, dict) else {}
+    for part, kinds in (("state", dict), ("param_groups", (list, tuple))):
+        if not isinstance(found.get(part), kinds):
+            raise ValueError(f"this is no optimizer's checkpoint: {part!r} is {type(found.get(part)).__name__}")
+    for number, group in enumerate(found["param_groups"]):
+        if not isinstance(group, dict) or not isinstance(group.get("params"), (list, tuple)):
+            raise ValueError(f"this is no optimizer's checkpoint: param group {number} has no list of 'params'")
+    others = dict(found["state"])
+    states = {}
+    for group in found["param_groups"]:
+        for index in group["params"]:
+            # JSON makes a string of a number that is a key.
+            state = others.pop(index, None) or others.pop(str(index), None)
+            if state is not None and not isinstance(state, dict):
+                raise ValueError(f"the checkpoint's state of parameter {index} is {type(state).__name__}, no dict")
+            if state:
+                states[index] = state
+    return list(found["param_groups"]), states, others
+
+
+def _own_options(optimizer: "FusedOptimizer") -> set[str]:
+    return set(optimizer.defaults).union(*optimizer.param_groups)
+
+
+def _is_of(optimizer: "FusedOptimizer", whom: str, evidence: str) -> str:
+    return (
+        f"this is a checkpoint of {whom}, from which {type(optimizer).__name__} cannot go on ({evidence}): load the "
+        "model's weights alone, and let the optimizer start anew"
+    )
+
+
+def _places(optimizer: "FusedOptimizer", saved_groups: list[dict[str, Any]]) -> list[_Place]:
+    """For each parameter the key of its saved state, itself, and its present group."""
+    groups = optimizer.param_groups
+    if len(groups) != len(saved_groups):
+        raise ValueError(f"the checkpoint has {len(saved_groups)} param groups, this optimizer {len(groups)}")
+    for number, (group, saved) in enumerate(zip(groups, saved_groups)):
+        if len(group["params"]) != len(saved["params"]):
+            raise ValueError(
+                f"param group {number} of the checkpoint has {len(saved['params'])} parameters, "
+                f"here it has {len(group['params'])}"
+            )
+    return [
+        (index, p, group)
+        for group, saved in zip(groups, saved_groups)
+        for index, p in zip(saved["params"], group["params"])
+    ]
+
+
+def _merged(optimizer: "FusedOptimizer", number: int, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+    """A param group with the saved options, as far as there are any; those of the whole optimizer stay its own."""
+    left_out = {"params", *_FOREIGN_GROUP_KEYS, *optimizer.whole_options()}
+    options = {name: copy.deepcopy(checkpoint.plain(v)) for name, v in saved.items() if name not in left_out}
+    # Of what is known here only rates may be tensors.
+    known = (optimizer.defaults.keys() | optimizer.counters) - {"lr"}
+    options.update({name: _number(options[name]) for name in known & options.keys()})
+    if isinstance(options.get("lr"), np.ndarray):
+        options["lr"] = _number(options["lr"])
+    if saved.get("decoupled_weight_decay") is False and options.get("weight_decay"):
+        raise ValueError(
+            f"the checkpoint is of an Adam with weight_decay={options['weight_decay']!r} added to the gradients, "
+            "which is another update: set weight_decay to 0 in its groups to go on with decoupled decay"
+        )
+    names = options.get("param_names")
+    if names is not None and (
+        not isinstance(names, (list, tuple)) or [type(n) for n in names] != [str] * len(group["params"])
+    ):
+        raise ValueError(
+            f"param group {number} of the checkpoint has param_names={names!r}, expected {len(group['params'])} strings"
+        )
+    if "param_names" in group:  # Those of the model that is here, which may have been renamed or wrapped.
+        options.pop("param_names", None)
+    merged = {**group, **options}
+    lr: Any = merged.get("lr")
+    # A schedule may have brought the rate below 0; what it was made with has been checked.
+    is_number = isinstance(lr, (int, float, Tensor)) and not isinstance(lr, bool)
+    optimizer.check_group({**merged, "lr": abs(lr)} if is_number else merged)
+    return merged
+
+
+def _number(value: Any) -> Any:
+    """An option, for which other tools may write a tensor or an array of one element, as a number.
+
+    It is the shortest decimal that rounds to this element: 0.999 that was put into a float32 is 0.999 again, while
+    1 - 0.99900001287 would be another weight by 1e-5.
+    """
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_number, value))
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
+        value = value.item() if value.dtype not in (torch.float16, torch.float32) else value.detach().cpu().numpy()
+    if isinstance(value, np.ndarray) and value.size == 1:
+        value = value.reshape(())[()]
+        return float(str(value)) if isinstance(value, np.floating) else value.item()
+    return value
+
+
+def _who(index: Any, p: Tensor) -> str:
+    return f"the checkpoint's state of parameter {index} (shape {tuple(p.shape)})"
+
+
+def _states(optimizer: "FusedOptimizer", p: Tensor, group: dict[str, Any]) -> tuple[dict[str, Tensor], ...]:
+    """What a state must have and what it may have, on meta: options may have been switched since it was saved."""
+    like = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device="meta")
+    off, on = ({name: pair[i] for name, pair in optimizer.state_options.items()} for i in (0, 1))
+    return optimizer.new_state(like, {**group, **off}), optimizer.new_state(like, {**group, **on})
+
+
+def _check_names(
+    optimizer: "FusedOptimizer", index: Any, p: Tensor, group: dict[str, Any], saved: dict[str, Any]
+) -> None:
+    if is_lazy(p):
+        raise ValueError(f"parameter {index} is lazy and has no shape yet: run a forward pass before loading its state")
+    least, most = _states(optimizer, p, group)
+    missing = sorted({"step", *least} - saved.keys())
+    unknown = sorted(map(str, saved.keys() - {"step", *most}))
+    whom = whose.by_state(saved.keys()) if missing else None
+    if whom:
+        raise ValueError(_is_of(optimizer, whom, f"its state of parameter {index} has {', '.join(map(str, saved))}"))
+    if missing or unknown:
+        raise ValueError(
+            f"{_who(index, p)} does not fit {type(optimizer).__name__}: "
+            f"missing {missing or 'nothing'}, unknown {unknown or 'nothing'}"
+        )
+
+
+def _laid_out(
+    optimizer: "FusedOptimizer", who: str, p: Tensor, group: dict[str, Any], saved: dict[str, Any]
+) -> dict[str, Tensor]:
+    """A saved state, without its step, on its parameter's device, in its layout and in the dtype it was saved in."""
+    _, most = _states(optimizer, p, group)
+    values = optimizer.foreign_state({name: _tensor(saved[name], most[name]) for name in most if name in saved})
+    for name, value in values.items():
+        _check_value(f"{who} has {name}", value, most[name], p)
+    on = {name: pair[1] for name, pair in optimizer.state_options.items()}
+    fresh = optimizer.new_state(p, {**group, **on}) if sharding.is_sharded(p) else {}
+    state = {}
+    for name, value in values.items():
+        value = sharding.sharded_like(value.detach(), fresh.get(name))
+        like = fresh.get(name, p if value.shape == p.shape else value)
+        state[name] = torch.empty_like(like, dtype=value.dtype, device=p.device).copy_(value)
+    return state
+
+
+def _tensor(value: Any, like: Tensor) -> Any:
+    """Arrays, and the lists and numbers that JSON has in their place, as tensors; what is none of them as it is."""
+    try:
+        if isinstance(value, np.ndarray):
+            return torch.from_numpy(np.array(value))
+        if isinstance(value, (list, tuple, int, float, np.generic)):
+            return torch.tensor(value, dtype=like.dtype, device="cpu")
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        pass  # It is refused with its name.
+    return value
+
+
+def _check_value(what: str, value: Any, like: Tensor, p: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{what} of type {type(value).__name__}, expected a tensor of shape {tuple(like.shape)}")
+    if value.shape != like.shape:
+        raise ValueError(f"{what} of shape {tuple(value.shape)}, expected shape {tuple(like.shape)}")
+    if sharding.is_sharded(value) and not sharding.is_sharded(p):
+        raise ValueError(
+            f"{what} as a DTensor, of a sharded run, and the parameter is not sharded: gather the state "
+            "with torch.distributed.checkpoint.state_dict.get_optimizer_state_dict(..., full_state_dict=True)"
+        )
+    if value.layout is not torch.strided:
+        raise ValueError(f"{what} in the layout {value.layout}, expected a dense tensor")
+    if value.dtype not in FLOATS:
+        raise ValueError(f"{what} of dtype {value.dtype}, expected a real floating dtype of 16 bits or more")
+    if value.is_meta and not p.is_meta:
+        raise ValueError(f"{what} on the meta device, where tensors have no values: load the checkpoint to the CPU")
+
+
+def _count(who: str, p: Tensor, step: Any) -> float:
+    count = step
+    step = step.full_tensor() if sharding.is_sharded(step) else step
+    if isinstance(step, Tensor):
+        if step.is_meta and p.is_meta:
+            return 0.0
+        if step.numel() == 1 and step.layout is torch.strided and not step.is_meta:
+            count = step.item()
+    else:
+        count = _number(checkpoint.plain(step))
+    if isinstance(count, bool) or not isinstance(count, (int, float)):
+        raise ValueError(f"{who} has step={step!r}, expected a whole number >= 0")
+    if not (0 <= count <= _LARGEST_COUNT and count == int(count)):
+        raise ValueError(f"{who} has step={step!r}, expected a whole number >= 0 that float32 can hold")
+    return float(count)

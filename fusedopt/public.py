@@ -1,0 +1,37 @@
+"""Everything that `import fusedopt` offers, by its public name."""
+
+from fusedopt.accumulate import GradientAccumulator
+from fusedopt.adafactor import Adafactor
+from fusedopt.adafactor_schedule import AdafactorSchedule, get_adafactor_schedule
+from fusedopt.adamw import AdamW
+from fusedopt.decay_groups import decay_groups
+from fusedopt.in_backward import register_step_in_backward
+from fusedopt.keras import AdamWeightDecay
+from fusedopt.keras_recipe import create_optimizer
+from fusedopt.keras_schedules import PolynomialDecay, WarmUp
+from fusedopt.plotting import plot_gallery, plot_schedule, plot_verification
+from fusedopt.recorder import LRRecorder
+from fusedopt.schedules import *  # noqa: F403
+from fusedopt.schedules import __all__ as _schedules
+from fusedopt.verification import Verification, verify_schedule
+
+__all__ = [
+    "Adafactor",
+    "AdafactorSchedule",
+    "AdamW",
+    "AdamWeightDecay",
+    "GradientAccumulator",
+    "LRRecorder",
+    "PolynomialDecay",
+    "Verification",
+    "WarmUp",
+    "create_optimizer",
+    "decay_groups",
+    "get_adafactor_schedule",
+    "plot_gallery",
+    "plot_schedule",
+    "plot_verification",
+    "register_step_in_backward",
+    "verify_schedule",
+    *_schedules,
+]
