@@ -85,8 +85,8 @@ class Record:
 
 
 def _named(fields: Iterable[str], starts: list[int], length: int) -> Any:
-    places: Any = namedtuple("Places", [*fields, "length"])  # type: ignore[misc]
-    return places(*starts, length)
+    make: Any = namedtuple
+    return make("Places", [*fields, "length"])(*starts, length)
 
 
 def cells(rows: np.ndarray) -> np.ndarray:

@@ -84,4 +84,4 @@ def small_norms(tensors: Sequence[Tensor], least: torch.dtype) -> Sequence[Tenso
     if not tensors:
         return ()
     wide = any(t.dtype == torch.float64 or t.device.type == "cuda" for t in tensors)
-    return torch._foreach_norm(tensors, 2, torch.float64 if wide else least)
+    return torch._foreach_norm(list(tensors), 2, torch.float64 if wide else least)
