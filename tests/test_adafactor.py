@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from fusedopt.adafactor import Adafactor
 from fusedopt.backends.eager import adafactor as eager_adafactor
 from fusedopt.backends.eager import adafactor_tiles
-from fusedopt.backends.eager.scratch import scratch
+from fusedopt.backends.scratch import scratch
 from fusedopt.reference import ReferenceAdafactor
 from fusedopt_kernels import rules
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusedopt.backends.eager.scratch import scratch
+from fusedopt.backends.scratch import scratch
 from fusedopt.batch import AdafactorHyper
 from fusedopt_kernels import rules
 

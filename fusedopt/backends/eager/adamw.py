@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fusedopt.backends.eager.rounding import round_into
-from fusedopt.backends.eager.scratch import scratch
 from fusedopt.backends.eager.step_counts import advance
+from fusedopt.backends.scratch import scratch
 from fusedopt.batch import AdamWHyper, Batch, Control
 from fusedopt_kernels import rules
 from fusedopt_kernels.layout import is_dense, same_layout

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fusedopt.backends.eager.scratch import scratch
+from fusedopt.backends.scratch import scratch
 from fusedopt_kernels.layout import is_dense
 
 _ROW = 1 << 10
