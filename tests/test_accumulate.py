@@ -11,8 +11,8 @@ from pathlib import Path
 import accumulate_on_two_processes as two
 import pytest
 import torch
-from keras_cases import BACKENDS, device_of, recorded
-from processes import run_together
+from helpers.keras import BACKENDS, device_of, recorded
+from helpers.processes import run_together
 
 import fusedopt
 from fusedopt.accumulate import GradientAccumulator

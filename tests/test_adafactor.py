@@ -7,7 +7,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from golden_cases import Tolerance, assert_close, cases, replay
+from helpers.golden import Tolerance, assert_close, cases, replay
 from hypothesis import given, settings
 
 from fusedopt.adafactor import Adafactor

@@ -3,7 +3,7 @@
 import hypothesis.strategies as st
 import pytest
 import torch
-from golden_cases import ROUNDED_TWICE_PER_STEP, Tolerance, assert_close, cases, replay
+from helpers.golden import ROUNDED_TWICE_PER_STEP, Tolerance, assert_close, cases, replay
 from hypothesis import given, settings
 
 from fusedopt import AdamW

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from loop_cases import BACKENDS, Net, same, sharded, train
+from helpers.loops import BACKENDS, Net, same, sharded, train
 
 from fusedopt import Adafactor, AdamW, AdamWeightDecay, register_step_in_backward
 

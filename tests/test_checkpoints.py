@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from loop_cases import BACKENDS, OPTIMIZERS, ROWS, Net, same, same_weights, scheduler_for, sharded, train, whole
-from schedule_cases import EVERY_NAME, advance, by_name
+from helpers.loops import BACKENDS, OPTIMIZERS, ROWS, Net, same, same_weights, scheduler_for, sharded, train, whole
+from helpers.schedules import EVERY_NAME, advance, by_name
 from torch.distributed.checkpoint import state_dict as dcp
 
 from fusedopt import Adafactor, AdamW, AdamWeightDecay, checkpoint

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from loop_cases import BACKENDS, OPTIMIZERS, Net, same, same_weights, train
+from helpers.loops import BACKENDS, OPTIMIZERS, Net, same, same_weights, train
 
 from fusedopt import AdamW, outside_graphs, register_step_in_backward
 

@@ -4,8 +4,8 @@ import inspect
 
 import pytest
 import torch
-from golden_cases import assert_close, replay
-from keras_cases import BACKENDS, TOLERANCES, device_of, keras_cases, recorded
+from helpers.golden import assert_close, replay
+from helpers.keras import BACKENDS, TOLERANCES, device_of, keras_cases, recorded
 
 from fusedopt.keras import AdamWeightDecay
 from fusedopt.keras_recipe import create_optimizer

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 import pytest
 import torch
-from schedule_cases import sgd
+from helpers.schedules import sgd
 
 import fusedopt
 from fusedopt import LRRecorder, schedules, verify_schedule

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from loop_cases import OPTIMIZERS, ROWS, Net, same, same_weights, scheduler_for, sharded, train, whole
+from helpers.loops import OPTIMIZERS, ROWS, Net, same, same_weights, scheduler_for, sharded, train, whole
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.optim.lr_scheduler import LambdaLR

@@ -5,8 +5,8 @@ import weakref
 
 import pytest
 import torch
-from golden_cases import assert_close, replay
-from keras_cases import BACKENDS, STATE_64, TOLERANCES, device_of, keras_cases, parameter, recorded, step
+from helpers.golden import assert_close, replay
+from helpers.keras import BACKENDS, STATE_64, TOLERANCES, device_of, keras_cases, parameter, recorded, step
 
 from fusedopt.batch import Control
 from fusedopt.clipping import Clipping

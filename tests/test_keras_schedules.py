@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from keras_cases import BACKENDS, device_of, parameter, recorded, schedule, step
+from helpers.keras import BACKENDS, device_of, parameter, recorded, schedule, step
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from fusedopt import AdamW

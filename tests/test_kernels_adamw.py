@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from golden_cases import ROUNDED_TWICE_PER_STEP, Tolerance, assert_close, replay
+from helpers.golden import ROUNDED_TWICE_PER_STEP, Tolerance, assert_close, replay
 from test_adamw import GOLDEN, SIXTEEN_BITS, STATES, RoundedOnce, rounding_spoils_nothing
 
 from fusedopt import AdamW

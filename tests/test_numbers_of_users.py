@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from keras_cases import parameter, step
+from helpers.keras import parameter, step
 
 from fusedopt import Adafactor, AdamW, AdamWeightDecay, PolynomialDecay, WarmUp, create_optimizer
 from fusedopt.schedules import GreedyLR, ReduceLROnPlateau, get_scheduler

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from loop_cases import Net, same, same_weights, train
+from helpers.loops import Net, same, same_weights, train
 from test_checkpoints import through_a_file
 
 from fusedopt import Adafactor, AdamW, AdamWeightDecay

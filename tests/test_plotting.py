@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from schedule_cases import CLOSED_FORMS, EVERY_NAME, METRIC_DRIVEN, advance, by_name, sgd
+from helpers.schedules import CLOSED_FORMS, EVERY_NAME, METRIC_DRIVEN, advance, by_name, sgd
 
 from fusedopt import schedules
 from fusedopt.curves import example_metric

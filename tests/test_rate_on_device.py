@@ -6,8 +6,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from keras_cases import BACKENDS, device_of, parameter, step
-from schedule_cases import CLOSED_FORMS
+from helpers.keras import BACKENDS, device_of, parameter, step
+from helpers.schedules import CLOSED_FORMS
 from test_capture import capture  # noqa: F401  (a fixture)
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from schedule_cases import CLOSED_FORMS, advance, by_name, sgd
+from helpers.schedules import CLOSED_FORMS, advance, by_name, sgd
 
 from fusedopt import schedules
 from fusedopt.recorder import LRRecorder

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from schedule_cases import CLOSED_FORMS, EVERY_NAME, METRIC_DRIVEN, advance, by_name, rates, sgd
+from helpers.schedules import CLOSED_FORMS, EVERY_NAME, METRIC_DRIVEN, advance, by_name, rates, sgd
 from test_scheduler_runs import through_a_file
 from torch.optim.lr_scheduler import LambdaLR, StepLR
 

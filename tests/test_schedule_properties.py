@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.schedules import sgd
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from schedule_cases import sgd
 
 from fusedopt import schedules
 from fusedopt.schedules import example_arguments, get_scheduler, needs_metric

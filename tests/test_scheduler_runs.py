@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from schedule_cases import CLOSED_FORMS, EVERY_NAME, RTOL, advance, by_name, rates, sgd
+from helpers.schedules import CLOSED_FORMS, EVERY_NAME, RTOL, advance, by_name, rates, sgd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedopt import AdamW, schedules

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from schedule_cases import CLOSED_FORMS, EVERY_NAME, RTOL, advance, rates, sgd
+from helpers.schedules import CLOSED_FORMS, EVERY_NAME, RTOL, advance, rates, sgd
 
 from fusedopt import schedules
 from fusedopt.schedules import SchedulerType

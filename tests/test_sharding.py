@@ -7,8 +7,8 @@ import pytest
 import sharded_on_four_processes as four
 import torch
 from filelock import FileLock
-from loop_cases import Net, same, sharded, train, whole
-from processes import run_together
+from helpers.loops import Net, same, sharded, train, whole
+from helpers.processes import run_together
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.tensor import DTensor, Partial
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from loop_cases import OPTIMIZERS, Net, rate_of_the_step, same, same_weights
+from helpers.loops import OPTIMIZERS, Net, rate_of_the_step, same, same_weights
 
 from fusedopt import (
     Adafactor,
