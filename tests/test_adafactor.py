@@ -7,7 +7,8 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from helpers.golden import Tolerance, assert_close, cases, replay
+from helpers.comparing import Tolerance
+from helpers.golden import assert_close, cases, replay
 from hypothesis import given, settings
 
 from fusedopt.adafactor import Adafactor

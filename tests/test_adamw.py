@@ -3,7 +3,8 @@
 import hypothesis.strategies as st
 import pytest
 import torch
-from helpers.golden import ROUNDED_TWICE_PER_STEP, Tolerance, assert_close, cases, replay
+from helpers.comparing import Tolerance
+from helpers.golden import ROUNDED_TWICE_PER_STEP, assert_close, cases, replay
 from hypothesis import given, settings
 
 from fusedopt import AdamW

@@ -7,7 +7,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from helpers.golden import Tolerance, assert_close, replay
+from helpers.comparing import Tolerance
+from helpers.golden import assert_close, replay
 from test_adafactor import GOLDEN, HARD_GRADIENTS, LAYOUTS, by_the_rules, normal, parameters, run, uses_rms
 from triton.runtime.interpreter import interpreter_builder
 

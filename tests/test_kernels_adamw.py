@@ -5,7 +5,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from helpers.golden import ROUNDED_TWICE_PER_STEP, Tolerance, assert_close, replay
+from helpers.comparing import Tolerance
+from helpers.golden import ROUNDED_TWICE_PER_STEP, assert_close, replay
 from test_adamw import GOLDEN, SIXTEEN_BITS, STATES, RoundedOnce, rounding_spoils_nothing
 
 from fusedopt import AdamW

@@ -9,7 +9,8 @@ import torch
 from fusedopt import backends
 from fusedopt.keras import AdamWeightDecay
 from fusedopt.keras_schedules import revive
-from helpers.golden import _SAME_FORMULA_32, GOLDEN, Case, Parameter, Tolerance, _arrays, _index, _state
+from helpers.comparing import Tolerance
+from helpers.golden import _SAME_FORMULA_32, GOLDEN, Case, Parameter, _arrays, _index, _state
 
 TOLERANCES = {
     torch.float32: _SAME_FORMULA_32,
