@@ -11,6 +11,7 @@ from pathlib import Path
 import accumulate_on_two_processes as two
 import pytest
 import torch
+from helpers.comparing import assert_near, assert_same
 from helpers.keras import BACKENDS, device_of, recorded
 from helpers.processes import run_together
 
@@ -31,7 +32,7 @@ def assert_equal(actual, expected):
     assert [g is None for g in actual] == [g is None for g in expected]
     for ours, theirs in zip(actual, expected):
         if ours is not None:
-            assert torch.equal(ours.cpu(), theirs)
+            assert_same(ours.cpu(), theirs)
 
 
 # The recorded sequences.
@@ -111,11 +112,9 @@ def test_micro_batches_equal_one_large_batch(problem, make, backend):
         means.append([g.cpu() / accumulator.step for g in accumulator.gradients])
         optimizer.apply_gradients(zip(accumulator.gradients, model.parameters()), scale=1 / accumulator.step)
         results.append([p.detach().cpu() for p in model.parameters()])
-    for ours, large in zip(*means):
-        torch.testing.assert_close(ours, large, rtol=0, atol=0.0 if problem is exact_problem else 1e-6)
-    for ours, large in zip(*results):
-        # On the CPU a step whose scale is 1 runs in another kernel, with roundings of its own.
-        torch.testing.assert_close(ours, large, rtol=2**-22, atol=1e-7 if problem is exact_problem else 1e-5)
+    assert_near(*means, atol=0.0 if problem is exact_problem else 1e-6)
+    # On the CPU a step whose scale is 1 runs in another kernel, with roundings of its own.
+    assert_near(*results, rtol=2**-22, atol=1e-7 if problem is exact_problem else 1e-5)
 
 
 @pytest.mark.parametrize("how", ["means, by tokens", "sums, by hand", "tensor weights"])
@@ -139,7 +138,7 @@ def test_mean_over_all_tokens(lengths, how):
     assert accumulator.step == len(lengths)
     scale = 1 / 16 if how == "sums, by hand" else accumulator.scale
     for total, mean in zip(accumulator.gradients, expected):
-        torch.testing.assert_close(total * scale, mean, rtol=1e-12, atol=1e-12)
+        assert_near(total * scale, mean, rtol=1e-12, atol=1e-12)
 
 
 def test_last_window_is_incomplete():
@@ -175,7 +174,7 @@ def test_weights(dtype, backend):
         # In float32 and float64 itself, the product may be rounded or not before it is added.
         largest = expected.abs().max().item()
         atol = 0.0 if dtype.itemsize == 2 else 2 * torch.finfo(dtype).eps * largest
-        torch.testing.assert_close(total, expected, rtol=0, atol=atol)
+        assert_near(total, expected, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -239,7 +238,7 @@ def test_sums_are_lent_without_a_copy_and_never_written_again(backend):
     accumulator([5 * g])
     (third,) = accumulator.gradients
     for total, times in ((first, 1), (second, 2), (third, 5)):
-        assert torch.equal(total, times * g)
+        assert_same(total, times * g)
 
 
 def test_memory_is_reused_where_nothing_was_lent():
@@ -403,14 +402,14 @@ def test_two_processes_under_ddp(tmp_path):
             for p, local in zip(model.parameters(), kept["local"]):
                 assert (p.grad is None) == (local is None)
                 if local is not None:
-                    torch.testing.assert_close(local, p.grad)
+                    assert_near(local, p.grad, rtol=1e-7, atol=1e-7)
             assert (kept["step"], kept["weight"]) == (5, 20.0)
         model.zero_grad()
         sum(len(x) / 20 * two.loss(model, x, r) for part in parts for x, r in part).backward()
         optimizer.step()
     for result in results:
         for name, p in model.named_parameters():
-            torch.testing.assert_close(result["params"][name], p.detach(), rtol=1e-10, atol=1e-12)
+            assert_near(result["params"][name], p.detach(), rtol=1e-10, atol=1e-12)
         for refusal, words in zip(
             result["refused"], ("gradient 1 was None", "already those of all", "have [0, 1]"), strict=True
         ):

@@ -3,7 +3,7 @@
 import hypothesis.strategies as st
 import pytest
 import torch
-from helpers.comparing import Tolerance
+from helpers.comparing import Tolerance, assert_near
 from helpers.golden import ROUNDED_TWICE_PER_STEP, assert_close, cases, replay
 from hypothesis import given, settings
 
@@ -32,8 +32,7 @@ def test_golden_in_16_bits_is_float64_arithmetic_rounded_once(case):
     exact = replay(case, AdamW, dtype=torch.float64)
     for p, actual, expected, reference in zip(case.parameters, ours.parameters, rounded.parameters, exact.parameters):
         allowed = Tolerance("a tie may fall to the other side, and move the moments for some steps", ulps=2)
-        error = (actual.double() - expected.double()).abs()
-        assert (error <= allowed.allowed(expected)).all(), error.max()
+        assert_near(actual, expected, allowed)
         ours_off = (actual.double() - reference).abs().max()
         recorded_off = (p.expected.double() - reference).abs().max()
         assert ours_off <= recorded_off + torch.finfo(case.dtype).eps * reference.abs().max()
@@ -121,7 +120,7 @@ def test_torch_convention_equals_torch(options, dtype):
     # bfloat16: parameter and moments are rounded to 8 bits in each of the 6 steps.
     rtol, atol = {torch.float32: (1e-5, 1e-6), torch.float64: (1e-12, 1e-14), torch.bfloat16: (6 * 2**-8, 2**-8)}[dtype]
     for p, q in zip(ours, theirs):
-        torch.testing.assert_close(p.to(q.dtype), q, rtol=rtol, atol=atol)
+        assert_near(p.to(q.dtype), q, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -142,8 +141,8 @@ def test_keras_convention(weight_decay):
             v.mul_(0.9).addcmul_(gradient, gradient, value=0.1)
             x.mul_(1 - 0.1 * weight_decay)
             x.sub_(0.1 * (1 - 0.9**t) ** 0.5 / (1 - 0.8**t) * m / (v.sqrt() + 1e-3))
-    torch.testing.assert_close(p.detach(), expected, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(late.detach(), exact_late, rtol=1e-12, atol=1e-14)
+    assert_near(p.detach(), expected, rtol=1e-12, atol=1e-14)
+    assert_near(late.detach(), exact_late, rtol=1e-12, atol=1e-14)
     assert optimizer.state[late]["step"] == 4  # two updates, but four applied steps of the optimizer
 
 
@@ -188,7 +187,7 @@ def test_layouts_give_the_same_numbers(of_parameter, of_gradient, convention):
     laid_out = [[LAYOUTS[of_gradient](g)] for (g,) in grads]
     run(AdamW([reference], lr=0.1, weight_decay=0.1, convention=convention), [reference], grads)
     run(AdamW([p], lr=0.1, weight_decay=0.1, convention=convention), [p], laid_out)
-    torch.testing.assert_close(p, reference, rtol=1e-5, atol=1e-6)
+    assert_near(p, reference, rtol=1e-5, atol=1e-6)
 
 
 def test_neighbours_in_a_larger_storage_are_left_alone():
@@ -248,9 +247,7 @@ def test_any_mixture_equals_each_parameter_by_itself_in_float64(problem):
             one.step()
     for p, q in zip(params, wide):
         tight = p.dtype == torch.float64
-        torch.testing.assert_close(
-            p.double(), q, rtol=1e-11 if tight else 1e-4, atol=1e-12 if tight else 1e-5, equal_nan=True
-        )
+        assert_near(p.double(), q, rtol=1e-11 if tight else 1e-4, atol=1e-12 if tight else 1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

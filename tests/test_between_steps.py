@@ -9,7 +9,8 @@ import warnings
 
 import pytest
 import torch
-from helpers.loops import BACKENDS, Net, same, sharded, train
+from helpers.comparing import assert_same
+from helpers.loops import BACKENDS, Net, sharded, train
 
 from fusedopt import Adafactor, AdamW, AdamWeightDecay, register_step_in_backward
 
@@ -43,7 +44,7 @@ def refuses(optimizer, *params, error=RuntimeError, match):
     before = everything(optimizer, *params)
     with pytest.raises(error, match=match):
         step(optimizer)
-    assert same(everything(optimizer, *params), before)
+    assert_same(everything(optimizer, *params), before)
 
 
 # Parameters of another size.
@@ -103,7 +104,7 @@ def test_a_step_in_backward_refuses_a_parameter_of_another_size(name):
     before = everything(optimizer, model.weight)
     with pytest.raises(RuntimeError, match=r"shape \(5, 3\) now, and its state was made for one of \(4, 3\)"):
         model(torch.ones(1, 3)).sum().backward()
-    assert same(everything(optimizer, model.weight), before)
+    assert_same(everything(optimizer, model.weight), before)
 
 
 def counts_and_weights(saved, p):
@@ -120,7 +121,7 @@ def test_a_sharded_parameter_whose_state_is_of_another_size_is_refused(name):
         before = copy.deepcopy([optimizer.state_dict(), first.detach()])
         with pytest.raises(RuntimeError, match=r"shape \(8, 5\) now, and its state was made for one of \(3, 8\)"):
             train(model, optimizer, 1)
-        assert same(*(counts_and_weights(*pair) for pair in ([optimizer.state_dict(), first.detach()], before)))
+        assert_same(*(counts_and_weights(*pair) for pair in ([optimizer.state_dict(), first.detach()], before)))
 
 
 # States that were edited.
@@ -281,7 +282,7 @@ def test_parameters_with_counts_of_their_own_are_updated_as_if_alone():
     values = [float(i + 1) for i in range(len(counts))]
     together = updated([weight(5, value=v) for v in values], counts)
     alone = [updated([weight(5, value=v)], [count])[0] for v, count in zip(values, counts)]
-    assert same(together, alone)
+    assert_same(together, alone)
 
 
 def test_the_work_for_different_counts_does_not_grow_with_their_square(monkeypatch):
@@ -349,7 +350,7 @@ def test_an_option_that_is_written_into_a_group_is_looked_at(name, option, value
     weights = [p.detach().clone() for p in params]
     with pytest.raises(ValueError, match=option):
         step(optimizer)
-    assert same([p.detach() for p in params], weights)
+    assert_same([p.detach() for p in params], weights)
     assert all(state["step"] == 0.0 for state in optimizer.state.values())
     optimizer.param_groups[1][option] = good
     step(optimizer)
@@ -371,7 +372,7 @@ def test_a_rate_that_rounding_brought_below_zero_is_taken():
     for rate in (-1e-19, torch.tensor(-1e-19)):
         optimizer.param_groups[0]["lr"] = rate
         step(optimizer)
-    assert same(p.detach(), torch.ones(3))
+    assert_same(p.detach(), torch.ones(3))
 
 
 def test_a_step_in_backward_looks_at_options_too():
@@ -454,7 +455,7 @@ def test_a_step_in_backward_takes_the_rate_of_the_group_that_a_parameter_is_in(e
         train(model, optimizer, 2)
         edit(optimizer, model)
         train(model, optimizer, 3, seed=2)
-    assert same(list(models[0].parameters()), list(models[1].parameters()))
+    assert_same(list(models[0].parameters()), list(models[1].parameters()))
 
 
 def test_a_parameter_that_no_group_has_any_more_keeps_its_gradient():
@@ -466,7 +467,8 @@ def test_a_parameter_that_no_group_has_any_more_keeps_its_gradient():
     for _ in range(2):
         model(torch.ones(2, 5)).sum().backward()
         optimizer.step()
-    assert model.last.weight.grad is not None and same(model.last.weight.detach(), before)
+    assert model.last.weight.grad is not None
+    assert_same(model.last.weight.detach(), before)
     assert model.first.weight.grad is None and optimizer.state[model.first.weight]["step"] == 2.0
 
 
@@ -486,4 +488,4 @@ def test_names_go_with_their_parameters_when_groups_are_swapped():
         optimizer.apply_gradients([(torch.zeros(2), p) for p in params.values()])
         return [p.detach() for p in params.values()]
 
-    assert same(decayed(True), decayed(False))
+    assert_same(decayed(True), decayed(False))

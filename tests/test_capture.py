@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from helpers.comparing import assert_same
 from test_kernels_adamw import gradients, parameters
 
 from fusedopt import AdamW
@@ -95,7 +96,7 @@ def capture(monkeypatch):
     def copied(self, host, device):
         table = copy_at_every_replay(self, host, device)
         staging = self._kept[-1]
-        assert torch.equal(staging, table)
+        assert_same(staging, table)
         table.fill_(-1)
         kept_table, kept_staging = by_address(table), by_address(staging)
         capturing[-1].queued.append(lambda: kept_table().copy_(kept_staging()))
@@ -135,10 +136,8 @@ def two():
 
 def assert_equal(two):
     (ours, params, _), (theirs, expected, _) = two
-    for p, q in zip(params, expected):
-        assert torch.equal(p, q)
-        for name, value in theirs.state[q].items():
-            assert torch.equal(ours.state[p][name], value), name
+    assert_same(params, expected)
+    assert_same([ours.state[p] for p in params], [theirs.state[p] for p in expected])
 
 
 def test_capture_eager_step_with_other_gradients_replay(capture, two):
@@ -200,7 +199,7 @@ def test_a_float_is_kept_as_it_was(capture):
     optimizer.param_groups[0]["lr"] = 100.0
     before = params[0].detach().clone()
     graph.replay()
-    assert torch.equal(params[0], before - 0.5)
+    assert_same(params[0], before - 0.5)
 
 
 def test_captures_in_a_row(capture, two):
@@ -222,7 +221,7 @@ def refused(capture, optimizer, params, grads, match):
     before = [p.detach().clone() for p in params]
     with pytest.raises(RuntimeError, match=match), capture() as graph:
         step(optimizer, params, grads)
-    assert all(torch.equal(p, q) for p, q in zip(params, before))
+    assert_same(params, before)
     assert not graph.launches
 
 

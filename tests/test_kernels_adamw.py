@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from helpers.comparing import Tolerance
+from helpers.comparing import Tolerance, assert_near, assert_same
 from helpers.golden import ROUNDED_TWICE_PER_STEP, assert_close, replay
 from test_adamw import GOLDEN, SIXTEEN_BITS, STATES, RoundedOnce, rounding_spoils_nothing
 
@@ -29,9 +29,7 @@ def test_golden_in_16_bits_is_exact_arithmetic_rounded_once(case, device):
     """As for the eager backend; what the original's own rounding does not spoil is near its recording as well."""
     allowed = Tolerance("a tie may fall to the other side, and move the moments for some steps", ulps=2)
     ours, expected = replay(case, TritonAdamW, device=device), replay(case, RoundedOnce)
-    for actual, rounded in zip(ours.parameters, expected.parameters):
-        error = (actual.double() - rounded.double()).abs()
-        assert (error <= allowed.allowed(rounded)).all(), error.max()
+    assert_near(ours.parameters, expected.parameters, allowed)
     if rounding_spoils_nothing(case):
         assert_close(case, ours, parameters=ROUNDED_TWICE_PER_STEP[case.dtype], skip_state=STATES)
 
@@ -111,14 +109,6 @@ def device_scalars(optimizer):
     return stepper._tables._eager._scratch["scalars"][:, 4:7].cpu().numpy()
 
 
-def assert_same_bits(actual, expected, what):
-    """Equal bits; any NaN equals any NaN."""
-    actual = actual.detach().cpu()
-    assert actual.dtype == expected.dtype, what
-    same = (actual == expected) & (torch.signbit(actual) == torch.signbit(expected)) | actual.isnan() & expected.isnan()
-    assert same.all(), f"{what}: {int((~same).sum())} differ, {actual[~same][:3]} instead of {expected[~same][:3]}"
-
-
 DTYPES = {  # parameter, gradient, moments
     "float32": (torch.float32, torch.float32, torch.float32),
     "float64": (torch.float64, torch.float64, torch.float64),
@@ -169,6 +159,6 @@ def test_equals_the_rules_on_numpy_bit_for_bit(options, dtypes, device):
                 rtol = 1e-12 if device.type == "cuda" else 0.0
                 np.testing.assert_allclose(scalars[i], expected, rtol=rtol, atol=0.0)
         for i, p in enumerate(params):
-            assert_same_bits(p, reference.params[i], f"parameter {i} after step {step + 1}")
-            for name, value in reference.states[i].items():
-                assert_same_bits(optimizer.state[p][name], value, f"{name} of parameter {i} after step {step + 1}")
+            name = f"parameter {i} after step {step + 1}"
+            assert_same(p, reference.params[i], name, equal_nan=True)
+            assert_same(optimizer.state[p], reference.states[i], f"state of {name}", equal_nan=True)

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from helpers.comparing import assert_same
 
 from fusedopt import Adafactor, AdamW, AdamWeightDecay, PolynomialDecay, WarmUp
 
@@ -60,8 +61,7 @@ def test_the_defaults_of_an_optimizer_make_the_same_one_again(make, after):
     new = type(old)(weights(), **old.defaults)
     assert new.defaults == old.defaults
     assert new.whole_options() == old.whole_options()
-    for a, b in zip(updated(new), updated(make(weights()))):
-        assert torch.equal(a, b)
+    assert_same(updated(new), updated(make(weights())))
 
 
 @pytest.mark.parametrize("after", AFTER)
@@ -86,8 +86,7 @@ def test_a_group_may_repeat_what_goes_for_the_whole_optimizer(make):
         else type(optimizer)([{**optimizer.whole_options(), "params": weights()}], **optimizer.defaults)
     )
     assert set(wrapped.param_groups[0]) == set(group)
-    for a, b in zip(updated(wrapped), updated(optimizer)):
-        assert torch.equal(a, b)
+    assert_same(updated(wrapped), updated(optimizer))
 
 
 def test_a_group_that_contradicts_the_whole_optimizer_is_refused_with_both_values():

@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers.loops import Net, same, same_weights, train
+from helpers.comparing import assert_same, same
+from helpers.loops import Net, train
 from test_checkpoints import through_a_file
 
 from fusedopt import Adafactor, AdamW, AdamWeightDecay
@@ -75,10 +76,10 @@ def test_a_run_goes_on_from_its_checkpoint_in_the_form_that_another_tool_gave_it
     other_model = copy.deepcopy(model)
     other = make(other_model)
     other.load_state_dict(form(copy.deepcopy(optimizer.state_dict())))
-    assert same(other.state_dict()["state"], optimizer.state_dict()["state"])
+    assert_same(other.state_dict()["state"], optimizer.state_dict()["state"])
     train(model, optimizer, 2, seed=2)
     train(other_model, other, 2, seed=2)
-    assert same_weights(model, other_model)
+    assert_same(model, other_model)
 
 
 def test_goes_on_from_torch_with_betas_that_are_tensors():
@@ -257,10 +258,10 @@ def test_an_optimizer_loads_its_own_checkpoint_after_an_option_was_switched(name
     other_model = copy.deepcopy(model)
     other = MAKE[name](other_model)
     other.load_state_dict(saved)
-    assert same(other.state_dict(), saved)
+    assert_same(other.state_dict(), saved)
     train(model, optimizer, 2, seed=2)
     train(other_model, other, 2, seed=2)
-    assert same_weights(model, other_model)
+    assert_same(model, other_model)
 
 
 OTHERS = {
@@ -326,7 +327,7 @@ def test_a_run_does_not_write_into_the_checkpoint_it_came_from(make):
     optimizer.load_state_dict(saved)
     optimizer.param_groups[0]["lr"].fill_(0.5)
     train(model, optimizer, 1)
-    assert same(saved, kept)
+    assert_same(saved, kept)
 
 
 def test_a_checkpoint_loaded_in_inference_mode_goes_on_outside_of_it():
@@ -372,9 +373,10 @@ def test_hooks_on_saving_hand_out_whatever_they_like(make):
     _, optimizer = trained(make)
     own = optimizer.state_dict()
     handles = [optimizer.register_state_dict_post_hook(lambda o, saved: {"format": 2, "optimizer": saved})]
-    assert optimizer.state_dict().keys() == {"format", "optimizer"} and same(optimizer.state_dict()["optimizer"], own)
+    assert optimizer.state_dict().keys() == {"format", "optimizer"}
+    assert_same(optimizer.state_dict()["optimizer"], own)
     handles.append(optimizer.register_state_dict_post_hook(lambda o, saved: {"groups": saved["optimizer"]}))
-    assert same(optimizer.state_dict(), {"groups": own})
+    assert_same(optimizer.state_dict(), {"groups": own})
     for handle in handles:
         handle.remove()
 

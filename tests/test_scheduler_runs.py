@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.comparing import assert_near
 from helpers.schedules import CLOSED_FORMS, EVERY_NAME, RTOL, advance, by_name, rates, sgd
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -239,5 +240,5 @@ def test_a_captured_step_follows_the_schedule(name: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
     # Constant gradients: every step of AdamW moves each weight by the learning rate.
     steps = torch.stack(moved[:-1]) - torch.stack(moved[1:])
-    torch.testing.assert_close(steps[:, 0], torch.stack(expected), rtol=1e-3, atol=1e-6)
+    assert_near(steps[:, 0], torch.stack(expected), rtol=1e-3, atol=1e-6)
     assert optimizer.param_groups[0]["lr"] is lr

@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.comparing import assert_same
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusedopt
 import fusedopt_kernels
 from fusedopt import Adafactor, AdamW, AdamWeightDecay, GradientAccumulator
-from fusedopt.backends import capture, scratch
+from fusedopt.backends import scratch
+from fusedopt.backends.triton import capture
 from fusedopt.in_backward import register_step_in_backward
 from fusedopt.metric_schedules import ReduceLROnPlateau
 from fusedopt.schedules import SchedulerType, example_arguments, get_scheduler
@@ -59,16 +61,6 @@ def step(optimizer: Any, number: int, dtype: torch.dtype = torch.float32) -> Non
 def outcome(optimizer: Any) -> list[Tensor]:
     params = [p.detach() for group in optimizer.param_groups for p in group["params"]]
     return params + [t for state in optimizer.state.values() for t in state.values()]
-
-
-def assert_same(got: Any, expected: Any) -> None:
-    assert len(got) == len(expected) > 0
-    for one, other in zip(got, expected):
-        if isinstance(other, Tensor):
-            assert (one.device, one.dtype) == (other.device, other.dtype)
-            assert torch.equal(one, other)
-        else:
-            assert one == other
 
 
 def in_a_thread(work: Callable[[], Any]) -> Any:

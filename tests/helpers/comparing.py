@@ -96,8 +96,8 @@ def assert_near(
         Traceback (most recent call last):
         AssertionError: weights[0][1] is 2.0, expected 2.5: 0.5 apart, 2 times what is allowed (1 of 2 elements differ)
     """
-    if (tolerance is None) == (rtol == atol == 0.0):
-        raise TypeError("say how near: either a Tolerance, or rtol or atol, one of them above 0")
+    if tolerance is not None and (rtol or atol):
+        raise TypeError("either a Tolerance, or rtol and atol")
     tolerance = tolerance or Tolerance("", rtol, atol)
     for path, a, e in _pairs(actual, expected, name):
         if (message := _difference(path, a, e, tolerance, equal_nan, check_dtype)) is not None:
@@ -111,7 +111,9 @@ def _pairs(actual: Any, expected: Any, name: str) -> Iterator[tuple[str, Any, An
         yield from _pairs(dict(zip(names, actual.parameters(), strict=True)), dict(zip(names, expected)), name)
     elif isinstance(expected, Mapping) and isinstance(actual, Mapping):
         if actual.keys() != expected.keys():
-            missing, more = (sorted(map(repr, a.keys() - b.keys())) for a, b in ((expected, actual), (actual, expected)))
+            missing, more = (
+                sorted(map(repr, a.keys() - b.keys())) for a, b in ((expected, actual), (actual, expected))
+            )
             raise AssertionError(f"{name or 'the dict'} lacks {missing} and has {more} besides")
         for key in expected:
             yield from _pairs(actual[key], expected[key], f"{name}[{key!r}]")
@@ -133,7 +135,7 @@ def _difference(
     if isinstance(expected, np.ndarray) and isinstance(actual, np.ndarray):
         actual, expected = torch.from_numpy(actual), torch.from_numpy(expected)
     if not (isinstance(actual, Tensor) and isinstance(expected, Tensor)):
-        equal = type(actual) is type(expected) or not isinstance(actual, Tensor) and not isinstance(expected, Tensor)
+        equal = type(actual) is type(expected) or (not isinstance(actual, Tensor) and not isinstance(expected, Tensor))
         return None if equal and bool(actual == expected) else f"{name} is {actual!r}, expected {expected!r}"
     if actual.shape != expected.shape:
         return f"{name} has shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"

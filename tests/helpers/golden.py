@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from helpers.comparing import Tolerance, assert_near, assert_same
 
 GOLDEN = Path(__file__).parent.parent / "golden"

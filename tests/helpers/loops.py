@@ -91,21 +91,6 @@ def train(model: nn.Module, optimizer: Any, steps: int, scheduler: Any = None, s
         optimizer.zero_grad()
 
 
-def same(a: Any, b: Any) -> bool:
-    """Whether two values, dicts and lists of tensors included, are equal to the bit."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b)
-
-
-def same_weights(a: nn.Module, b: nn.Module) -> bool:
-    return same(list(a.parameters()), list(b.parameters()))
-
-
 @contextmanager
 def sharded(model: nn.Module) -> Iterator[nn.Module]:
     """The model under FSDP2, in a process group of this process alone."""
