@@ -7,8 +7,19 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from helpers.adafactor import (
+    GOLDEN,
+    HARD_GRADIENTS,
+    LAYOUTS,
+    after,
+    by_the_rules,
+    normal,
+    parameters,
+    run,
+    uses_rms,
+)
 from helpers.comparing import Tolerance, assert_near, assert_same
-from helpers.golden import assert_close, cases, replay
+from helpers.golden import assert_close, replay
 from hypothesis import given, settings
 
 from fusedopt.adafactor import Adafactor
@@ -16,12 +27,8 @@ from fusedopt.backends.eager import adafactor as eager_adafactor
 from fusedopt.backends.eager import adafactor_tiles
 from fusedopt.backends.scratch import scratch
 from fusedopt.reference import ReferenceAdafactor
-from fusedopt_kernels import rules
 
 BACKENDS = ["eager"]
-REFUSED = ("weight_decay_negative",)  # a departure: see test_adafactor_options.py
-GOLDEN = cases("adafactor", without=REFUSED)
-
 PATHS = {
     "stacked": {"SMALL": 1 << 40},
     "tiled": {"SMALL": 0},
@@ -40,37 +47,6 @@ def path(monkeypatch, request):
 
 
 every_path = pytest.mark.parametrize("path", PATHS, indirect=True)
-
-
-def normal(*shapes, seed=0, dtype=torch.float32, size=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    return [(size * torch.randn(s, generator=generator, dtype=torch.float64)).to(dtype) for s in shapes]
-
-
-def parameters(tensors):
-    return [torch.nn.Parameter(t.clone()) for t in tensors]
-
-
-def run(optimizer, steps):
-    """`steps[k][i]` is the gradient of parameter i at step k, or None."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for grads in steps:
-        for p, g in zip(params, grads):
-            p.grad = g
-        optimizer.step()
-    return [p.detach() for p in params]
-
-
-def after(make, start, steps, **options):
-    """Parameters and states after `steps` of `make(params, **options)` from `start`."""
-    params = parameters(start)
-    optimizer = make(params, **options)
-    run(optimizer, steps)
-    return [p.detach() for p in params], [optimizer.state[p] for p in params]
-
-
-def uses_rms(case):
-    return all({**case.kwargs, **group}.get("scale_parameter", True) for group in case.groups)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -96,27 +72,6 @@ def test_golden_on_every_path_of_the_eager_backend(case, path):
 
 
 # The rules, on numpy: what both backends are built from.
-
-
-def by_the_rules(p, g, state, k, lr=None, beta1=None, weight_decay=0.0, clip_threshold=1.0, maximize=False):
-    """One update in float64; the state is a dict that it changes."""
-    rms = math.sqrt(np.mean(p * p))
-    rate = rules.relative_step(k, *rules.RELATIVE_STEP_CEILINGS[False], math.sqrt, min) if lr is None else lr
-    rate = rules.scaled_rate(rate, rms, 1e-3, max)
-    weight = rules.square_weight(k, -0.8, math.exp, math.log)
-    q = g * g + 1e-30
-    if p.ndim >= 2:
-        r = state["r"] = rules.running_average(state.get("r", 0.0), q.mean(-1), weight)
-        c = state["c"] = rules.running_average(state.get("c", 0.0), q.mean(-2), weight)
-        of_row = rules.row_factor(r, r.mean(-1, keepdims=True), np.sqrt, np.divide)[..., None]
-        u = rules.factored_update(g, of_row, rules.column_factor(c, np.sqrt, np.divide)[..., None, :])
-    else:
-        v = state["v"] = rules.running_average(state.get("v", 0.0), q, weight)
-        u = rules.unfactored_update(g, v, np.sqrt, np.divide)
-    u = u / rules.clip_divisor(math.sqrt(np.mean(u * u)), clip_threshold, max) * (-rate if maximize else rate)
-    if beta1 is not None:
-        u = state["m"] = rules.running_average(state.get("m", 0.0), u, 1 - beta1)
-    return rules.adafactor_apply(p, u, rate * weight_decay)
 
 
 OPTIONS = [
@@ -179,15 +134,6 @@ def test_a_matrix_and_its_transpose_agree(shape, path):
     assert_near(ours, turned.t(), rtol=2e-6, atol=2e-6)
 
 
-LAYOUTS = {
-    "contiguous": lambda t: t.contiguous(),
-    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
-    "transposed": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
-    "column_slice": lambda t: torch.cat([t, t[..., :3]], dim=-1)[..., : t.shape[-1]],
-    "misaligned": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
-}
-
-
 @every_path
 @pytest.mark.parametrize("of_gradient", LAYOUTS)
 @pytest.mark.parametrize("of_parameter", LAYOUTS)
@@ -214,18 +160,6 @@ def test_a_matrix_that_is_a_slice_leaves_its_neighbours_alone():
 
 
 # Gradients of every size. Where the original stays finite, so do we, at the same numbers.
-
-HARD_GRADIENTS = {
-    "zero": lambda g: g * 0,
-    "tiny": lambda g: g * 1e-25,
-    "denormal": lambda g: g * 1e-41,
-    "huge": lambda g: g * 1e18,
-    "one_row": lambda g: g * (torch.arange(len(g)) == 1).view(-1, *[1] * (g.dim() - 1)),
-    "spike": lambda g: torch.where(g == g.max(), 1e6 * g, g * 1e-6),
-    "nan": lambda g: torch.where(g == g.max(), math.nan, g),
-    "inf": lambda g: torch.where(g == g.max(), math.inf, g),
-    "squares_overflow": lambda g: g * 1e30,
-}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

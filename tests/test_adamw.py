@@ -3,16 +3,13 @@
 import hypothesis.strategies as st
 import pytest
 import torch
+from helpers.adamw import GOLDEN, SIXTEEN_BITS, STATES, RoundedOnce, rounding_spoils_nothing, run
 from helpers.comparing import Tolerance, assert_near
-from helpers.golden import ROUNDED_TWICE_PER_STEP, assert_close, cases, replay
+from helpers.golden import ROUNDED_TWICE_PER_STEP, assert_close, replay
 from hypothesis import given, settings
 
 from fusedopt import AdamW
 from fusedopt_kernels import rules
-
-REFUSED = ("weight_decay_negative",)  # a departure: see test_bad_input.py
-SIXTEEN_BITS = (torch.bfloat16, torch.float16)
-GOLDEN = cases("adamw", without=REFUSED)
 
 
 @pytest.mark.parametrize("case", [case for case in GOLDEN if case.dtype not in SIXTEEN_BITS], ids=str)
@@ -38,50 +35,9 @@ def test_golden_in_16_bits_is_float64_arithmetic_rounded_once(case):
         assert ours_off <= recorded_off + torch.finfo(case.dtype).eps * reference.abs().max()
 
 
-def rounding_spoils_nothing(case):
-    """The original loses a 16-bit decay, and its 16-bit moments where beta2 is near 1."""
-    return case.dtype in SIXTEEN_BITS and not case.sensitive and not case.kwargs.get("weight_decay")
-
-
 @pytest.mark.parametrize("case", list(filter(rounding_spoils_nothing, GOLDEN)), ids=str)
 def test_golden_in_16_bits_where_rounding_spoils_nothing(case):
     assert_close(case, replay(case, AdamW), parameters=ROUNDED_TWICE_PER_STEP[case.dtype], skip_state=STATES)
-
-
-STATES = ("exp_avg", "exp_avg_sq")
-
-
-class RoundedOnce(torch.optim.Optimizer):
-    """transformers' AdamW in float64 arithmetic on 16-bit parameters and moments, each rounded once per step."""
-
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, correct_bias=True):
-        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, correct_bias=correct_bias)
-        super().__init__(params, defaults)
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                s = self.state[p] or self.state.setdefault(p, {})
-                s.setdefault("step", 0)
-                s["step"] += 1
-                m, v = (s.get(name, torch.zeros_like(p)).double() for name in STATES)
-                b1, b2 = group["betas"]
-                m, v = rules.adam_moments(p.grad.double(), m, v, b1, 1 - b1, b2, 1 - b2)
-                correction = (1 - b2 ** s["step"]) ** 0.5 / (1 - b1 ** s["step"]) if group["correct_bias"] else 1.0
-                decay = 1 - group["lr"] * group["weight_decay"]
-                new = (p.double() - group["lr"] * correction * m / (v.sqrt() + group["eps"])) * decay
-                p.copy_(new)
-                s["exp_avg"], s["exp_avg_sq"] = m.to(p.dtype), v.to(p.dtype)
-
-
-def run(optimizer, params, grads):
-    for step in grads:
-        for p, g in zip(params, step):
-            p.grad = g
-        optimizer.step()
 
 
 def parameters(shapes, dtype=torch.float32, seed=0):

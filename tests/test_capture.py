@@ -3,28 +3,16 @@
 The stand-in graph keeps what a real one keeps: the copies from pinned memory and the launches, with their addresses.
 """
 
-import weakref
-from contextlib import contextmanager
-
 import pytest
 import torch
+from helpers.adamw import gradients, parameters
 from helpers.comparing import assert_same
-from test_kernels_adamw import gradients, parameters
 
 from fusedopt import AdamW
 from fusedopt.backends.triton.adamw import TritonAdamW
-from fusedopt.backends.triton.capture import Tables
 from fusedopt.backends.triton.scalars import DeviceScalars
-from fusedopt_kernels import adamw
-from fusedopt_kernels.adafactor import averages as adafactor_averages
-from fusedopt_kernels.adafactor import step as adafactor
 
 CPU = torch.device("cpu")
-KERNELS = {
-    adamw: ("prologue", "update"),
-    adafactor: ("prologue", "sums", "squares", "finish", "apply"),
-    adafactor_averages: ("averages",),
-}
 SIZES = (7, 48, 1025)
 OPTIONS = {"weight_decay": 0.1, "amsgrad": True, "backend": "triton"}
 
@@ -32,87 +20,6 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU; see test_gpu.py"),
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
 ]
-
-
-class Graph:
-    def __init__(self):
-        self.queued = []
-        self.launches = 0
-
-    def replay(self):
-        for work in self.queued:
-            work()
-
-
-def by_address(arg):
-    """What a graph knows of an argument: nothing that would keep it alive."""
-    if not isinstance(arg, torch.Tensor):
-        return lambda: arg
-    reference = weakref.ref(arg)
-
-    def alive():
-        tensor = reference()
-        assert tensor is not None, "a graph was replayed whose memory is gone"
-        return tensor
-
-    return alive
-
-
-class Kernel:
-    """A kernel whose launches go into the graph while one is captured."""
-
-    def __init__(self, kernel, capturing):
-        self.kernel, self.capturing = kernel, capturing
-
-    def __getitem__(self, grid):
-        def launch(*args, **kwargs):
-            if not self.capturing:
-                self.kernel[grid](*args, **kwargs)
-                return
-            kept = [by_address(arg) for arg in args]
-            self.capturing[-1].queued.append(lambda: self.kernel[grid](*(arg() for arg in kept), **kwargs))
-            self.capturing[-1].launches += 1
-
-        return launch
-
-
-@pytest.fixture
-def capture(monkeypatch):
-    """A context manager like `torch.cuda.graph`, for a new `Graph`."""
-    capturing: list[Graph] = []
-    for module in (
-        "fusedopt.base",
-        "fusedopt.backends.graphs",
-        "fusedopt.backends.triton.capture",
-        "fusedopt.backends.triton.scalars",
-    ):
-        monkeypatch.setattr(f"{module}.capturing", lambda device: bool(capturing))
-    monkeypatch.setattr("fusedopt.keras._capturing", lambda: bool(capturing))
-    for kernels, names in KERNELS.items():
-        for name in names:
-            monkeypatch.setattr(kernels, name, Kernel(getattr(kernels, name), capturing))
-    copy_at_every_replay = Tables._copy_at_every_replay
-
-    def copied(self, host, device):
-        table = copy_at_every_replay(self, host, device)
-        staging = self._kept[-1]
-        assert_same(staging, table)
-        table.fill_(-1)
-        kept_table, kept_staging = by_address(table), by_address(staging)
-        capturing[-1].queued.append(lambda: kept_table().copy_(kept_staging()))
-        return table
-
-    monkeypatch.setattr(Tables, "_copy_at_every_replay", copied)
-
-    @contextmanager
-    def capture():
-        capturing.append(Graph())
-        try:
-            yield capturing[-1]
-        finally:
-            capturing.pop()
-
-    return capture
 
 
 def step(optimizer, params, grads):

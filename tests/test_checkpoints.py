@@ -1,12 +1,12 @@
 """Resuming is the uninterrupted run, bit for bit, whatever carried the checkpoint."""
 
 import copy
-import io
 from typing import Any
 
 import pytest
 import torch
 from helpers.comparing import assert_near, assert_same
+from helpers.files import through_a_file
 from helpers.loops import BACKENDS, OPTIMIZERS, ROWS, Net, scheduler_for, sharded, train, whole
 from helpers.schedules import EVERY_NAME, advance, by_name
 from torch.distributed.checkpoint import state_dict as dcp
@@ -14,13 +14,6 @@ from torch.distributed.checkpoint import state_dict as dcp
 from fusedopt import Adafactor, AdamW, AdamWeightDecay, checkpoint
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
-
-
-def through_a_file(saved: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(saved, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def runs(name: str, backend: str, device: torch.device, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:

@@ -7,9 +7,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from helpers.adamw import RATES, gradients, parameters, run
 from helpers.comparing import assert_near, assert_same
-from test_kernels_adamw import gradients, parameters
-from test_triton_adamw import RATES, run
 
 from fusedopt import Adafactor, AdamW, get_cosine_schedule_with_warmup
 

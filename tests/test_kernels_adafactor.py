@@ -2,49 +2,35 @@
 
 import dataclasses
 import math
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from helpers.adafactor import (
+    GOLDEN,
+    HARD_GRADIENTS,
+    LAYOUTS,
+    TritonAdafactor,
+    after,
+    by_the_rules,
+    normal,
+    parameters,
+    run,
+    uses_rms,
+)
 from helpers.comparing import Tolerance, assert_near, assert_same
 from helpers.golden import assert_close, replay
-from test_adafactor import GOLDEN, HARD_GRADIENTS, LAYOUTS, by_the_rules, normal, parameters, run, uses_rms
-from triton.runtime.interpreter import interpreter_builder
+from helpers.kernels import TINY, set_constants
 
-from fusedopt import Adafactor
 from fusedopt.reference import ReferenceAdafactor
 from fusedopt_kernels import rules
-from fusedopt_kernels.adafactor import averages, plan, shards
-from fusedopt_kernels.adafactor import step as kernels
 
 # The interpreter computes with numpy, which warns about what it is given here on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-TritonAdafactor = partial(Adafactor, backend="triton")
-
 ONE_PROGRAM = {"LINES": 16, "STRIP": 16, "SHARE": 256}
-TINY = {
-    **{"BLOCK": 16, "TILE_BYTES": 16, "TILE_HEIGHT": 8, "ENTRIES": 4, "PARTIALS": 2, "MEANS": 2, "SQUARES": 4},
-    **{"LINES": 4, "STRIP": 2, "SHARE": 8},
-}
 CUTS = {"as on a GPU": {}, "small matrices in pieces": TINY, "tiles of 4 columns": {**TINY, "SMALL_SIDE": 2}}
 """Constants that send tensors of a few elements through every kind of piece, and across borders of pieces."""
-
-
-def set_constants(monkeypatch, constants):
-    for name, value in constants.items():
-        for module in (plan, averages, shards, kernels):
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, value)
-
-
-@pytest.fixture(autouse=True)
-def unchecked(device, monkeypatch):
-    """Without the interpreter's checks for overflow, which take as long again: nothing here is that large."""
-    if device.type == "cpu":
-        unchecked = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
-        monkeypatch.setattr(interpreter_builder, "options", unchecked)
 
 
 @pytest.fixture
@@ -53,15 +39,6 @@ def cut(monkeypatch, request):
 
 
 every_cut = pytest.mark.parametrize("cut", CUTS, indirect=True)
-
-
-def after(make, start, steps, device, **options):
-    """Parameters and states, on the CPU, after `steps` of `make(params, **options)` from `start`."""
-    params = parameters([p.to(device) for p in start])
-    optimizer = make(params, **options)
-    run(optimizer, [[None if g is None else g.to(device) for g in grads] for grads in steps])
-    states = [{name: torch.as_tensor(value).cpu() for name, value in optimizer.state[p].items()} for p in params]
-    return [p.detach().cpu() for p in params], states
 
 
 IN_FULL = ("grad_none", "lr_schedule", "bfloat16_manual")
@@ -117,6 +94,7 @@ RUNS = [
 
 
 @pytest.mark.parametrize(("cut", "options", "dtype"), RUNS, indirect=["cut"], ids=str)
+@pytest.mark.usefixtures("checks_for_overflow")
 def test_the_kernels_do_what_the_rules_say(options, dtype, cut, device):
     start = normal(*SHAPES, dtype=dtype)
     steps = [normal(*SHAPES, seed=k, dtype=dtype) for k in (1, 2)]

@@ -5,9 +5,17 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from helpers.adamw import (
+    GOLDEN,
+    SIXTEEN_BITS,
+    STATES,
+    RoundedOnce,
+    gradients,
+    parameters,
+    rounding_spoils_nothing,
+)
 from helpers.comparing import Tolerance, assert_near, assert_same
 from helpers.golden import ROUNDED_TWICE_PER_STEP, assert_close, replay
-from test_adamw import GOLDEN, SIXTEEN_BITS, STATES, RoundedOnce, rounding_spoils_nothing
 
 from fusedopt import AdamW
 from fusedopt.backends.triton.adamw import TritonAdamW as TritonStepper
@@ -32,27 +40,6 @@ def test_golden_in_16_bits_is_exact_arithmetic_rounded_once(case, device):
     assert_near(ours.parameters, expected.parameters, allowed)
     if rounding_spoils_nothing(case):
         assert_close(case, ours, parameters=ROUNDED_TWICE_PER_STEP[case.dtype], skip_state=STATES)
-
-
-SIZES = (1, 7, 1024, 1025, 3000, 0, 2048)
-
-
-def parameters(device, sizes=SIZES, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.nn.Parameter(torch.randn(n, generator=generator, dtype=torch.float64).to(device, dtype)) for n in sizes
-    ]
-
-
-def gradients(params, seed, dtype=None):
-    """Of magnitudes from 1e-24 to 1e6, and some zeros."""
-    generator = torch.Generator().manual_seed(seed)
-    grads = []
-    for p in params:
-        noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
-        size = 10.0 ** torch.randint(-6, 2, p.shape, generator=generator).double()
-        grads.append((noise * size * (noise.abs() > 0.1)).to(p.device, dtype or p.dtype))
-    return grads
 
 
 class OnNumpy:
@@ -131,11 +118,15 @@ DEFAULTS = {
 }  # fmt: skip
 
 
+SIZES = (1, 7, 1024, 1025, 3000, 0, 2048)
+
+
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.usefixtures("checks_for_overflow")
 def test_equals_the_rules_on_numpy_bit_for_bit(options, dtypes, device):
     dtype, grad_dtype, moment_dtype = dtypes
-    params = parameters(device, dtype=dtype)
+    params = parameters(device, SIZES, dtype)
     options = {**DEFAULTS, **options}
     convention = options.pop("convention")
     optimizer = AdamW(params, convention=convention, backend="triton", **options)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from helpers.comparing import assert_same, same
+from helpers.files import through_a_file
 from helpers.loops import Net, train
-from test_checkpoints import through_a_file
 
 from fusedopt import Adafactor, AdamW, AdamWeightDecay
 

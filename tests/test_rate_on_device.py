@@ -9,7 +9,6 @@ import torch
 from helpers.comparing import assert_near, assert_same
 from helpers.keras import BACKENDS, device_of, parameter, step
 from helpers.schedules import CLOSED_FORMS
-from test_capture import capture  # noqa: F401  (a fixture)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedopt import create_optimizer, register_step_in_backward
@@ -313,13 +312,13 @@ class Recorded(TorchDispatchMode):
 
 
 @contextmanager
-def captured(capture):  # noqa: F811
+def captured(capture):
     with capture() as graph, Recorded(graph):
         yield graph
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU")
-def test_a_captured_schedule_goes_on_with_every_replay_that_counts(capture):  # noqa: F811
+def test_a_captured_schedule_goes_on_with_every_replay_that_counts(capture):
     """And with the steps between replays; a step that a GradScaler's overflow skips does not count."""
     ours, expected = [parameter(1.0, -2.0, 3.0)], [parameter(1.0, -2.0, 3.0)]
     optimizer = AdamWeightDecay(ours, RATE, backend="triton", **OPTIONS)
@@ -351,7 +350,7 @@ def test_a_captured_schedule_goes_on_with_every_replay_that_counts(capture):  # 
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU")
-def test_a_capture_before_the_first_step_is_refused(capture):  # noqa: F811
+def test_a_capture_before_the_first_step_is_refused(capture):
     p = parameter()
     optimizer = AdamWeightDecay([p], RATE, backend="triton")
     optimizer.init_state()

@@ -10,12 +10,11 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from helpers.adafactor import TritonAdafactor, after, normal, parameters, run
 from helpers.comparing import assert_near, assert_same
+from helpers.kernels import KERNELS, TINY, set_constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_adafactor import normal, parameters, run
-from test_capture import KERNELS, capture  # noqa: F401
-from test_kernels_adafactor import TINY, TritonAdafactor, after, set_constants, unchecked  # noqa: F401
 
 from fusedopt import Adafactor
 from fusedopt_kernels import adamw
@@ -389,7 +388,7 @@ def test_states_of_another_dtype_or_layout_are_converted(device):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU; see test_gpu.py")
-def test_captured_steps_and_eager_ones_in_turn(capture, device):  # noqa: F811
+def test_captured_steps_and_eager_ones_in_turn(capture, device):
     """The rate changes between replays; eager steps in between have other gradients, at other addresses."""
     start = [p.to(device) for p in normal(*SHAPES)]
     steps = [[g.to(device) for g in normal(*SHAPES, seed=k)] for k in range(3)]
@@ -417,7 +416,7 @@ def test_captured_steps_and_eager_ones_in_turn(capture, device):  # noqa: F811
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU; see test_gpu.py")
-def test_a_capture_of_kernels_that_never_ran_is_refused(capture, device):  # noqa: F811
+def test_a_capture_of_kernels_that_never_ran_is_refused(capture, device):
     params = parameters([p.to(device) for p in normal((40, 3), (7,))])
     optimizer = TritonAdafactor(params)
     run(optimizer, [[torch.ones_like(p) for p in params]])

@@ -4,20 +4,13 @@ import copy
 
 import pytest
 import torch
+from helpers.adamw import RATES, gradients, parameters, run
 from helpers.comparing import assert_near, assert_same
-from test_kernels_adamw import gradients, parameters
 
 from fusedopt import AdamW, backends
 from fusedopt.batch import Control
 
 SIZES = (7, 48, 1025, 2048)
-
-
-def run(optimizer, params, steps):
-    for grads in steps:
-        for p, g in zip(params, grads):
-            p.grad = None if g is None else g.clone()
-        optimizer.step()
 
 
 def assert_like_eager(make, device, steps, params=None):
@@ -72,9 +65,6 @@ def test_hyper_parameters_are_those_of_the_group(device):
 
     params = parameters(device, SIZES)
     assert_like_eager(make, device, [gradients(params, seed) for seed in range(3)])
-
-
-RATES = (0.5, 0.0, 0.25)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
