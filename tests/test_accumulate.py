@@ -13,11 +13,11 @@ import pytest
 import torch
 from helpers.comparing import assert_near, assert_same
 from helpers.keras import BACKENDS, device_of, recorded
+from helpers.optimizers import OPTIMIZERS, every_optimizer
 from helpers.processes import run_together
 
 import fusedopt
 from fusedopt.accumulate import GradientAccumulator
-from fusedopt.keras import AdamWeightDecay
 
 ROOT = Path(__file__).parent.parent
 CASES = recorded("tf_gradient_accumulator")["cases"]
@@ -92,20 +92,17 @@ def squared_error(model, x, y):
     return ((model(x) - y) ** 2).sum() / len(x)
 
 
-OPTIMIZERS = {"AdamW": lambda ps: fusedopt.AdamW(ps, lr=0.1), "AdamWeightDecay": lambda ps: AdamWeightDecay(ps, 0.1)}
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@every_optimizer
 @pytest.mark.parametrize("problem", [exact_problem, inexact_problem])
-def test_micro_batches_equal_one_large_batch(problem, make, backend):
+def test_micro_batches_equal_one_large_batch(problem, name, backend):
     """Where sums are exact so is their mean, since 1/4 is a power of two; elsewhere float32 roundings differ."""
     device = device_of(backend)
     means, results = [], []
     for micro_batches in (1, 4):
         model, x, y = problem()
         model, x, y = model.to(device), x.to(device), y.to(device)
-        optimizer, accumulator = make(model.parameters()), GradientAccumulator(backend=backend)
+        optimizer, accumulator = OPTIMIZERS[name].at(0.1, model.parameters()), GradientAccumulator(backend=backend)
         for part in zip(x.chunk(micro_batches), y.chunk(micro_batches)):
             squared_error(model, *part).backward()
             accumulator.accumulate(model.parameters())

@@ -6,20 +6,21 @@ A step that raises has changed nothing: no weight, no state, no count, no group.
 import copy
 import math
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from helpers.comparing import assert_same
-from helpers.loops import BACKENDS, Net, sharded, train
+from helpers.loops import Net, sharded, train
+from helpers.optimizers import BACKENDS, OPTIMIZERS, VARIANTS, every_optimizer
 
 from fusedopt import Adafactor, AdamW, AdamWeightDecay, register_step_in_backward
 
+GUARD = {"max_grad_norm": 0.1, "skip_nonfinite": True}
 MAKE = {
-    "AdamW": lambda params, **kw: AdamW(params, lr=0.1, **kw),
-    "AdamW-guarded": lambda params, **kw: AdamW(params, lr=0.1, max_grad_norm=0.1, skip_nonfinite=True, **kw),
-    "AdamWeightDecay": lambda params, **kw: AdamWeightDecay(params, 0.1, clipnorm=0.5, **kw),
-    "Adafactor": lambda params, **kw: Adafactor(params, **kw),
-    "Adafactor-beta1": lambda params, **kw: Adafactor(params, beta1=0.9, **kw),
+    **OPTIMIZERS,
+    "AdamW-guarded": partial(OPTIMIZERS["AdamW"], **GUARD),
+    **{name: VARIANTS[name] for name in ("AdamWeightDecay-clipnorm", "Adafactor-lr-beta1")},
 }
 
 
@@ -93,7 +94,7 @@ def test_a_frozen_parameter_may_have_another_size_than_its_state(backend):
     refuses(optimizer, p, q, match=r"made for one of \(4, 3\)")
 
 
-@pytest.mark.parametrize("name", ["AdamW", "AdamWeightDecay", "Adafactor"])
+@every_optimizer
 def test_a_step_in_backward_refuses_a_parameter_of_another_size(name):
     model = torch.nn.Linear(3, 4, bias=False)
     optimizer = MAKE[name](model.parameters())
@@ -334,17 +335,12 @@ BAD = [
     ("Adafactor", "warmup_init", True),
 ]
 
-RATED = {
-    **MAKE,
-    "Adafactor": lambda params, **kw: Adafactor(params, lr=0.1, relative_step=False, scale_parameter=False, **kw),
-}
-
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("name", "option", "value"), BAD, ids=str)
 def test_an_option_that_is_written_into_a_group_is_looked_at(name, option, value, backend):
     params = [weight(3), weight(2)]
-    optimizer = RATED[name]([{"params": [p]} for p in params], backend=backend)
+    optimizer = OPTIMIZERS[name].at(0.1, [{"params": [p]} for p in params], backend=backend)
     optimizer.init_state()
     good, optimizer.param_groups[1][option] = optimizer.param_groups[1][option], value
     weights = [p.detach().clone() for p in params]
@@ -388,8 +384,9 @@ def test_a_step_in_backward_looks_at_options_too():
 # Groups that are edited.
 
 
-@pytest.mark.parametrize("cls", [AdamW, AdamWeightDecay, Adafactor])
-def test_the_same_parameter_twice_is_refused(cls):
+@every_optimizer
+def test_the_same_parameter_twice_is_refused(name):
+    cls = OPTIMIZERS[name].cls
     p = weight(2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch only warns
@@ -441,7 +438,7 @@ def grown(optimizer, model):
     optimizer.add_param_group({"params": [model.last.weight], "lr": 0.5})
 
 
-@pytest.mark.parametrize("name", ["AdamW", "AdamWeightDecay", "Adafactor"])
+@every_optimizer
 @pytest.mark.parametrize("edit", [swapped, emptied, deleted, moved, copied, grown])
 def test_a_step_in_backward_takes_the_rate_of_the_group_that_a_parameter_is_in(edit, name):
     models = Net(), Net()
@@ -449,7 +446,7 @@ def test_a_step_in_backward_takes_the_rate_of_the_group_that_a_parameter_is_in(e
         last = [model.last.weight]
         others = [p for p in model.parameters() if p is not model.last.weight]
         groups = [{"params": last, "lr": 1e-3}, {"params": others, "lr": 0.1}]
-        optimizer = RATED[name](groups)
+        optimizer = OPTIMIZERS[name].at(0.1, groups)
         if in_backward:
             register_step_in_backward(optimizer, model)
         train(model, optimizer, 2)

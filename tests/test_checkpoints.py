@@ -7,7 +7,8 @@ import pytest
 import torch
 from helpers.comparing import assert_near, assert_same
 from helpers.files import through_a_file
-from helpers.loops import BACKENDS, OPTIMIZERS, ROWS, Net, scheduler_for, sharded, train, whole
+from helpers.loops import Net, sharded, train, whole
+from helpers.optimizers import BACKENDS, ROWS, VARIANTS, scheduler_for
 from helpers.schedules import EVERY_NAME, advance, by_name
 from torch.distributed.checkpoint import state_dict as dcp
 
@@ -18,7 +19,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
 def runs(name: str, backend: str, device: torch.device, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
     model = Net(seed).to(device, dtype)
-    optimizer = OPTIMIZERS[name](model, backend=backend)
+    optimizer = VARIANTS[name](model, backend=backend)
     return model, optimizer, scheduler_for(name, optimizer)
 
 
@@ -48,7 +49,7 @@ def test_resuming_from_a_file(name, backend, dtype, device):
 def test_resuming_with_every_schedule(name, optimizer_name):
     def run(seed):
         model = Net(seed)
-        optimizer = OPTIMIZERS[optimizer_name](model)
+        optimizer = VARIANTS[optimizer_name](model)
         return model, optimizer, by_name(name, optimizer, num_training_steps=8)
 
     def go_on(model, optimizer, scheduler, seed):
@@ -73,11 +74,11 @@ def test_resuming_with_every_schedule(name, optimizer_name):
 def test_a_checkpoint_of_one_backend_is_one_of_the_other(name, here, there, device):
     model, optimizer, _ = runs(name, here, device)
     train(model, optimizer, 3)
-    other = OPTIMIZERS[name](model, backend=there)
+    other = VARIANTS[name](model, backend=there)
     other.load_state_dict(through_a_file(optimizer.state_dict()))
     assert_same(other.state_dict(), optimizer.state_dict())
     on_the_other = copy.deepcopy(model)
-    moved = OPTIMIZERS[name](on_the_other, backend=there)
+    moved = VARIANTS[name](on_the_other, backend=there)
     moved.load_state_dict(optimizer.state_dict())
     train(model, optimizer, 1, seed=2)
     train(on_the_other, moved, 1, seed=2)
@@ -95,14 +96,14 @@ def test_looking_at_a_fresh_optimizer_changes_nothing(name, backend, device):
     assert {state["step"].item() for state in optimizer.state.values()} == {0.0}
     assert shown["state"].keys() == {key for key, _ in model.named_parameters()}
     assert all(p.grad is None for p in model.parameters())
-    reference = OPTIMIZERS[name](before, backend=backend)
+    reference = VARIANTS[name](before, backend=backend)
     train(model, optimizer, 1)
     train(before, reference, 1)
     assert_same(model, before)
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_resuming_through_a_folder_of_distributed_checkpoint(name, flat, tmp_path):
     model, optimizer, _ = runs(name, "eager", torch.device("cpu"))
     train(model, optimizer, 4)
@@ -123,7 +124,7 @@ def test_resuming_through_a_folder_of_distributed_checkpoint(name, flat, tmp_pat
     assert_same(model, resumed)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_setting_the_state_of_a_fresh_optimizer_moves_no_weight(name):
     model, optimizer, _ = runs(name, "eager", torch.device("cpu"))
     train(model, optimizer, 4)
@@ -138,7 +139,7 @@ def test_setting_the_state_of_a_fresh_optimizer_moves_no_weight(name):
 @pytest.mark.parametrize("name", ["AdamW", "AdamW-eps_0", "AdamWeightDecay-function"])
 def test_looking_at_a_fresh_optimizer_of_a_sharded_model_changes_nothing(name):
     with sharded(Net()) as model:
-        optimizer = OPTIMIZERS[name](model)
+        optimizer = VARIANTS[name](model)
         shown = dcp.get_optimizer_state_dict(model, optimizer, options=dcp.StateDictOptions(full_state_dict=True))
         assert {float(state["step"]) for state in shown["state"].values()} == {0.0}
         assert_same(whole(model), whole(Net()))
@@ -191,7 +192,7 @@ def test_a_compiled_models_checkpoint_is_the_plain_ones():
     assert_same(other.state_dict(), optimizer.state_dict())
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_resuming_in_a_model_that_changed_its_dtype(name):
     """The state keeps the dtype that it had, in the uninterrupted run as in the resumed one."""
     model, optimizer, _ = runs(name, "eager", torch.device("cpu"))
@@ -220,14 +221,14 @@ def test_states_follow_their_parameters_to_another_device():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_a_model_moved_to_the_gpu_goes_on_there(name, device):
     model, optimizer, _ = runs(name, "auto", torch.device("cpu"))
     train(model, optimizer, 3)
     saved = optimizer.state_dict()
     model.to(device)
     loaded_model = copy.deepcopy(model)
-    loaded = OPTIMIZERS[name](loaded_model)
+    loaded = VARIANTS[name](loaded_model)
     loaded.load_state_dict(saved)
     train(model, optimizer, 2, seed=2)
     train(loaded_model, loaded, 2, seed=2)

@@ -15,6 +15,11 @@ from fusedopt import backends
 ROOT = Path(__file__).parent.parent
 
 
+every_target = pytest.mark.parametrize(
+    "target", ["sm_90", *(pytest.param(other, marks=pytest.mark.slow) for other in ("sm_80", "sm_100", "gfx942"))]
+)
+
+
 def compiled(what, script="compiled_steps.py"):
     """Output of that script. One test each, so that tests in parallel do not compile the same."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *sys.path])}
@@ -62,7 +67,7 @@ def limits(kernel, target, registers):
     return max([registers, *(e.registers for e in exempt)]), max([0, *(e.spilled for e in exempt)])
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@every_target
 def test_every_variant(target):
     variants = compiled(target)
     assert 16 < len(variants) <= 24
@@ -124,7 +129,7 @@ IN_PLACE = ("prologue", "sums", "averages", "apply")
 """The phases that write where they read."""
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@every_target
 def test_every_variant_of_adafactor(target):
     variants = compiled(target, ADAFACTOR)
     assert len(variants) == 20  # of three dtypes, where what reads no gradient serves several; 7 for shards alone

@@ -6,7 +6,8 @@ import pickle
 import pytest
 import torch
 from helpers.comparing import assert_same
-from helpers.loops import BACKENDS, OPTIMIZERS, Net, train
+from helpers.loops import Net, train
+from helpers.optimizers import BACKENDS, VARIANTS
 
 from fusedopt import AdamW, outside_graphs, register_step_in_backward
 
@@ -23,7 +24,7 @@ def forget_graphs():
 
 def plain(name, backend, device, steps=3):
     model = Net().to(device)
-    optimizer = OPTIMIZERS[name](model, backend=backend)
+    optimizer = VARIANTS[name](model, backend=backend)
     train(model, optimizer, steps)
     return model, optimizer
 
@@ -32,7 +33,7 @@ def plain(name, backend, device, steps=3):
 def test_a_compiled_model(name):
     model, _ = plain(name, "eager", "cpu")
     compiled = torch.compile(Net(), backend=COMPILER)
-    other = OPTIMIZERS[name](compiled, backend="eager")
+    other = VARIANTS[name](compiled, backend="eager")
     train(compiled, other, 3)
     assert_same(model, compiled)
 
@@ -43,7 +44,7 @@ def test_a_compiled_training_step(name, backend, device):
     """Rates and step counts change from step to step; nothing of them may be frozen into a graph."""
     model, optimizer = plain(name, backend, device)
     other_model = Net().to(device)
-    other = OPTIMIZERS[name](other_model, backend=backend)
+    other = VARIANTS[name](other_model, backend=backend)
 
     @torch.compile(backend=COMPILER)
     def step(x, skip):
@@ -143,7 +144,7 @@ def test_hooks_stay_out_of_graphs_too():
 def test_a_step_in_the_backward_of_a_compiled_model(autograd):
     model, _ = plain("AdamW", "eager", "cpu")
     other_model = Net()
-    other = OPTIMIZERS["AdamW"](other_model, backend="eager")
+    other = VARIANTS["AdamW"](other_model, backend="eager")
     register_step_in_backward(other, other_model)
     with torch._dynamo.config.patch(compiled_autograd=autograd):
         compiled = torch.compile(other_model, backend=COMPILER)

@@ -4,13 +4,15 @@
 """
 
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
 from helpers.adamw import RATES, gradients, parameters, run
 from helpers.comparing import assert_near, assert_same
+from helpers.optimizers import OPTIMIZERS
 
-from fusedopt import Adafactor, AdamW, get_cosine_schedule_with_warmup
+from fusedopt import AdamW, get_cosine_schedule_with_warmup
 
 pytestmark = pytest.mark.gpu
 
@@ -35,17 +37,14 @@ def matrices(params):
     return [torch.nn.Parameter(p.detach().reshape(shape)) for p, shape in zip(params, shapes, strict=True)]
 
 
+GUARD = {"max_grad_norm": 0.5, "skip_nonfinite": True}
 MAKERS = {
-    "AdamW": lambda params, lr: (params, AdamW(params, lr=lr, backend="triton", **OPTIONS)),
-    "AdamW-guarded": lambda params, lr: (
-        params,
-        AdamW(params, lr=lr, backend="triton", max_grad_norm=0.5, skip_nonfinite=True, **OPTIONS),
-    ),
-    "Adafactor": lambda params, lr: (
-        params := matrices(params),
-        Adafactor(params, lr=lr, relative_step=False, beta1=0.9, weight_decay=0.1, backend="triton"),
-    ),
+    **{name: row.at for name, row in OPTIMIZERS.items()},
+    "AdamW-amsgrad": partial(OPTIMIZERS["AdamW"].at, **OPTIONS),
+    "AdamW-guarded": partial(OPTIMIZERS["AdamW"].at, **OPTIONS, **GUARD),
+    "Adafactor-beta1": partial(OPTIMIZERS["Adafactor"].at, beta1=0.9, weight_decay=0.1),
 }
+"""Each takes a learning rate, parameters and `backend=`."""
 
 
 @pytest.fixture(params=MAKERS)
@@ -54,7 +53,8 @@ def two(device, request):
     pairs = []
     for _ in range(2):
         lr = torch.tensor(0.1, device=device)
-        params, optimizer = MAKERS[request.param](parameters(device, SIZES), lr)
+        params = matrices(parameters(device, SIZES))
+        optimizer = MAKERS[request.param](lr, params, backend="triton")
         step(optimizer, params, gradients(params, 0))
         pairs.append((optimizer, params, lr))
     return pairs

@@ -2,24 +2,20 @@
 
 import copy
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from helpers.comparing import assert_near, assert_same, same
+from helpers.optimizers import BACKENDS, OPTIMIZERS, VARIANTS
 
-from fusedopt import Adafactor, AdamW, AdamWeightDecay, register_step_in_backward
-
-BACKENDS = ["eager", "triton"]
+from fusedopt import AdamW, AdamWeightDecay, register_step_in_backward
 
 MAKERS = {
-    "AdamW": lambda params, **options: AdamW(params, lr=0.1, weight_decay=0.1, **options),
-    "AdamW-torch-bfloat16": lambda params, **options: AdamW(params, lr=0.1, convention="torch", **options),
-    "AdamWeightDecay": lambda params, **options: AdamWeightDecay(params, 0.1, weight_decay_rate=0.1, **options),
-    "Adafactor": lambda params, **options: Adafactor(params, **options),
-    "Adafactor-momentum": lambda params, **options: Adafactor(
-        params, lr=0.1, relative_step=False, beta1=0.9, weight_decay=0.1, **options
-    ),
+    **OPTIMIZERS,
+    "AdamW-torch-bfloat16": partial(OPTIMIZERS["AdamW"].at, 0.1, convention="torch"),
+    "Adafactor-lr-beta1": VARIANTS["Adafactor-lr-beta1"],
 }
 
 

@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from helpers.comparing import assert_same, same
-from helpers.loops import OPTIMIZERS, ROWS, Net, scheduler_for, sharded, train, whole
+from helpers.loops import Net, sharded, train, whole
+from helpers.optimizers import ROWS, VARIANTS, scheduler_for
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.optim.lr_scheduler import LambdaLR
@@ -16,7 +17,7 @@ from fusedopt import Adafactor, AdamW, AdamWeightDecay, register_step_in_backwar
 
 def run(name, backend, device, steps=6, in_backward=True, dtype=torch.float32):
     model = Net().to(device, dtype)
-    optimizer = OPTIMIZERS[name](model, backend=backend)
+    optimizer = VARIANTS[name](model, backend=backend)
     scheduler = scheduler_for(name, optimizer)
     if in_backward:
         register_step_in_backward(optimizer, model)
@@ -139,11 +140,11 @@ def test_resuming(name):
     """Also from a checkpoint in which a parameter has no state yet."""
     model = Net()
     model.sometimes.requires_grad_(False)
-    optimizer = OPTIMIZERS[name](model)
+    optimizer = VARIANTS[name](model)
     train(model, optimizer, 2)
     model.sometimes.requires_grad_(True)
     other_model = copy.deepcopy(model)
-    other = OPTIMIZERS[name](other_model)
+    other = VARIANTS[name](other_model)
     register_step_in_backward(other, other_model)
     other.load_state_dict(optimizer.state_dict())
     train(model, optimizer, 4, seed=2)
@@ -202,7 +203,7 @@ def test_a_weight_used_twice_is_updated_once():
 def test_fsdp2_sums_the_gradients_before(name):
     plain, _ = run(name, "eager", "cpu", in_backward=False)
     with sharded(Net()) as model:
-        optimizer = OPTIMIZERS[name](model)
+        optimizer = VARIANTS[name](model)
         register_step_in_backward(optimizer, model)
         train(model, optimizer, 6, scheduler_for(name, optimizer))
         assert_same(whole(model), whole(plain))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.keras import parameter, step
+from helpers.optimizers import OPTIMIZERS
 
 from fusedopt import Adafactor, AdamW, AdamWeightDecay, PolynomialDecay, WarmUp, create_optimizer
 from fusedopt.schedules import GreedyLR, ReduceLROnPlateau, get_scheduler
@@ -110,23 +111,15 @@ def test_a_config_of_keras_that_means_something_else_is_refused(config, message)
 
 TEXT = "1e-4"
 
-OPTIMIZERS = {
-    AdamW: ["lr", "eps", "weight_decay", "max_grad_norm"],
-    AdamWeightDecay: [
-        *("learning_rate", "beta_1", "beta_2", "epsilon", "weight_decay_rate", "clipvalue", "clipnorm"),
-        *("global_clipnorm", "decay", "max_grad_norm"),
-    ],
-    Adafactor: ["lr", "clip_threshold", "decay_rate", "beta1", "weight_decay", "max_grad_norm"],
-}
-
 
 @pytest.mark.parametrize(
-    ("optimizer", "option"), [(one, option) for one, options in OPTIMIZERS.items() for option in options]
+    ("name", "option"), [(name, option) for name, row in OPTIMIZERS.items() for option in row.numbers]
 )
-def test_an_option_that_is_a_string_is_refused_by_name(optimizer, option):
-    options = {"relative_step": False} if optimizer is Adafactor and option == "lr" else {}
+def test_an_option_that_is_a_string_is_refused_by_name(name, option):
+    row = OPTIMIZERS[name]
+    options = row.fixed_rate if option == row.rate else {}
     with pytest.raises(ValueError, match=f"{option} must be .* got '1e-4' .a string: YAML"):
-        optimizer([parameter()], **options, **{option: TEXT})
+        row.cls([parameter()], **options, **{option: TEXT})
 
 
 @pytest.mark.parametrize(

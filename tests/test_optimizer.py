@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.comparing import assert_near, assert_same
+from helpers.optimizers import BACKENDS, OPTIMIZERS, every_optimizer
 
 from fusedopt import AdamW
 from fusedopt.reference import ReferenceAdamW
@@ -324,3 +325,14 @@ def test_training_bumps_version_counters():
 def test_repr_shows_the_options():
     text = repr(AdamW([torch.nn.Parameter(torch.ones(1))], lr=0.25))
     assert text.startswith("AdamW") and "lr: 0.25" in text
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@every_optimizer
+def test_a_step_makes_the_states_that_an_optimizer_says_and_no_others(name, backend, device):
+    row = OPTIMIZERS[name]
+    p = torch.nn.Parameter(torch.ones(40, 3, device=device))
+    optimizer = row([p], backend=backend)
+    optimizer.apply_gradients([(torch.ones_like(p), p)])
+    assert optimizer.state[p].keys() == row.states and type(optimizer) is row.cls
+    assert (p < 1).all()

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from helpers.comparing import assert_same
+from helpers.optimizers import OPTIMIZERS
 
 from fusedopt import Adafactor, AdamW, AdamWeightDecay, PolynomialDecay, WarmUp
 
@@ -23,17 +24,15 @@ def updated(optimizer):
 
 
 MAKE = {
-    "AdamW": lambda ps: AdamW(ps, lr=0.1),
+    **OPTIMIZERS,
     "AdamW in all options": lambda ps: AdamW(
         ps, 0.1, (0.8, 0.9), 0.5, 0.3, amsgrad=True, maximize=True, convention="torch", backend="eager",
         max_grad_norm=0.1, skip_nonfinite=True
     ),
     "AdamW without correction": lambda ps: AdamW(ps, 0.1, correct_bias=False),
-    "Adafactor": lambda ps: Adafactor(ps),
     "Adafactor in all options": lambda ps: Adafactor(
         ps, 0.1, (1e-20, 1e-2), 0.5, -0.7, 0.9, 0.1, False, False, maximize=True, backend="eager", max_grad_norm=0.1
     ),
-    "Keras": lambda ps: AdamWeightDecay(ps, 0.1),
     "Keras, epsilon 0": lambda ps: AdamWeightDecay.from_config({"epsilon": 0.0}, ps),
     "Keras in all options": lambda ps: AdamWeightDecay(
         ps, 0.1, 0.8, 0.9, 0.5, True, 0.3, ["weight"], ["bias"], "own name", backend="eager", clipnorm=0.5,

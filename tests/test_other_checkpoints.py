@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,14 +11,11 @@ import torch
 from helpers.comparing import assert_same, same
 from helpers.files import through_a_file
 from helpers.loops import Net, train
+from helpers.optimizers import OPTIMIZERS
 
 from fusedopt import Adafactor, AdamW, AdamWeightDecay
 
-MAKE = {
-    "AdamW": lambda m, **kw: AdamW(m.parameters(), lr=0.01, **kw),
-    "AdamWeightDecay": lambda m, **kw: AdamWeightDecay(m.named_parameters(), 0.01, **kw),
-    "Adafactor": lambda m, **kw: Adafactor(m.parameters(), lr=0.01, relative_step=False, **kw),
-}
+MAKE = {name: partial(row, **row.fixed_rate) for name, row in OPTIMIZERS.items()}
 every_optimizer = pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.comparing import assert_near, assert_same, same
-from helpers.loops import OPTIMIZERS, Net, rate_of_the_step
+from helpers.loops import Net
+from helpers.optimizers import VARIANTS
 
 from fusedopt import (
     Adafactor,
@@ -179,12 +180,12 @@ def loss_of(model, x):
     return model(x).square().mean()
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_accelerate_does_what_a_plain_loop_does(name):
     """Two micro-batches per step, clipped by their common norm."""
     accelerate = pytest.importorskip("accelerate")
     plain = Net()
-    optimizer = OPTIMIZERS[name](plain)
+    optimizer = VARIANTS[name](plain)
     for pair in batches(6).split(2):
         for x in pair:
             (loss_of(plain, x) / 2).backward()
@@ -194,7 +195,7 @@ def test_accelerate_does_what_a_plain_loop_does(name):
 
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
     net = Net()
-    other = OPTIMIZERS[name](net)
+    other = VARIANTS[name](net)
     model, wrapped = accelerator.prepare(net, other)
     for x in batches(6):
         with accelerator.accumulate(model):
@@ -242,12 +243,12 @@ def test_lightning(example, manual):
     assert_same(model, resumed)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_lightning_does_what_a_plain_loop_does(name, tmp_path):
     """Clipped by value; its closure computes the gradients inside of step()."""
     pl = pytest.importorskip("pytorch_lightning")
     plain = Net()
-    optimizer = OPTIMIZERS[name](plain)
+    optimizer = VARIANTS[name](plain)
     for x in batches(4):
         loss_of(plain, x).backward()
         torch.nn.utils.clip_grad_value_(plain.parameters(), 0.01)
@@ -263,7 +264,7 @@ def test_lightning_does_what_a_plain_loop_does(name, tmp_path):
             return loss_of(self.net, x)
 
         def configure_optimizers(self):
-            return OPTIMIZERS[name](self.net)
+            return VARIANTS[name](self.net)
 
     module = Module()
     trainer = pl.Trainer(
@@ -310,7 +311,7 @@ def lightning_in_16_bits(folder, name, **options):
             return loss_of_batch(index, self.net, x)
 
         def configure_optimizers(self):
-            return OPTIMIZERS[name](self.net, max_grad_norm=BOUND)
+            return VARIANTS[name](self.net, max_grad_norm=BOUND)
 
         def on_train_batch_end(self, *_):
             optimizer, scaler = self.optimizers().optimizer, self.trainer.precision_plugin.scaler
@@ -338,8 +339,8 @@ def test_lightning_in_16_bits_does_what_a_plain_loop_does(name, tmp_path):
     trainer.fit(module, torch.utils.data.DataLoader(batches(5), batch_size=None))
 
     plain, outside = Net(), Net()
-    optimizer = OPTIMIZERS[name](plain, max_grad_norm=BOUND)
-    unclipped = OPTIMIZERS[name](outside)
+    optimizer = VARIANTS[name](plain, max_grad_norm=BOUND)
+    unclipped = VARIANTS[name](outside)
     expected_norms = []
     for model, stepping in ((plain, optimizer), (outside, unclipped)):
         scaler = scaler_of_the_cpu()
@@ -377,7 +378,7 @@ def test_lightning_in_16_bits_refuses_to_clip_for_optimizers_that_unscale_by_the
 def test_a_rate_that_is_a_function_of_the_step_and_the_trainers_schedule_exclude_each_other(example, tmp_path):
     """The Trainer makes a schedule where it gets none."""
     model = counting_trainer(example, tmp_path).model
-    optimizer = AdamWeightDecay(model.named_parameters(), rate_of_the_step())
+    optimizer = VARIANTS["AdamWeightDecay-function"](model, decay=0.0)
     with pytest.raises(ValueError, match="learning_rate is a function of the step"):
         counting_trainer(example, tmp_path, model, optimizers=(optimizer, None)).train()
 

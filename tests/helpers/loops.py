@@ -1,66 +1,11 @@
-"""What the tests of training loops share: a small model, its data, and every optimizer as a row of a table."""
+"""What the tests of training loops share: a small model, its data, and its shards."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
-
-from fusedopt import Adafactor, AdamW, AdamWeightDecay, PolynomialDecay, WarmUp
-from fusedopt.adafactor_schedule import AdafactorSchedule
-from fusedopt.backends import has_triton
-from fusedopt.base import FusedOptimizer
-
-MakeOptimizer = Callable[..., FusedOptimizer]
-
-
-def rate_of_the_step() -> WarmUp:
-    return WarmUp(0.05, PolynomialDecay(0.05, 20), warmup_steps=3)
-
-
-# Each takes a model and `backend=`.
-OPTIMIZERS: dict[str, MakeOptimizer] = {
-    "AdamW": lambda m, **kw: AdamW(m.parameters(), lr=0.01, weight_decay=0.1, **kw),
-    "AdamW-without_correction": lambda m, **kw: AdamW(m.parameters(), lr=0.01, correct_bias=False, **kw),
-    "AdamW-torch-amsgrad": lambda m, **kw: AdamW(m.parameters(), convention="torch", amsgrad=True, **kw),
-    "AdamW-keras": lambda m, **kw: AdamW(m.parameters(), lr=0.01, weight_decay=0.1, convention="keras", **kw),
-    "AdamW-eps_0": lambda m, **kw: AdamW(m.parameters(), lr=0.01, eps=0.0, **kw),
-    "AdamW-tensor_lr": lambda m, **kw: AdamW(m.parameters(), lr=torch.tensor(0.01), weight_decay=0.1, **kw),
-    "AdamWeightDecay": lambda m, **kw: AdamWeightDecay(
-        m.named_parameters(), 0.01, weight_decay_rate=0.1, exclude_from_weight_decay=["bias"], clipnorm=0.5, **kw
-    ),
-    "AdamWeightDecay-function": lambda m, **kw: AdamWeightDecay(
-        m.named_parameters(), rate_of_the_step(), weight_decay_rate=0.1, decay=0.01, **kw
-    ),
-    "Adafactor": lambda m, **kw: Adafactor(m.parameters(), weight_decay=0.1, **kw),
-    "Adafactor-warmup": lambda m, **kw: Adafactor(m.parameters(), warmup_init=True, weight_decay=0.1, **kw),
-    "Adafactor-lr-beta1": lambda m, **kw: Adafactor(m.parameters(), lr=0.01, beta1=0.9, relative_step=False, **kw),
-}
-
-
-def scheduler_for(name: str, optimizer: Any) -> LambdaLR | None:
-    """A schedule that goes with the optimizer of this name; None where the rate is a function of the step already."""
-    if name == "AdamWeightDecay-function":
-        return None
-    if name in ("Adafactor", "Adafactor-warmup"):
-        return AdafactorSchedule(optimizer)
-    return LambdaLR(optimizer, lambda step: 1 / (1 + step))
-
-
-_NEEDS_TRITON = pytest.mark.skipif(not has_triton(), reason="triton is not installed")
-
-BACKENDS = ["eager", pytest.param("triton", marks=_NEEDS_TRITON)]
-
-# Every optimizer on every backend. A step of Adafactor takes the interpreter half a second, and its options for rates
-# are the same scalars of the same kernels, so they are spared.
-ROWS = [pytest.param(name, "eager", id=f"{name}-eager") for name in OPTIMIZERS] + [
-    pytest.param(name, "triton", id=f"{name}-triton", marks=_NEEDS_TRITON)
-    for name in OPTIMIZERS
-    if name != "Adafactor-warmup"
-]
 
 
 class Net(nn.Module):
