@@ -28,10 +28,10 @@ demo: $(VENV)/.run  ## train a small GPT twice, with the eager loop and with our
 	$(BIN)/fusedopt demo $(ARGS)
 
 test: $(VENV)/.test  ## run the tests, but for those marked as slow (options: ARGS="-k adamw")
-	$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup -m "not slow" $(ARGS)
 
 test-all: $(VENV)/.test  ## run every test, the slow ones and kernels compiled for every architecture included
-	$(BIN)/python -m pytest -q -n $(JOBS) $(ARGS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup $(ARGS)
 
 lint: $(VENV)/.test  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,9 +1,5 @@
 """GradientAccumulator: the recorded sequences, the right means, what is kept and what is not, two processes."""
 
-import json
-import os
-import subprocess
-import sys
 import weakref
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +10,7 @@ import torch
 from helpers.comparing import assert_near, assert_same
 from helpers.keras import BACKENDS, device_of, recorded
 from helpers.optimizers import OPTIMIZERS, every_optimizer
-from helpers.processes import run_together
+from helpers.processes import run_together, run_without_interpreter
 
 import fusedopt
 from fusedopt.accumulate import GradientAccumulator
@@ -355,12 +351,7 @@ def test_a_refused_call_changes_nothing():
 
 def test_one_launch_adds_all_tensors():
     pytest.importorskip("triton")
-    script = Path(__file__).parent / "compiled_accumulate.py"
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = run_without_interpreter("compiled_accumulate.py")
     assert found["launches"] == {"1,000 aligned": [1, 1, 1], "odd ones among them": [2, 2, 2]}
     # With and without a sum so far, aligned and not; nothing for another weight, nor for one that is a tensor.
     assert found["compilations"] == 4
