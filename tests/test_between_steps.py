@@ -6,6 +6,7 @@ A step that raises has changed nothing: no weight, no state, no count, no group.
 import copy
 import math
 import warnings
+from fractions import Fraction
 
 import pytest
 import torch
@@ -341,6 +342,8 @@ BAD = [
     ("AdamW", "lr", torch.ones(2)),
     ("AdamW", "lr", torch.tensor(math.nan)),
     ("AdamW", "lr", torch.tensor(1)),
+    ("AdamW", "lr", torch.tensor(0.1, device="meta")),
+    ("AdamW", "lr", 10**400),
     ("AdamW", "eps", None),
     ("AdamW", "eps", -1.0),
     ("AdamW", "weight_decay", None),
@@ -360,6 +363,9 @@ BAD = [
     ("Adafactor", "decay_rate", None),
     ("Adafactor", "beta1", 1.0),
     ("Adafactor", "weight_decay", None),
+    ("Adafactor", "weight_decay", Fraction(1, 3)),
+    ("Adafactor", "clip_threshold", Fraction(1, 3)),
+    ("Adafactor", "lr", Fraction(1, 3)),
     ("Adafactor", "relative_step", None),
     ("Adafactor", "warmup_init", True),
 ]
