@@ -55,7 +55,7 @@ def metrics(settings):
 
 
 def weights(settings):
-    return demo_checkpoint.load(Path(settings.out) / demo.CHECKPOINT)["runs"]
+    return demo.read_checkpoint(settings.out)["runs"]
 
 
 class Killed(BaseException):
