@@ -183,7 +183,7 @@ def test_weights(dtype, backend):
 def test_no_weight_adds_nothing(as_tensor, backend):
     """Through the adders, since the accumulator reads tensors on the CPU: on a GPU it hands them down."""
     device = torch.device(device_of(backend))
-    adder = import_module(f"fusedopt.backends.{backend}_accumulate").Adder(device)
+    adder = import_module(f"fusedopt.backends.{backend}.accumulation").Adder(device)
     nan, total = torch.full((20,), torch.nan, device=device), torch.ones(20, device=device)
     for weight, g in ((2.0, total.clone()), (0.0, nan), (0.5, total.clone())):
         adder([total], [g], [total], torch.tensor(weight, device=device) if as_tensor else weight)
@@ -325,7 +325,8 @@ def taking():
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
-        (lambda: GradientAccumulator(torch.int32), "dtype must be a floating dtype or None, got torch.int32"),
+        (lambda: GradientAccumulator(torch.int32), "dtype must be a floating torch.dtype or None, got torch.int32"),
+        (lambda: GradientAccumulator("float32"), "dtype must be a floating torch.dtype or None, got 'float32'"),
         (lambda: GradientAccumulator(backend="cuda"), "backend must be one of"),
         (lambda: GradientAccumulator().scale, "the weights of 0 calls add up to 0, so there is no mean"),
         (lambda: filled()([torch.ones(2)], -1.0), "weight must be finite and >= 0, got -1.0"),
