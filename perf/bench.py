@@ -4,7 +4,7 @@ import argparse
 import itertools
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -16,28 +16,18 @@ from perf import goals, measure, providers, report, results, workloads
 from perf.goals import BELOW, CLIP_FUSED, CLIPPED
 from perf.providers import Provider
 from perf.results import Record
-from perf.workloads import Workload
 
-Curves = dict[str, list[tuple[float, float]]]
 Knob = tuple[str, str, tuple[Any, ...]]
 """A constant of a module of the kernels, and the values to try beside its own."""
 
 
 class Comparison(NamedTuple):
-    """Providers side by side on one workload.
-
-    Attributes:
-        workload: a workload's name.
-        rule: a rule.
-        share: share of the time.
-        names: which providers; None for all of the rule, but for those that must be compiled for minutes.
-        sweep: instead of other providers, the named one with every combination of values of constants.
-    """
+    """Providers side by side on one workload, or a provider with every combination of values of constants."""
 
     workload: str
     rule: str
-    share: float = 1.0
-    names: tuple[str, ...] | None = None
+    share: float = 1.0  # of the time
+    names: tuple[str, ...] | None = None  # None for all of the rule, but for those that must be compiled for minutes
     sweep: tuple[Knob, ...] = ()
 
     def providers(self) -> list[Provider]:
@@ -168,17 +158,6 @@ def once(comparison: Comparison, device: torch.device) -> bool:
     finite = all(bool(torch.isfinite(p).all()) for p in problem.params)
     print(f"fusedopt, {comparison.rule}, {comparison.workload} on {device}: {'finite' if finite else 'NOT FINITE'}")
     return finite
-
-
-def scaling(sizes: Mapping[float, Workload], device: torch.device, seconds: float) -> Curves:
-    """Returns provider to points (x, median milliseconds of an AdamW step), measured on one workload per x."""
-    rows = providers.of("adamw", [*_FOR_HOSTS, "transformers 4.34 loop"])
-    curves: Curves = {}
-    for x, workload in sizes.items():
-        for record in measure.compare(workload, rows, device, seconds / len(sizes)):
-            if record["status"] == "measured":
-                curves.setdefault(record["provider"], []).append((x, record["step_ms"]["median"]))
-    return curves
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

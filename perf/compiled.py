@@ -9,7 +9,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -34,35 +33,11 @@ TARGETS = {
 
 
 class Launch(NamedTuple):
-    """One kernel launch that would have happened.
-
-    Attributes:
-        kernel: name of the kernel.
-        programs: size of the grid.
-        constants: constexpr arguments by name.
-        code: what Triton compiled; launches of the same code share the object.
-    """
+    """One kernel launch that would have happened."""
 
     kernel: str
-    programs: int
-    constants: dict[str, Any]
-    code: Any
-
-
-class _Driver:
-    """Stands in for a GPU's driver; a device number per target keeps Triton's kernel caches apart."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def get_current_target(self) -> GPUTarget:
-        return TARGETS[self._name]
-
-    def get_current_device(self) -> int:
-        return list(TARGETS).index(self._name)
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
+    constants: dict[str, Any]  # constexpr arguments by name
+    code: Any  # what Triton compiled; launches of the same code share the object
 
 
 @contextmanager
@@ -73,18 +48,23 @@ def fake_gpu(target: str) -> Iterator[list[Launch]]:
         The launches, none of which happens, in order.
     """
     launches: list[Launch] = []
+    fake_driver = mock.Mock(
+        get_current_target=lambda: TARGETS[target],
+        get_current_device=lambda: list(TARGETS).index(target),  # which keeps Triton's kernel caches apart
+        get_current_stream=lambda device: 0,
+    )
 
     def launch(kernel: Any, grid: tuple[int, ...]) -> Any:
         def compile_only(*args: Any, **kwargs: Any) -> None:
             code = kernel.warmup(*args, grid=grid, **kwargs)
             given = {**dict(zip(kernel.arg_names, args)), **kwargs}
             constants = {p.name: given[p.name] for p in kernel.params if p.is_constexpr}
-            launches.append(Launch(kernel.fn.__name__, grid[0], constants, code))
+            launches.append(Launch(kernel.fn.__name__, constants, code))
 
         return compile_only
 
     with (
-        mock.patch.object(driver, "_active", _Driver(target)),
+        mock.patch.object(driver, "_active", fake_driver),
         mock.patch.object(KernelInterface, "__getitem__", launch),
         mock.patch.object(torch.version, "hip", "fake" if TARGETS[target].backend == "hip" else None),
         mock.patch("fusedopt.backends.interpreting", lambda: True),
@@ -92,49 +72,13 @@ def fake_gpu(target: str) -> Iterator[list[Launch]]:
         yield launches
 
 
-class InPlace(NamedTuple):
-    """Elements that a kernel writes where it has read them.
-
-    Attributes:
-        elements: that a program has in hand at once.
-        behind_barrier: True if all threads have read theirs before one writes.
-    """
-
-    elements: int
-    behind_barrier: bool
-
-
-def in_place(code: Any) -> list[InPlace]:
-    """Returns what compiled code writes where it has read, from Triton's representation before layouts are chosen."""
-    lines = code.asm["ttir"].splitlines()
-    read: dict[str, int] = {}
-    found = []
-    for number, line in enumerate(lines):
-        if load := re.search(r"tt\.load (%[\w#]+)", line):
-            read[load[1]] = number
-            continue
-        store = re.search(r"tt\.store (%[\w#]+),.* : (?:tensor<((?:\d+x)+))?!tt\.ptr", line)
-        if store and store[1] in read:
-            elements = prod(int(size) for size in (store[2] or "").split("x") if size)
-            found.append(InPlace(elements, any("barrier" in between for between in lines[read[store[1]] : number])))
-    return found
-
-
 class Resources(NamedTuple):
-    """What a compiled kernel takes.
+    """What a compiled kernel takes."""
 
-    Attributes:
-        registers: number per thread.
-        spilled: bytes per thread in local memory, where registers did not suffice.
-        shared: bytes of shared memory.
-        reads: width in bits to number of instructions that read global memory.
-        writes: the same for writing.
-    """
-
-    registers: int
-    spilled: int
-    shared: int
-    reads: dict[int, int]
+    registers: int  # per thread
+    spilled: int  # bytes per thread in local memory, where registers did not suffice
+    shared: int  # bytes of shared memory
+    reads: dict[int, int]  # width in bits to number of instructions that read global memory
     writes: dict[int, int]
 
 
@@ -167,17 +111,11 @@ def _cubin_usage(code: Any) -> str:
 
 
 class Variant(NamedTuple):
-    """A kernel of a step.
+    """A kernel of a step."""
 
-    Attributes:
-        name: for AdamW dtypes, alignment, amsgrad; for Adafactor phase and dtypes.
-        launch: one launch of its code.
-        bytes: bytes that it reads and that it writes, per element; 0 for kernels that read no gradients.
-    """
-
-    name: str
-    launch: Launch
-    bytes: tuple[int, int]
+    name: str  # for AdamW dtypes, alignment, amsgrad; for Adafactor phase and dtype
+    launch: Launch  # one of its code
+    bytes: tuple[int, int]  # read and written per element; 0 for kernels that read no gradients
 
 
 DTYPES = {

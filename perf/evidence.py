@@ -28,20 +28,12 @@ RESERVE = 10.0
 
 
 class Part(NamedTuple):
-    """One process.
-
-    Attributes:
-        name: in the summary.
-        command: "{python}", "{out}" and "{seconds}" (what it may plan for) are filled in; a part is left out where its
-            first word is no program.
-        seconds: most time it gets.
-        enough: least seconds left for the part to be worth starting.
-    """
+    """One process. It is left out where the first word of its command is no program."""
 
     name: str
-    command: str
-    seconds: float
-    enough: float = 15.0
+    command: str  # "{python}", "{out}" and "{seconds}" (what it may plan for) are filled in
+    seconds: float  # most time it gets
+    enough: float = 15.0  # least seconds left for the part to be worth starting
 
 
 _METRICS = (

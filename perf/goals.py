@@ -13,26 +13,15 @@ CLIP_FUSED = "clip_grad_norm_ + torch fused"
 
 
 class Goal(NamedTuple):
-    """One line to be ahead of.
+    """One line to be ahead of: speed-up (theirs over ours), time (ours over theirs), or share of a copy's bandwidth."""
 
-    Attributes:
-        device: "cpu" or "cuda".
-        workload: a workload's name.
-        rule: a rule.
-        theirs: the provider to compare with; "copy" for the bandwidth of a copy.
-        limit: least speed-up (theirs over ours), most time (ours over theirs), or least share of a copy's bandwidth.
-        kind: "speedup", "time" or "bandwidth".
-        clock: which time: "step", "host" or "device".
-        ours: our provider.
-    """
-
-    device: str
+    device: str  # "cpu" or "cuda"
     workload: str
     rule: str
-    theirs: str
-    limit: float
-    kind: str = "speedup"
-    clock: str = "step"
+    theirs: str  # the provider to compare with; "copy" for the bandwidth of a copy
+    limit: float  # least speed-up, most time, least bandwidth
+    kind: str = "speedup"  # or "time" or "bandwidth"
+    clock: str = "step"  # or "host" or "device"
     ours: str = "fusedopt"
 
     def __str__(self) -> str:
@@ -47,22 +36,14 @@ class Goal(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What came of a goal.
-
-    Attributes:
-        goal: the goal.
-        verdict: "met", "missed" or "not measured: why".
-        value: median over the rounds of the ratio that the goal limits, None if it was not measured.
-        low, high: between them lies the true median with a probability of 95 %, if rounds are independent.
-        fastest: the ratio of the fastest steps of both.
-    """
+    """What came of a goal."""
 
     goal: Goal
-    verdict: str
-    value: float | None = None
-    low: float | None = None
+    verdict: str  # "met", "missed" or "not measured: why"
+    value: float | None = None  # median over the rounds of the ratio that the goal limits
+    low: float | None = None  # the true median is in [low, high] with a probability of 95 %, if rounds are independent
     high: float | None = None
-    fastest: float | None = None
+    fastest: float | None = None  # the ratio of the fastest steps of both
 
 
 GOALS = (
@@ -147,12 +128,7 @@ def _outcome(goal: Goal, steps: dict[tuple[str, ...], Record], copy: float | Non
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Returns two of the values that enclose the median of what they were drawn from, with a probability of 95 %.
-
-    Example:
-        >>> interval([float(i) for i in range(100)])
-        (40.0, 59.0)
-    """
+    """Returns two of the values that enclose the median of what they were drawn from, with a probability of 95 %."""
     ordered = sorted(values)
     low = max(0, math.floor(len(ordered) / 2 - 0.98 * math.sqrt(len(ordered))))
     return ordered[low], ordered[-1 - low]

@@ -9,8 +9,8 @@ import gc
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -31,20 +31,15 @@ SLOW, RARELY = 2.0, 6
 
 
 class Sample(NamedTuple):
-    """One step, in milliseconds.
+    """One step, in milliseconds."""
 
-    Attributes:
-        step: from its begin to its end: what a user waits for.
-        host: until `step()` returned.
-        device: of the device alone, the host being ahead; None on a CPU.
-    """
-
-    step: float
-    host: float
-    device: float | None = None
+    step: float  # from its begin to its end: what a user waits for
+    host: float  # until `step()` returned
+    device: float | None = None  # of the device alone, the host being ahead; None on a CPU
 
 
 Clock = Callable[[Step], Sample]
+T = TypeVar("T")
 
 
 def cpu_clock(step: Step) -> Sample:
@@ -80,13 +75,8 @@ class CudaClock:
         self._end.record()
 
 
-def default_clock(device: torch.device) -> Clock:
-    return CudaClock() if device.type == "cuda" else cpu_clock
-
-
-def _untimed(step: Step) -> Sample:
+def _untimed(step: Step) -> None:
     step()
-    return Sample(0.0, 0.0)
 
 
 class Problem:
@@ -156,32 +146,30 @@ class Candidate:
         self.rounds.append(samples)
 
     def median_ms(self) -> float:
-        return _median(s.step for samples in self.rounds for s in samples) or 0.0
+        return _median([s.step for samples in self.rounds for s in samples]) or 0.0
 
-    def one_step(self, clock: Clock) -> Sample:
+    def one_step(self, observe: Callable[[Step], T]) -> T:
+        """Takes a step under something that times or counts it, as in a training loop; returns what that returns."""
         assert self._step is not None
         if self.provider.mode != "captured":
             self.problem.set_grads()
-        sample = clock(self._step)
+        observed = observe(self._step)
         if self.provider.clips:
             self.problem.restore_norm()
-        return sample
+        return observed
 
     def record(self) -> Record:
         samples = [sample for samples in self.rounds for sample in samples]
-        record: Record = {
-            "gradient_sets": 1 if self.provider.mode == "captured" else len(self.problem.sets),
-            "step_ms": quantiles([s.step for s in samples]),
-            "host_ms": quantiles([s.host for s in samples]),
-            # Ratios are taken round by round: what disturbs the machine disturbs neighbours alike.
-            "rounds_ms": [_median(s.step for s in samples) for samples in self.rounds],
-            **self.facts,
-        }
-        device = [s.device for s in samples if s.device is not None]
-        if device:
-            record["device_ms"] = quantiles(device)
-            record["rounds_device_ms"] = [_median(s.device or 0.0 for s in samples) for samples in self.rounds]
+        record: Record = {"gradient_sets": 1 if self.provider.mode == "captured" else len(self.problem.sets)}
+        # Ratios are taken round by round: what disturbs the machine disturbs neighbours alike.
+        record |= {"step_ms": quantiles([s.step for s in samples]), "rounds_ms": self._medians("step")}
+        record |= {"host_ms": quantiles([s.host for s in samples]), **self.facts}
+        if device := [s.device for s in samples if s.device is not None]:
+            record |= {"device_ms": quantiles(device), "rounds_device_ms": self._medians("device")}
         return record
+
+    def _medians(self, name: str) -> list[float | None]:
+        return [_median([getattr(s, name) for s in samples]) for samples in self.rounds]
 
 
 def compare(
@@ -194,13 +182,7 @@ def compare(
 ) -> list[Record]:
     """Returns one record per provider; one that is missing, wrong or fails gets the reason as status, and no time.
 
-    Args:
-        workload: what they update.
-        providers: providers of one rule.
-        device: where.
-        seconds: how long the rounds may last in all, beyond one round.
-        clock: how a step is timed; default by the device.
-        compiled: True to measure what torch.compile makes of a step too, which takes minutes to compile.
+    Rounds last `seconds` in all, beyond the first. What torch.compile makes of a step takes minutes to compile.
     """
     records: dict[str, Record] = {}
     ready: list[Provider] = []
@@ -208,14 +190,10 @@ def compare(
         record = records[provider.name] = {
             "kind": "step",
             "workload": workload.name,
-            "rule": provider.rule,
-            "provider": provider.name,
-            "ours": provider.ours,
-            "mode": provider.mode,
+            **{"rule": provider.rule, "provider": provider.name, "ours": provider.ours, "mode": provider.mode},
             "device": device.type,
             "dtype": str(workload.dtype).removeprefix("torch."),
-            "params": workload.params,
-            "tensors": workload.tensors,
+            **{"params": workload.params, "tensors": workload.tensors},
             "floor_bytes": RULES[provider.rule].floor(workload.dtype).total,
         }
         if missing := provider.missing(device):
@@ -223,25 +201,24 @@ def compare(
         elif provider.mode == "compiled" and not compiled:
             record["status"] = "skipped: takes minutes to compile, has a plan of its own"
         else:
-            record["status"] = _gate(record, provider, workload, device) or "measured"
-        if record["status"] == "measured":
-            ready.append(provider)
+            record |= _gate(provider, workload, device)
+            ready += [provider] * (record["status"] == "measured")
     if ready:
-        for name, measured in _rounds(workload, ready, device, seconds, clock or default_clock(device)).items():
+        clock = clock or (CudaClock() if device.type == "cuda" else cpu_clock)
+        for name, measured in _rounds(workload, ready, device, seconds, clock).items():
             records[name] |= measured
     return list(records.values())
 
 
-def _gate(record: Record, provider: Provider, workload: Workload, device: torch.device) -> str | None:
-    """Returns why a provider that runs here is not timed, or None; notes the error in the record."""
+def _gate(provider: Provider, workload: Workload, device: torch.device) -> Record:
+    """Returns the status of a provider that runs here, and its error."""
     try:
         verdict = gate.check(provider, workload, device)
     except Exception as error:
-        return _failed(error)
-    record |= {"error": verdict.error, "error_allowed": verdict.allowed}
-    if not verdict.passed:
-        return f"wrong here: off by {verdict.error:.2g} of the largest movement, allowed {verdict.allowed:.2g}"
-    return None
+        return {"status": _failed(error)}
+    wrong = f"wrong here: off by {verdict.error:.2g} of the largest movement, allowed {verdict.allowed:.2g}"
+    status = "measured" if verdict.passed else wrong
+    return {"status": status, "error": verdict.error, "error_allowed": verdict.allowed}
 
 
 def _rounds(
@@ -288,22 +265,14 @@ def quantiles(values: Sequence[float]) -> Record:
     return {**{name: round(value, 6) for name, value in zip(shares, found)}, "n": len(values)}
 
 
-def _median(times: Iterable[float]) -> float | None:
+def _median(times: list[float]) -> float | None:
     """Returns the median, or None for a round that a provider sat out."""
-    listed = list(times)
-    return round(statistics.median(listed), 6) if listed else None
+    return round(statistics.median(times), 6) if times else None
 
 
 def _cpu_facts(candidate: Candidate) -> Record:
     """Operations of a step, the bytes that they move and the largest memory of their temporaries."""
-    counts: list[traffic.Counted] = []
-
-    def counted(step: Step) -> Sample:
-        counts.append(traffic.watch(step))
-        return Sample(0.0, 0.0)
-
-    candidate.one_step(counted)
-    (c,) = counts
+    c = candidate.one_step(traffic.watch)
     return {"operations": c.operations, "moved_bytes": c.read + c.written, "temporary_bytes": c.temporary}
 
 
@@ -334,9 +303,8 @@ def launches(events: Any) -> Record:
 def copy_bandwidth(device: torch.device, gigabytes: float | None = None) -> float:
     """Returns bytes per second of a large copy, read plus written: the fastest of seven, since this is a ceiling.
 
-    On a CPU also of a multiplication in place, if that is faster: where an update writes, it has read before, while a
-    copy has the processor load the lines that it overwrites. The source has a quarter of a gigabyte on a CPU, 4 on a
-    GPU, less where memory is short.
+    On a CPU also of a multiplication in place: where an update writes, it has read before, while a copy has the
+    processor load the lines that it overwrites. The source has 0.25 GB on a CPU and 4 on a GPU that has them.
     """
     if gigabytes is None:
         gigabytes = min(4.0, torch.cuda.mem_get_info(device)[0] / 4e9) if device.type == "cuda" else 0.25
@@ -346,7 +314,7 @@ def copy_bandwidth(device: torch.device, gigabytes: float | None = None) -> floa
     passes: list[Step] = [lambda: target.copy_(source)]
     if device.type == "cpu":
         passes.append(lambda: target.mul_(0.999))
-    clock = default_clock(device)
+    clock = CudaClock() if device.type == "cuda" else cpu_clock
     samples = [clock(one_pass) for one_pass in passes for _ in range(7)]
     return 8 * number / min(s.step if s.device is None else s.device for s in samples) * 1e3
 

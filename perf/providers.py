@@ -4,7 +4,6 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -35,31 +34,17 @@ class Traffic(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """An update that providers compute and are compared by.
+    """An update that providers compute and are compared by."""
 
-    Attributes:
-        ours: our class in `fusedopt`; `Reference` and its name is the loop in `fusedopt.reference`.
-        reads: tensors of the parameter's size that a step must read, if no cache keeps one between phases.
-        writes: the same for writing.
-        options: options of both classes.
-        max_grad_norm: limit of the norm of all gradients.
-        slack: share that partial sums may add to the bytes of float32 tensors.
-    """
-
-    ours: str
-    reads: int
+    ours: str  # our class in `fusedopt`; `Reference` and its name is the loop in `fusedopt.reference`
+    reads: int  # tensors of the parameter's size that a step must read, if no cache keeps one between phases
     writes: int
-    options: Mapping[str, Any]
-    max_grad_norm: float | None = None
-    slack: float = 0.0
+    options: Mapping[str, Any]  # of both classes
+    max_grad_norm: float | None = None  # limit of the norm of all gradients
+    slack: float = 0.0  # share that partial sums may add to the bytes of float32 tensors
 
     def floor(self, dtype: torch.dtype) -> Traffic:
-        """Returns the fewest bytes per parameter that a step moves where all tensors have this dtype.
-
-        Example:
-            >>> RULES["adamw"].floor(torch.float32).total, RULES["adamw"].floor(torch.bfloat16).total
-            (28.0, 14.0)
-        """
+        """Returns the fewest bytes per parameter that a step moves where all tensors have this dtype."""
         return Traffic(float(self.reads * dtype.itemsize), float(self.writes * dtype.itemsize))
 
 
@@ -77,33 +62,19 @@ RULES = {
 
 @dataclass(frozen=True)
 class Provider:
-    """One implementation in one configuration.
+    """One implementation in one configuration."""
 
-    Attributes:
-        name: unique within its rule.
-        rule: a key of `RULES`.
-        optimizer: path of a class, or a function that makes the optimizer.
-        options: options of its constructor.
-        like_torch: True if its result is that of torch's AdamW, not that of the rule's reference.
-        slack: added to the allowed error, for state that is quantised on purpose.
-        devices: devices where it runs.
-        mode: "eager", "compiled" (`torch.compile` around the step) or "captured" (a CUDA graph of the step).
-        clips: True if the training loop clips gradients before the step, and pays for it.
-        ours: True if it is this package.
-        constants: (module, name, value) of constants of the kernels that hold during its steps.
-    """
-
-    name: str
-    rule: str
-    optimizer: str | Callable[..., Optimizer]
+    name: str  # unique within its rule
+    rule: str  # a key of `RULES`
+    optimizer: str | Callable[..., Optimizer]  # path of a class, or a function that makes the optimizer
     options: Mapping[str, Any] = field(default_factory=dict)
-    like_torch: bool = False
-    slack: float = 0.0
+    like_torch: bool = False  # True if its result is that of torch's AdamW, not that of the rule's reference
+    slack: float = 0.0  # added to the allowed error, for state that is quantised on purpose
     devices: tuple[str, ...] = ("cpu", "cuda")
-    mode: str = "eager"
-    clips: bool = False
+    mode: str = "eager"  # or "compiled" (`torch.compile` around the step) or "captured" (a CUDA graph of the step)
+    clips: bool = False  # True if the training loop clips gradients before the step, and pays for it
     ours: bool = False
-    constants: tuple[tuple[str, str, Any], ...] = ()
+    constants: tuple[tuple[str, str, Any], ...] = ()  # (module, name, value) that hold during its steps
 
     def missing(self, device: torch.device) -> str | None:
         """Returns why it cannot run on this device of this machine, or None."""
@@ -130,27 +101,28 @@ class Provider:
         inner: Step = torch.compile(optimizer.step) if self.mode == "compiled" else optimizer.step
 
         def step() -> None:
-            with constants(self.constants):
+            before = swap(self.constants)
+            try:
                 if self.clips and limit is not None:
                     torch.nn.utils.clip_grad_norm_(params, limit)
                 inner()
+            finally:
+                swap(before)
 
         plain = not self.clips and not self.constants
         return (_captured(step) if self.mode == "captured" else inner if plain else step), optimizer
 
 
-@contextmanager
-def constants(values: Sequence[tuple[str, str, Any]]) -> Iterator[None]:
-    """Inside, constants of modules have these values."""
-    modules = [(importlib.import_module(module), name, value) for module, name, value in values]
-    before = [(module, name, getattr(module, name)) for module, name, _ in modules]
-    try:
-        for module, name, value in modules:
-            setattr(module, name, value)
-        yield
-    finally:
-        for module, name, value in before:
-            setattr(module, name, value)
+Constants = Sequence[tuple[str, str, Any]]
+
+
+def swap(constants: Constants) -> Constants:
+    """Sets constants of modules (module, name, value), and returns what they were."""
+    modules = [importlib.import_module(module) for module, _, _ in constants]
+    before = [(path, name, getattr(module, name)) for module, (path, name, _) in zip(modules, constants)]
+    for module, (_, name, value) in zip(modules, constants):
+        setattr(module, name, value)
+    return before
 
 
 def _load(path: str) -> Any:
@@ -230,11 +202,7 @@ PROVIDERS: tuple[Provider, ...] = (
 
 
 def of(rule: str, names: Sequence[str] | None = None) -> list[Provider]:
-    """Returns the providers of a rule, or those of them that are named.
-
-    Raises:
-        ValueError: no such rule or provider.
-    """
+    """Returns the providers of a rule, or those of them that are named. ValueError: no such rule or provider."""
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(map(repr, RULES))}, got {rule!r}")
     rows = [p for p in PROVIDERS if p.rule == rule]

@@ -54,8 +54,8 @@ def environment(records: Iterable[Record]) -> tuple[str, str]:
     return (results.machine(head), head["device"]) if head else ("", "cpu")
 
 
-def _floor_ms(record: Record, bandwidth: float) -> float:
-    """The time that the fewest bytes of this record's update take at a bandwidth."""
+def floor_ms(record: Record, bandwidth: float) -> float:
+    """Returns the time that the fewest bytes of this record's update take at a bandwidth."""
     return float(record["floor_bytes"] * record["params"] / bandwidth * 1e3)
 
 
@@ -83,7 +83,7 @@ def steps_table(group: Sequence[Record], bandwidth: float | None, markdown: bool
                 f"{q['median']:.3f}",
                 f"{q['p25']:.3f} - {q['p75']:.3f}",
                 f"{q['median'] / ours:.2f}" if ours else "",
-                f"{_floor_ms(r, bandwidth or 1.0) / on_device['median']:.0%}" if large else "",
+                f"{floor_ms(r, bandwidth or 1.0) / on_device['median']:.0%}" if large else "",
                 str(r.get(counted, "")),
                 f"{r['state_bytes'] / r['params']:.2f}" if "state_bytes" in r else "",
                 f"{r['temporary_bytes'] / 1e6:.1f} MB" if "temporary_bytes" in r else "",
@@ -124,15 +124,7 @@ def text(records: Sequence[Record], markdown: bool = False) -> str:
 
 
 def between_marks(document: str, records: Sequence[Record]) -> str:
-    """Returns the document with machine and goals of a run between its marks, instead of what stood there.
-
-    Raises:
-        ValueError: the document has no marks.
-
-    Example:
-        >>> between_marks(f"a {BEGIN} old {END} b", []).split()[:3]
-        ['a', '<!--', 'measured']
-    """
+    """Returns the document with machine and goals of a run between its marks, instead of what stood there."""
     before, begin, rest = document.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
@@ -155,10 +147,10 @@ def steps_picture(records: Sequence[Record], limit: int = 4) -> Figure:
         r, times = group[0], [_median_ms(r) for r in group]
         bars = ax.barh([r["provider"] for r in group], times, color=[OURS if r["ours"] else OTHERS for r in group])
         _label(ax, bars, times, [f"{t:,.0f}" if t >= 100 else f"{t:.3g}" for t in times])
-        size = f"{count(r['params'])} {r['dtype']} in {r['tensors']:,} tensors"
+        size = f"{r['params'] / 1e6:,.3g} M {r['dtype']} in {r['tensors']:,} tensors"
         _style(ax, f"{rule}: {workload}, {size}", "ms per step")
         if bandwidth and r["params"] > 1_000_000:
-            _line(ax, _floor_ms(r, bandwidth), "roofline")
+            _line(ax, floor_ms(r, bandwidth), "roofline")
     for ax in axes[len(shown) :]:
         ax.remove()
     figure.supxlabel(environment(records)[0], fontsize=8, color="#52606D")
@@ -171,14 +163,7 @@ def stacked_picture(
     xlabel: str,
     floors: Mapping[str, float] = {},
 ) -> Figure:
-    """Draws two quantities of each provider as stacked bars.
-
-    Args:
-        panels: title to provider to the two quantities.
-        labels: names of the quantities.
-        xlabel: their unit.
-        floors: title to the fewest that is possible.
-    """
+    """Draws two quantities as stacked bars: title to provider to both of them; `floors`: title to the least total."""
     figure = _figure(6.4 * len(panels), 1.2 + 0.42 * max(map(len, panels.values())))
     for ax, (title, rows) in zip(figure.subplots(1, len(panels), squeeze=False).ravel(), panels.items()):
         names, (first, second) = list(rows), zip(*rows.values())
@@ -209,16 +194,6 @@ def lines_picture(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]
         ax.grid(axis="both", color="#E3E6EA", lw=0.7)
         ax.legend(frameon=False, fontsize=9)
     return figure
-
-
-def count(number: float) -> str:
-    """Returns a number of parameters as people say it.
-
-    Example:
-        >>> count(124_439_808), count(1_100_048_384)
-        ('124 M', '1.1 G')
-    """
-    return f"{number / 1e9:.1f} G" if number >= 1e9 else f"{number / 1e6:.0f} M" if number >= 1e6 else f"{number:,.0f}"
 
 
 def _figure(width: float, height: float) -> Figure:

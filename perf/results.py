@@ -39,14 +39,10 @@ def environment(device: torch.device) -> Record:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        record |= {
-            "gpu": properties.name,
-            "gpu_bytes": properties.total_memory,
-            "multiprocessors": properties.multi_processor_count,
-            "l2_bytes": getattr(properties, "L2_cache_size", None),
-            "driver": driver.splitlines()[0] if driver else None,
-            "cuda": torch.version.cuda or torch.version.hip,
-        }
+        record |= {"gpu": properties.name, "gpu_bytes": properties.total_memory}
+        record |= {"multiprocessors": properties.multi_processor_count}
+        record |= {"l2_bytes": getattr(properties, "L2_cache_size", None)}
+        record |= {"driver": driver and driver.splitlines()[0], "cuda": torch.version.cuda or torch.version.hip}
     return record
 
 
@@ -114,5 +110,4 @@ def _cpu() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -29,21 +29,13 @@ OWNERS = ("parameter", "gradient", "state")
 
 
 class Case(NamedTuple):
-    """A configuration whose bytes are counted.
-
-    Attributes:
-        name: a name for the table.
-        rule: a key of `perf.providers.RULES`.
-        dtype: dtype of parameters and gradients.
-        options: options of the constructor beside the rule's.
-        extra: bytes per parameter that this configuration must move beyond the floor of its rule.
-    """
+    """A configuration whose bytes are counted."""
 
     name: str
-    rule: str
-    dtype: torch.dtype = torch.float32
-    options: Mapping[str, Any] = {}
-    extra: float = 0.0
+    rule: str  # a key of `perf.providers.RULES`
+    dtype: torch.dtype = torch.float32  # of parameters and gradients
+    options: Mapping[str, Any] = {}  # of the constructor, beside the rule's
+    extra: float = 0.0  # bytes per parameter beyond the floor of its rule
 
     @property
     def floor(self) -> float:

@@ -42,19 +42,12 @@ MATRICES = Workload("counted", "matrices to count on", ((256, 256),) * 4)
 
 @dataclass
 class Counted:
-    """One eager step.
+    """One eager step: operations that touch memory, and bytes."""
 
-    Attributes:
-        operations: number of operations that touch memory; in a for-loop each is a kernel launch.
-        read: bytes.
-        written: bytes.
-        temporary: most bytes alive at once in tensors that the step made for itself.
-    """
-
-    operations: int = 0
+    operations: int = 0  # in a for-loop each is a kernel launch
     read: int = 0
     written: int = 0
-    temporary: int = 0
+    temporary: int = 0  # most alive at once in tensors that the step made for itself
 
 
 class _Counter(TorchDispatchMode):
@@ -143,16 +136,9 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 class MemoryTrace:
-    """Kernels in the order of their launches, and bytes read and written by whose memory it is.
-
-    Attributes:
-        kernels: names, one per launch.
-        read: bytes by kind of memory; "else" is launch tables and workspace.
-        written: the same.
-    """
+    """Kernels in the order of their launches, and bytes by whose memory it is ("else": launch tables, workspace)."""
 
     def __init__(self, owners: Mapping[str, Sequence[Tensor]]) -> None:
-        """Knows the tensors of each kind of memory."""
         self.kernels: list[str] = []
         self.read: Counter[str] = Counter()
         self.written: Counter[str] = Counter()

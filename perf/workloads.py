@@ -10,21 +10,13 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Workload:
-    """The parameters that an optimizer updates.
-
-    Attributes:
-        name: its name on the command line and in results.
-        about: one line for a reader.
-        shapes: one per parameter.
-        dtype: dtype of parameters and gradients.
-        channels_last: True if 4-d parameters and their gradients are in channels_last.
-    """
+    """The parameters that an optimizer updates."""
 
     name: str
-    about: str
+    about: str  # one line for a reader
     shapes: tuple[Shape, ...]
-    dtype: torch.dtype = torch.float32
-    channels_last: bool = False
+    dtype: torch.dtype = torch.float32  # of parameters and gradients
+    channels_last: bool = False  # layout of 4-d parameters and their gradients
 
     @property
     def tensors(self) -> int:
@@ -109,17 +101,7 @@ WORKLOADS = {workload.name: workload for workload in _ALL}
 
 
 def get(name: str) -> Workload:
-    """Returns a workload by its name; `name:bfloat16` is the same one in another dtype.
-
-    Raises:
-        ValueError: no such workload or dtype.
-
-    Example:
-        >>> get("gpt2").params
-        124439808
-        >>> get("gpt2:bfloat16").dtype
-        torch.bfloat16
-    """
+    """Returns a workload by its name; `name:bfloat16` is the same one in another dtype."""
     base, _, dtype = name.partition(":")
     if base not in WORKLOADS:
         raise ValueError(f"workload must be one of {', '.join(WORKLOADS)}, got {base!r}")

@@ -4,6 +4,7 @@ import json
 import sys
 
 import torch
+from in_place import in_place
 
 from fusedopt import Adafactor
 from perf.compiled import (
@@ -11,7 +12,6 @@ from perf.compiled import (
     TARGETS,
     adafactor_variants,
     fake_gpu,
-    in_place,
     resources,
     shard_step,
 )

@@ -8,10 +8,11 @@ import re
 import sys
 
 import torch
+from in_place import in_place
 
 from fusedopt import AdamW
 from fusedopt_kernels.elementwise import BLOCK, THREADS
-from perf.compiled import TARGETS, adamw_variants, fake_gpu, in_place, resources
+from perf.compiled import TARGETS, adamw_variants, fake_gpu, resources
 
 
 def variants(target):

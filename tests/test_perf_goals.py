@@ -221,7 +221,7 @@ def test_evidence_goes_on_after_a_fault_and_ends_in_time(tmp_path, capsys):
     )
     parts = [
         evidence.Part("works", "echo measured > {out}/first", 10, enough=0),
-        evidence.Part("faults", "exit 3", 10, enough=0),
+        evidence.Part("faults", "sh -c 'exit 3'", 10, enough=0),
         evidence.Part("hangs", f"{{python}} {script}", 0.5, enough=0),
         evidence.Part("needs a tool", "no-such-tool {python}", 10, enough=0),
         evidence.Part("too late", "echo", 10, enough=1e6),
