@@ -111,19 +111,13 @@ def _run(part: Part, out: Path, seconds: float) -> str:
         )
         try:
             code = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            _end(process)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)  # the part and what it started
+            process.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
             return f"stopped after {seconds:.0f} s"
-        except BaseException:
-            _end(process)
-            raise
     return "done" if code == 0 else f"failed with exit code {code}"
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Ends a part and what it started."""
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def write_report(out: Path) -> str:

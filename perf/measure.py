@@ -194,7 +194,7 @@ def compare(
             "device": device.type,
             "dtype": str(workload.dtype).removeprefix("torch."),
             **{"params": workload.params, "tensors": workload.tensors},
-            "floor_bytes": RULES[provider.rule].floor(workload.dtype).total,
+            "floor_bytes": RULES[provider.rule].floor(workload.dtype),
         }
         if missing := provider.missing(device):
             record["status"] = f"missing: {missing}"

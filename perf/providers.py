@@ -22,38 +22,26 @@ BACKEND = "auto"
 """Backend of our providers; "triton" on a CPU runs the kernels in Triton's interpreter."""
 
 
-class Traffic(NamedTuple):
-    """Bytes per parameter and step."""
-
-    read: float
-    written: float
-
-    @property
-    def total(self) -> float:
-        return self.read + self.written
-
-
 class Rule(NamedTuple):
     """An update that providers compute and are compared by."""
 
     ours: str  # our class in `fusedopt`; `Reference` and its name is the loop in `fusedopt.reference`
-    reads: int  # tensors of the parameter's size that a step must read, if no cache keeps one between phases
-    writes: int
+    moves: int  # tensors of the parameter's size that a step must read or write, if no cache keeps one between phases
     options: Mapping[str, Any]  # of both classes
     max_grad_norm: float | None = None  # limit of the norm of all gradients
     slack: float = 0.0  # share that partial sums may add to the bytes of float32 tensors
 
-    def floor(self, dtype: torch.dtype) -> Traffic:
+    def floor(self, dtype: torch.dtype) -> float:
         """Returns the fewest bytes per parameter that a step moves where all tensors have this dtype."""
-        return Traffic(float(self.reads * dtype.itemsize), float(self.writes * dtype.itemsize))
+        return float(self.moves * dtype.itemsize)
 
 
-_CLIPPED = Rule("AdamW", 5, 3, ADAM, slack=0.02)  # reads gradients once more, for their norm, and writes none of them
+_CLIPPED = Rule("AdamW", 8, ADAM, slack=0.02)  # reads gradients once more, for their norm, and writes none of them
 
 RULES = {
-    "adamw": Rule("AdamW", 4, 3, ADAM),
+    "adamw": Rule("AdamW", 7, ADAM),
     # Reads gradients for the sums, for the update's size and for the update; weights for their size and the update.
-    "adafactor": Rule("Adafactor", 5, 1, {}, slack=0.1),
+    "adafactor": Rule("Adafactor", 6, {}, slack=0.1),
     "adamw, norm below the limit": _CLIPPED._replace(max_grad_norm=1e6),  # which no gradient here reaches
     "adamw, clipped": _CLIPPED._replace(max_grad_norm=1e-2),  # which every step exceeds
 }

@@ -19,7 +19,7 @@ import torch
 import fusedopt
 from fusedopt import backends
 from perf import compiled, report, traffic
-from perf.providers import RULES, Traffic
+from perf.providers import RULES
 from perf.results import ROOT, Record
 
 SHAPES = ((64, 96), (128, 32), (256,), (48, 64))
@@ -39,7 +39,7 @@ class Case(NamedTuple):
 
     @property
     def floor(self) -> float:
-        return RULES[self.rule].floor(self.dtype).total + self.extra
+        return RULES[self.rule].floor(self.dtype) + self.extra
 
     @property
     def allowed(self) -> float:
@@ -92,9 +92,10 @@ def count_all(cases: Sequence[Case] = CASES) -> list[Record]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def moved(row: Record) -> Traffic:
-    """Returns the bytes per parameter of a counted case, without tables and workspace."""
-    return Traffic(*(sum(row["bytes"][owner][side] for owner in OWNERS) for side in (0, 1)))
+def moved(row: Record) -> tuple[float, float]:
+    """Returns the bytes per parameter that a counted case reads and writes, without tables and workspace."""
+    read, written = (sum(row["bytes"][owner][side] for owner in OWNERS) for side in (0, 1))
+    return read, written
 
 
 def traffic_table(rows: Sequence[Record]) -> str:
@@ -144,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = count_all(CASES[:1] if options.smoke else CASES)
     print(f"bytes per parameter, read + written\n\n{traffic_table(rows)}")
     if not backends.interpreting():
-        found = compile_all(["sm_90"], ["float32"]) if options.smoke else compile_all(list(compiled.TARGETS))
+        found = compile_all(["sm_90"], ["float16"]) if options.smoke else compile_all(list(compiled.TARGETS))
         print(f"\nregisters, spills and widths of memory accesses\n\n{variant_table(found)}")
         rows += found
     if options.out:
