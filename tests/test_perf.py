@@ -147,9 +147,10 @@ def test_providers_take_turns_and_each_leads_a_round(monkeypatch):
     monkeypatch.setattr(measure, "_cpu_facts", lambda *args: {})
     rows = [provider(lambda params, lr=lr: Noted(params, lr=lr)) for lr in (1.0, 2.0)]
     rows = [Provider(**{**vars(row), "name": str(i)}) for i, row in enumerate(rows)]
-    measure.compare(SMOKE, rows, CPU, seconds=0.05)
+    Noted([torch.zeros(1)], lr=0.0)  # the first optimizer of a process imports a compiler, which takes long
+    measure.compare(SMOKE, rows, CPU, seconds=0.5)
     turns = [lr for lr, before in zip(order, [None, *order]) if lr != before]
-    assert turns[:5] == [1.0, 2.0, 1.0, 2.0, 1.0] or turns[:3] == [1.0, 2.0, 1.0]
+    assert turns[:3] == [1.0, 2.0, 1.0]
     warm_up_and_first = order[: order.index(2.0)]
     assert len(warm_up_and_first) == 1 + measure.MIN_STEPS
 
