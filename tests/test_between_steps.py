@@ -6,8 +6,8 @@ A step that raises has changed nothing: no weight, no state, no count, no group.
 import copy
 import math
 import warnings
-from functools import partial
 from fractions import Fraction
+from functools import partial
 
 import pytest
 import torch
@@ -210,7 +210,7 @@ def test_a_state_that_came_back_in_inference_mode_goes_on_outside_of_it(name, ba
             step(away)
         step(stayed)
     step(away), step(stayed)
-    assert torch.equal(p, q) and same(away.state[p], stayed.state[q])
+    assert_same([p, away.state[p]], [q, stayed.state[q]])
 
 
 def test_users_may_keep_things_of_their_own_beside_a_state():

@@ -121,7 +121,10 @@ def test_peaks_after_the_warm_up_and_ends_where_its_parameters_say(
 
 
 BAD = {
-    "unknown name": (lambda o: get_scheduler("lineal", o, 1, 2), "'lineal', did you mean 'linear'. choose one of linear, cosine, .*greedy"),
+    "unknown name": (
+        lambda o: get_scheduler("lineal", o, 1, 2),
+        "'lineal', did you mean 'linear'. choose one of linear, cosine, .*greedy",
+    ),
     "no name": (lambda o: get_scheduler(None, o, 1, 2), "None; choose one of"),  # type: ignore[arg-type]
     "no warm-up": (lambda o: get_scheduler("linear", o, None, 10), "needs num_warmup_steps; give it"),
     "no total": (lambda o: get_scheduler("linear", o, 1), "needs num_training_steps; give"),
