@@ -8,10 +8,11 @@ import re
 import sys
 
 import torch
+from in_place import in_place
 
 from fusedopt import AdamW
 from fusedopt_kernels.elementwise import BLOCK, THREADS
-from perf.compiled import TARGETS, adamw_variants, in_place, resources, standing_in
+from perf.compiled import TARGETS, adamw_variants, fake_gpu, resources
 
 
 def variants(target):
@@ -46,7 +47,7 @@ def launches_of(sizes, number_of_groups=1):
     """Kernel names of two steps, one a line."""
     params = parameters(*sizes)
     optimizer = AdamW(groups(params, number_of_groups), backend="triton")
-    with standing_in("sm_90") as launches:
+    with fake_gpu("sm_90") as launches:
         counts = []
         for _ in range(2):
             before = len(launches)
@@ -101,7 +102,7 @@ def compilations():
     params = parameters(16, 17)
     optimizer = AdamW(params, weight_decay=0.1, backend="triton")
     found = {}
-    with standing_in("sm_90") as launches:
+    with fake_gpu("sm_90") as launches:
         optimizer.apply_gradients((torch.zeros_like(p), p) for p in params)
         for name, change in changes().items():
             before, known = len(launches), {id(launch.code) for launch in launches}

@@ -317,7 +317,8 @@ def taking():
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
-        (lambda: GradientAccumulator(torch.int32), "dtype must be a floating dtype or None, got torch.int32"),
+        (lambda: GradientAccumulator(torch.int32), "dtype must be a floating torch.dtype or None, got torch.int32"),
+        (lambda: GradientAccumulator("float32"), "dtype must be a floating torch.dtype or None, got 'float32'"),
         (lambda: GradientAccumulator(backend="cuda"), "backend must be one of"),
         (lambda: GradientAccumulator().scale, "the weights of 0 calls add up to 0, so there is no mean"),
         (lambda: filled()([torch.ones(2)], -1.0), "weight must be finite and >= 0, got -1.0"),

@@ -6,6 +6,7 @@ A step that raises has changed nothing: no weight, no state, no count, no group.
 import copy
 import math
 import warnings
+from fractions import Fraction
 from functools import partial
 
 import pytest
@@ -144,6 +145,10 @@ EDITS = {
     "a count of integers": (broken("step", torch.tensor(3)), "the state step .* torch.int64"),
     "a count without data": (broken("step", torch.tensor(3.0, device="meta")), "the state step .* on meta"),
     "a count of one dimension": (broken("step", torch.ones(1)), r"the state step .* shape \(1,\)"),
+    "a count below 0": (broken("step", torch.tensor(-1.0)), r"the state step .* is -1.0: a count must be >= 0"),
+    "a count that is no number": (broken("step", torch.tensor(math.nan)), "the state step .* is nan"),
+    "None where a tensor was freed": (broken("exp_avg", None), "the state exp_avg .* is missing"),
+    "an expanded moment": (broken("exp_avg", torch.zeros(1).expand(3)), "in one place of memory; its strides are"),
 }
 
 
@@ -179,6 +184,33 @@ def test_a_state_whose_memory_was_exchanged_is_looked_at_again():
     step(optimizer)
     optimizer.state[p]["exp_avg"].data = torch.zeros(8)
     refuses(optimizer, p, match=r"the state exp_avg .* is of shape \(8,\)")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", MAKE)
+def test_a_parameter_that_was_expanded_between_steps_is_refused(name, backend):
+    p, q = weight(3), weight(2)
+    optimizer = MAKE[name]([q, p], backend=backend)
+    for _ in range(2):
+        step(optimizer)
+        own, p.data = p.data, torch.zeros(1).expand(3)
+        refuses(optimizer, p, q, match=r"with strides \(0,\) has several elements in one place of memory")
+        p.data = own
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", MAKE)
+def test_a_state_that_came_back_in_inference_mode_goes_on_outside_of_it(name, backend):
+    p, q = weight(3), weight(3)
+    away, stayed = (MAKE[name]([t], backend=backend) for t in (p, q))
+    for _ in range(2):
+        step(away), step(stayed)
+        with torch.inference_mode():
+            away.state[p] = {key: t.cpu().clone() for key, t in away.state[p].items()}
+            step(away)
+        step(stayed)
+    step(away), step(stayed)
+    assert_same([p, away.state[p]], [q, stayed.state[q]])
 
 
 def test_users_may_keep_things_of_their_own_beside_a_state():
@@ -312,6 +344,8 @@ BAD = [
     ("AdamW", "lr", torch.ones(2)),
     ("AdamW", "lr", torch.tensor(math.nan)),
     ("AdamW", "lr", torch.tensor(1)),
+    ("AdamW", "lr", torch.tensor(0.1, device="meta")),
+    ("AdamW", "lr", 10**400),
     ("AdamW", "eps", None),
     ("AdamW", "eps", -1.0),
     ("AdamW", "weight_decay", None),
@@ -331,6 +365,9 @@ BAD = [
     ("Adafactor", "decay_rate", None),
     ("Adafactor", "beta1", 1.0),
     ("Adafactor", "weight_decay", None),
+    ("Adafactor", "weight_decay", Fraction(1, 3)),
+    ("Adafactor", "clip_threshold", Fraction(1, 3)),
+    ("Adafactor", "lr", Fraction(1, 3)),
     ("Adafactor", "relative_step", None),
     ("Adafactor", "warmup_init", True),
 ]

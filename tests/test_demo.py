@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers.comparing import assert_same
 
-from fusedopt import cli, demo, demo_checkpoint, demo_report
+from fusedopt import cli, demo, demo_report
 from fusedopt.demo import Settings, train
 from fusedopt.demo_model import GPT
 from fusedopt.demo_text import DEFAULT_BYTES, Text, read_text
@@ -55,7 +55,7 @@ def metrics(settings):
 
 
 def weights(settings):
-    return demo_checkpoint.load(Path(settings.out) / demo.CHECKPOINT)["runs"]
+    return demo.read_checkpoint(settings.out)["runs"]
 
 
 class Killed(BaseException):

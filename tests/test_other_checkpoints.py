@@ -89,6 +89,18 @@ def test_goes_on_from_torch_with_betas_that_are_tensors():
     assert ours.param_groups[0]["betas"] == (0.9, 0.999)
 
 
+@pytest.mark.parametrize(
+    "pair", [np.array([0.9, 0.999], np.float32), torch.tensor([0.9, 0.999])], ids=["numpy", "torch"]
+)
+def test_goes_on_from_betas_that_are_one_array(pair):
+    model = Net()
+    ours = AdamW(model.parameters(), betas=(0.5, 0.5))
+    saved = ours.state_dict()
+    saved["param_groups"][0]["betas"] = pair
+    ours.load_state_dict(saved)
+    assert ours.param_groups[0]["betas"] == (0.9, 0.999)
+
+
 @every_optimizer
 @pytest.mark.parametrize("when", ["constructor", "later"])
 def test_numbers_of_numpy_are_saved_as_pythons(make, when):
