@@ -17,8 +17,7 @@ from fusedopt_kernels.adafactor import step as adafactor
 
 KERNELS = {
     adamw: ("prologue", "update"),
-    adafactor: ("prologue", "sums", "squares", "finish", "apply"),
-    adafactor_averages: ("averages",),
+    adafactor: ("prologue", "sums", "averages", "squares", "finish", "apply"),
 }
 
 TINY = {
