@@ -319,7 +319,7 @@ def test_parameters_with_counts_of_their_own_are_updated_as_if_alone():
 
 
 def test_the_work_for_different_counts_does_not_grow_with_their_square(monkeypatch):
-    from fusedopt.backends import eager_adamw
+    from fusedopt.backends.eager import adamw as eager_adamw
 
     looked_at = []
     only = eager_adamw._Columns.only
