@@ -124,6 +124,5 @@ def compilations():
 
 
 if __name__ == "__main__":
-    what = sys.argv[1]
     functions = {"launches": launches, "changes": compilations}
-    json.dump(functions[what]() if what in functions else variants(what), sys.stdout)
+    json.dump({word: functions[word]() if word in functions else variants(word) for word in sys.argv[1:]}, sys.stdout)

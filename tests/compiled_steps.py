@@ -56,6 +56,16 @@ def launches_of(sizes, number_of_groups=1):
     return counts
 
 
+def launches():
+    return {
+        "one aligned": launches_of([16]),
+        "one odd": launches_of([7]),
+        "1,000 aligned": launches_of([16 * i for i in range(1, 1001)]),
+        "1,000 aligned in 3 groups": launches_of([16 * i for i in range(1, 1001)], 3),
+        "1,000 in 3 groups, odd ones among them": launches_of(range(1, 1001), 3),
+    }
+
+
 def changes():
     """What may change from step to step, each as a function of (optimizer, params) that takes a step."""
 
@@ -103,15 +113,5 @@ def compilations():
 
 
 if __name__ == "__main__":
-    what = sys.argv[1]
-    if what == "launches":
-        result = {
-            "one aligned": launches_of([16]),
-            "one odd": launches_of([7]),
-            "1,000 aligned": launches_of([16 * i for i in range(1, 1001)]),
-            "1,000 aligned in 3 groups": launches_of([16 * i for i in range(1, 1001)], 3),
-            "1,000 in 3 groups, odd ones among them": launches_of(range(1, 1001), 3),
-        }
-    else:
-        result = compilations() if what == "changes" else variants(what)
-    json.dump(result, sys.stdout)
+    functions = {"launches": launches, "changes": compilations}
+    json.dump({word: functions[word]() if word in functions else variants(word) for word in sys.argv[1:]}, sys.stdout)
