@@ -19,9 +19,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import KernelInterface
 
-from fusedopt import Adafactor, AdamW
+import fusedopt
+from fusedopt import Adafactor
 from fusedopt.backends.triton.adafactor import TritonAdafactor
 from fusedopt.batch import Batch, Control, Split
+from perf.providers import RULES
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -141,44 +143,46 @@ ADAFACTOR_SHAPES = ((64, 64), (256,), (63, 63), (255,), (8, 4, 3, 3))
 
 
 def variants(target: str, names: Sequence[str] | None = None) -> list[Variant]:
-    """Returns all kernels of both optimizers, for all of `DTYPES` or those named."""
-    found = adamw_variants(target, names)
+    """Returns all kernels of all our optimizers, for all of `DTYPES` or those named."""
+    found: list[Variant] = []
+    for ours in dict.fromkeys(rule.ours for rule in RULES.values()):
+        of_it = adafactor_variants(target, names) if ours == "Adafactor" else elementwise_variants(target, names, ours)
+        found += [variant._replace(name=f"{ours}, {variant.name}") for variant in of_it]
     for name in ("float32", "bfloat16"):
         for alignment, size in (("aligned", 4096), ("unaligned", 4095)):
             if names is None or name in names:
-                launches = _adamw_step(target, name, size, max_grad_norm=1.0)
+                launches, _ = _elementwise_step(target, "AdamW", name, size, max_grad_norm=1.0)
                 norm = next(launch for launch in launches if launch.kernel == "sum_of_squares")
                 found.append(Variant(f"norm, {name}, {alignment}", norm, (0, 0)))
-    return found + adafactor_variants(target, names)
-
-
-def adamw_variants(target: str, names: Sequence[str] | None = None) -> list[Variant]:
-    """Returns the prologue, and the update for dtypes, aligned and not, with amsgrad for some."""
-    found: list[Variant] = []
-    for name, dtypes in DTYPES.items():
-        if names is not None and name not in names:
-            continue
-        for amsgrad in (False, True)[: 1 + (name in AMSGRAD)]:
-            read = sum(dtype.itemsize for dtype in (*dtypes, *dtypes[2:] * (1 + amsgrad)))
-            for alignment, size in (("aligned", 4096), ("unaligned", 4095)):
-                prologue, update = _adamw_step(target, name, size, amsgrad=amsgrad)
-                if not found:
-                    found.append(Variant("prologue", prologue, (0, 0)))
-                what = f"{name}, {alignment}" + ", amsgrad" * amsgrad
-                found.append(Variant(what, update, (read, read - dtypes[1].itemsize)))
     return found
 
 
-def _adamw_step(target: str, name: str, size: int, **options: Any) -> list[Launch]:
+def elementwise_variants(target: str, names: Sequence[str] | None = None, ours: str = "AdamW") -> list[Variant]:
+    """Returns the prologue, and the update for dtypes, aligned and not, with amsgrad for some."""
+    found: list[Variant] = []
+    for name in DTYPES if names is None else [name for name in DTYPES if name in names]:
+        for options in ({}, {"amsgrad": True})[: 1 + (ours == "AdamW" and name in AMSGRAD)]:
+            for alignment, size in (("aligned", 4096), ("unaligned", 4095)):
+                (prologue, update), moved = _elementwise_step(target, ours, name, size, **options)
+                found += [Variant("prologue", prologue, (0, 0))] * (not found)
+                found.append(Variant(", ".join([name, alignment, *options]), update, moved))
+    return found
+
+
+def _elementwise_step(
+    target: str, ours: str, name: str, size: int, **options: Any
+) -> tuple[list[Launch], tuple[int, int]]:
+    """Returns the launches of a step on one parameter, and the bytes per element that it must read and write."""
     dtype, grad_dtype, moment_dtype = DTYPES[name]
     p = torch.nn.Parameter(torch.zeros(size, dtype=dtype))
-    optimizer = AdamW([p], **options, backend="triton")
+    optimizer = getattr(fusedopt, ours)([p], **options, backend="triton")
     optimizer.init_state()
-    state = optimizer.state[p]
-    state.update({name: value.to(moment_dtype) for name, value in state.items() if name != "step"})
+    moments = {name: value.to(moment_dtype) for name, value in optimizer.state[p].items() if name != "step"}
+    optimizer.state[p].update(moments)
     with fake_gpu(target) as launches:
         optimizer.apply_gradients([(torch.zeros(size, dtype=grad_dtype), p)])
-    return launches
+    written = dtype.itemsize + len(moments) * moment_dtype.itemsize
+    return launches, (written + grad_dtype.itemsize, written)
 
 
 def adafactor_variants(target: str, names: Sequence[str] | None = None) -> list[Variant]:

@@ -128,6 +128,7 @@ class Candidate:
         self._step, self._optimizer = self.provider.start(self.problem.params)
         self.one_step(_untimed)
         if not self.facts:
+            self.one_step(_untimed)  # the second step may look at the state that the first one made
             self.facts = {"state_bytes": traffic.state_bytes(self._optimizer)}
             self.facts |= _cuda_facts(self, before) if on_gpu else _cpu_facts(self)
 

@@ -30,6 +30,7 @@ class Rule(NamedTuple):
     options: Mapping[str, Any]  # of both classes
     max_grad_norm: float | None = None  # limit of the norm of all gradients
     slack: float = 0.0  # share that partial sums may add to the bytes of float32 tensors
+    loop: str = "transformers 4.34 loop"  # whose the loop in `fusedopt.reference` is
 
     def floor(self, dtype: torch.dtype) -> float:
         """Returns the fewest bytes per parameter that a step moves where all tensors have this dtype."""
@@ -45,7 +46,7 @@ RULES = {
     "adamw, norm below the limit": _CLIPPED._replace(max_grad_norm=1e6),  # which no gradient here reaches
     "adamw, clipped": _CLIPPED._replace(max_grad_norm=1e-2),  # which every step exceeds
 }
-"""Another optimizer of ours is one row here: providers, gate, roofline and static report follow from it."""
+"""Another optimizer of ours is one row here: providers, gate, roofline and the counting of bytes follow from it."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,6 @@ def _captured(step: Step) -> Step:
     return graph.replay
 
 
-_LOOP = "transformers 4.34 loop"
 _TORCH_ADAMW = {
     "fused": {"fused": True},
     "foreach": {"foreach": True},
@@ -161,7 +161,7 @@ def _of_rule(name: str, rule: Rule) -> Iterator[Provider]:
     prefix = "clip_grad_norm_ + " * clips
     for ours in ("fusedopt", "fusedopt, captured"):
         yield _row(name, ours, f"fusedopt.{rule.ours}", options, ours=True)
-    yield _row(name, f"{prefix}{_LOOP}", f"fusedopt.reference.Reference{rule.ours}", rule.options, clips=clips)
+    yield _row(name, f"{prefix}{rule.loop}", f"fusedopt.reference.Reference{rule.ours}", rule.options, clips=clips)
     for kind in _TORCH_ADAMW if rule.ours == "AdamW" else ():
         if not clips or kind in _FOR_CLIPPING:
             options = {**ADAM, **_TORCH_ADAMW[kind]}
@@ -179,7 +179,7 @@ PROVIDERS: tuple[Provider, ...] = (
     _cuda("bitsandbytes", "bitsandbytes.optim.AdamW", ADAM),
     _cuda("bitsandbytes, state in 8 bits", "bitsandbytes.optim.AdamW8bit", ADAM, slack=0.3),
     _cuda("torchao, state in 8 bits", "torchao.optim.AdamW8bit", ADAM, slack=0.3),
-    _row("adafactor", f"{_LOOP}, compiled", "fusedopt.reference.ReferenceAdafactor"),
+    _row("adafactor", f"{RULES['adafactor'].loop}, compiled", "fusedopt.reference.ReferenceAdafactor"),
     _row("adafactor", "transformers, installed", "transformers.optimization.Adafactor"),
     _row("adafactor", "timm", "timm.optim.Adafactor", {"min_dim_size_to_factor": 1}),
     *(  # lr and eps so that it is the original's relative step, scaled by the parameter

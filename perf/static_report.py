@@ -54,18 +54,17 @@ class Case(NamedTuple):
         return optimizer
 
 
-_CLIPPING = "adamw, clipped"
+_TITLES = {rule.ours + ", clipping" * (rule.max_grad_norm is not None): name for name, rule in RULES.items()}
 
 CASES = (
-    Case("AdamW, float32", "adamw"),
-    Case("AdamW, bfloat16", "adamw", torch.bfloat16),
+    *(
+        Case(f"{title}, {dtype}", name, getattr(torch, dtype))
+        for title, name in _TITLES.items()
+        for dtype in ("float32", "bfloat16")
+    ),
     Case("AdamW, float16", "adamw", torch.float16),
     Case("AdamW, float64", "adamw", torch.float64),
     Case("AdamW, amsgrad, float32", "adamw", options={"amsgrad": True}, extra=8.0),
-    Case("AdamW, clipping, float32", _CLIPPING),
-    Case("AdamW, clipping, bfloat16", _CLIPPING, torch.bfloat16),
-    Case("Adafactor, float32", "adafactor"),
-    Case("Adafactor, bfloat16", "adafactor", torch.bfloat16),
 )
 
 

@@ -108,7 +108,7 @@ def watch(step: Step) -> Counted:
 
 
 def count(provider: Provider, workload: Workload) -> tuple[Counted, int]:
-    """Returns the counts of a provider's second step on the CPU (the first one makes its state) and its state's bytes.
+    """Returns the counts of a step on the CPU, after two that make the state and may look at it, and the state's bytes.
 
     Example:
         >>> loop = next(p for p in of("adamw") if p.name == "transformers 4.34 loop")
@@ -120,6 +120,7 @@ def count(provider: Provider, workload: Workload) -> tuple[Counted, int]:
     for p in params:
         p.grad = torch.empty_like(p).normal_(std=0.01)
     step, optimizer = provider.start(params)
+    step()
     step()
     return watch(step), state_bytes(optimizer)
 

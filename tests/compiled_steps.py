@@ -12,12 +12,12 @@ from helpers.in_place import in_place
 
 from fusedopt import AdamW
 from fusedopt_kernels.elementwise import BLOCK, THREADS
-from perf.compiled import TARGETS, adamw_variants, fake_gpu, resources
+from perf.compiled import TARGETS, elementwise_variants, fake_gpu, resources
 
 
 def variants(target):
     found = []
-    for name, launch, (read, written) in adamw_variants(target):
+    for name, launch, (read, written) in elementwise_variants(target):
         elements = BLOCK // THREADS
         found.append(
             {

@@ -153,7 +153,7 @@ def test_providers_take_turns_and_each_leads_a_round(monkeypatch):
     turns = [lr for lr, before in zip(order, [None, *order]) if lr != before]
     assert turns[:3] == [1.0, 2.0, 1.0]
     warm_up_and_first = order[: order.index(2.0)]
-    assert len(warm_up_and_first) == 1 + measure.MIN_STEPS
+    assert len(warm_up_and_first) == 2 + measure.MIN_STEPS
 
 
 def test_what_is_missing_or_fails_is_listed_with_its_reason():

@@ -215,14 +215,10 @@ def test_a_sweep_is_a_comparison_of_its_own_in_the_report(capsys, monkeypatch):
 
 
 def test_evidence_goes_on_after_a_fault_and_ends_in_time(tmp_path, capsys):
-    script = tmp_path / "late.py"
-    script.write_text(
-        "import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).wait()"
-    )
     parts = [
         evidence.Part("works", "echo measured > {out}/first", 10, enough=0),
         evidence.Part("faults", "sh -c 'exit 3'", 10, enough=0),
-        evidence.Part("hangs", f"{{python}} {script}", 0.5, enough=0),
+        evidence.Part("hangs", "sh -c 'sleep 60 & echo $! > {out}/child; wait'", 0.5, enough=0),
         evidence.Part("needs a tool", "no-such-tool {python}", 10, enough=0),
         evidence.Part("too late", "echo", 10, enough=1e6),
     ]
@@ -238,6 +234,9 @@ def test_evidence_goes_on_after_a_fault_and_ends_in_time(tmp_path, capsys):
     ]
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
     assert (tmp_path / "out" / "first").read_text() == "measured\n"
+    child = (tmp_path / "out" / "child").read_text().strip()
+    state = subprocess.run(["ps", "-o", "stat=", "-p", child], capture_output=True, text=True, check=False).stdout
+    assert state[:1] in ("", "Z"), "what a part started ends with it"
 
 
 @pytest.mark.slow
