@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fusedopt.backends.eager.rounding import round_into
-from fusedopt.backends.eager.step_counts import advance
+from fusedopt.backends.eager.stepper import EagerStepper, Part
 from fusedopt.backends.scratch import scratch
-from fusedopt.batch import AdamWHyper, Batch, Control
+from fusedopt.batch import AdamWHyper
 from fusedopt_kernels import rules
 from fusedopt_kernels.layout import is_dense, same_layout
 
@@ -37,65 +37,35 @@ class _Columns(NamedTuple):
         return _Columns(*([column[i] for i in which] if column else [] for column in self))
 
 
-class EagerAdamW:
+class EagerAdamW(EagerStepper):
     """The stepper of AdamW for one device."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._on_cpu = device.type == "cpu"
-
-    def __call__(self, batches: Sequence[Batch], control: Control) -> None:
-        if control.skips():
-            return
-        factor = control.factor()
-        active = [[i for i, g in enumerate(batch.grads) if g is not None] for batch in batches]
-        shared = any(batch.hyper.convention.shared_steps for batch in batches)
-        # Shared counts go on, although all gradients of this step may belong to parameters of another device.
-        advancing = [[i for i, s in enumerate(batch.states) if s] for batch in batches] if shared else active
-        if not any(advancing):
-            return
-        counts = advance([batch.states[i]["step"] for batch, which in zip(batches, advancing) for i in which])
-        for batch, which in zip(batches, advancing):
-            steps = [step for step, i in zip(counts, which) if batch.grads[i] is not None]
-            counts = counts[len(which) :]
-            columns = _columns(batch)
-            if len(set(steps)) == 1:  # thousands, usually
-                self._update(batch.hyper, columns, steps[0], factor)
-                continue
-            alike: dict[float, list[int]] = {}
-            for i, step in enumerate(steps):
-                alike.setdefault(step, []).append(i)
-            for step, same in alike.items():
-                self._update(batch.hyper, columns.only(same), step, factor)
-
-    def _update(self, hyper: AdamWHyper, columns: _Columns, step: float, factor: float) -> None:
-        scalars = _scalars(hyper, step)
+    def update(self, part: Part) -> None:
+        hyper: AdamWHyper = part.hyper
+        columns = _Columns(
+            part.params,
+            part.grads,
+            [s["exp_avg"] for s in part.states],
+            [s["exp_avg_sq"] for s in part.states],
+            [s["max_exp_avg_sq"] for s in part.states] if hyper.amsgrad else [],
+        )
+        scalars = _scalars(hyper, part.step)
         # torch's kernel gets an lr to divide by, and our factor through a copy, which would round 16 bits once more.
-        served = _fused_serves(columns, factor) if self._on_cpu and scalars[1] > 0.0 else ()
+        served = _fused_serves(columns, part.factor) if self._on_cpu and scalars[1] > 0.0 else ()
         if served:
             fused = columns if len(served) == len(columns.p) else columns.only(served)
-            for part in [fused] if factor == 1.0 else _scaled_parts(fused, factor):
-                _fused_update(hyper, part, step, *scalars)
+            for some in [fused] if part.factor == 1.0 else _scaled_parts(fused, part.factor):
+                _fused_update(hyper, some, part.step, *scalars)
         if len(served) < len(columns.p):
             for i in set(range(len(columns.p))).difference(served):
-                _rule_update(hyper, columns.only([i]), factor, *scalars)
-
-
-def _columns(batch: Batch) -> _Columns:
-    states = [s for s, g in zip(batch.states, batch.grads) if g is not None]
-    return _Columns(
-        p=[p for p, g in zip(batch.params, batch.grads) if g is not None],
-        g=[g for g in batch.grads if g is not None],
-        m=[s["exp_avg"] for s in states],
-        v=[s["exp_avg_sq"] for s in states],
-        h=[s["max_exp_avg_sq"] for s in states] if batch.hyper.amsgrad else [],
-    )
+                _rule_update(hyper, columns.only([i]), part.factor, *scalars)
 
 
 def _scalars(hyper: AdamWHyper, step: float) -> tuple[float, float, float]:
     beta1, beta2 = (hyper.beta1, hyper.beta2) if hyper.correct_bias else (0.0, 0.0)
     scalars: tuple[float, float, float] = rules.adamw_scalars(
         step,
-        float(hyper.lr),
+        hyper.lr,
         hyper.weight_decay,
         hyper.eps,
         rules.log_beta(beta1),
