@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedopt.backends.eager.rounding import round_into
+from fusedopt.backends.eager.elementwise import apply, parts
 from fusedopt.backends.eager.stepper import EagerStepper, Part
 from fusedopt.backends.scratch import scratch
 from fusedopt.batch import AdamWHyper
@@ -57,8 +57,8 @@ class EagerAdamW(EagerStepper):
             for some in [fused] if part.factor == 1.0 else _scaled_parts(fused, part.factor):
                 _fused_update(hyper, some, part.step, *scalars)
         if len(served) < len(columns.p):
-            for i in set(range(len(columns.p))).difference(served):
-                _rule_update(hyper, columns.only([i]), part.factor, *scalars)
+            rest = sorted(set(range(len(columns.p))).difference(served))
+            _rule_update(hyper, columns.only(rest), part.factor, *scalars)
 
 
 def _scalars(hyper: AdamWHyper, step: float) -> tuple[float, float, float]:
@@ -94,31 +94,12 @@ def _fused_serves(columns: _Columns, factor: float) -> Sequence[int]:
 
 def _scaled_parts(columns: _Columns, factor: float) -> Iterator[_Columns]:
     """The same parameters a cache-sized part at a time, with copies of their gradients times `factor`."""
-    some: list[int] = []
-    size = 0
-    for i, p in enumerate(columns.p):
-        elements = p.numel()
-        if 2 * elements >= _SCALED_PART:
-            yield from _scaled_pieces(columns.only([i]), factor)
-            continue
-        if size + elements > _SCALED_PART:
-            yield _scaled(columns.only(some), factor)
-            some, size = [], 0
-        some.append(i)
-        size += elements
-    if some:
-        yield _scaled(columns.only(some), factor)
-
-
-def _scaled(some: _Columns, factor: float) -> _Columns:
-    return some._replace(g=list(torch._foreach_mul(some.g, factor)))
-
-
-def _scaled_pieces(one: _Columns, factor: float) -> Iterator[_Columns]:
-    """Pieces of one large parameter, whose scaled gradients take turns in one memory."""
-    flat = [t.as_strided((t.numel(),), (1,)) for (t,) in filter(None, one)]
-    for p, g, m, v, *h in zip(*(t.split(_SCALED_PART) for t in flat)):
-        yield _Columns([p], [torch.mul(g, factor, out=scratch.like(g, "gradient", g.dtype))], [m], [v], h)
+    for some in map(_Columns._make, parts(columns, range(len(columns.p)), _SCALED_PART)):
+        if len(some.g) == 1:  # in memory that all take turns in
+            (g,) = some.g
+            yield some._replace(g=[torch.mul(g, factor, out=scratch.like(g, "gradient", g.dtype))])
+        else:
+            yield some._replace(g=list(torch._foreach_mul(some.g, factor)))
 
 
 def _is_like(t: Tensor, p: Tensor) -> bool:
@@ -146,18 +127,15 @@ def _fused_update(
 
 
 def _rule_update(
-    hyper: AdamWHyper, one: _Columns, factor: float, shrink: float, step_size: float, eps_hat: float
+    hyper: AdamWHyper, columns: _Columns, factor: float, shrink: float, step_size: float, eps_hat: float
 ) -> None:
-    """The rule on the tensors of one parameter, whatever their layout, in at least float32, rounded once."""
-    (p,), (g,), (m,), (v,), h = one
-    dtype = torch.promote_types(p.dtype, torch.float32)
-    factor = -factor if hyper.maximize else factor
-    wide_g = g.to(dtype) if factor == 1.0 else g.to(dtype) * factor
+    """The rule on tensors of any layout and dtype."""
     weight1, weight2 = 1.0 - hyper.beta1, 1.0 - hyper.beta2
-    new_m, new_v = rules.adam_moments(wide_g, m.to(dtype), v.to(dtype), hyper.beta1, weight1, hyper.beta2, weight2)
-    round_into(m, new_m)
-    round_into(v, new_v)
-    if hyper.amsgrad:
-        new_v = torch.maximum(h[0].to(dtype), new_v)
-        round_into(h[0], new_v)
-    p.copy_(rules.adamw_update(p.to(dtype), new_m, new_v, shrink, step_size, eps_hat, sqrt=torch.sqrt, div=torch.div))
+
+    def rule(p: Tensor, g: Tensor, m: Tensor, v: Tensor, h: Tensor | None = None) -> list[Tensor]:
+        m, v = rules.adam_moments(g, m, v, hyper.beta1, weight1, hyper.beta2, weight2)
+        largest = v if h is None else torch.maximum(h, v)
+        p = rules.adamw_update(p, m, largest, shrink, step_size, eps_hat, sqrt=torch.sqrt, div=torch.div)
+        return [p, m, v] if h is None else [p, m, v, largest]
+
+    apply(rule, columns, -factor if hyper.maximize else factor)
