@@ -18,7 +18,7 @@ def main() -> None:
                 before = len(launches)
                 accumulator([torch.zeros(size, dtype=torch.bfloat16) for size in sizes], weight)
                 counts[name].append(len(launches) - before)
-        aligned = [launch for launch in launches if launch.constants["EVEN"] and launch.constants["PREVIOUS"]]
+        aligned = [launch for launch in launches if launch.constants["A"].aligned and launch.constants["A"].previous]
     found = {
         "launches": counts,
         "compilations": len({id(launch.code) for launch in launches}),

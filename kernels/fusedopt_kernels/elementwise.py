@@ -19,17 +19,23 @@ THREADS = 256
 """A program's work: 8 elements per thread, which is two 128-bit accesses to a float32 tensor, one to a bfloat16 one."""
 
 
-def access_of(record: Record, key: int, decisive: int) -> Any:
-    """What a kernel is compiled for: a dtype per tensor of a row, that of the arithmetic, and how to reach elements.
+def access_of(record: Record, key: int, decisive: int = 1, *, block: int) -> Any:
+    """What a kernel is compiled for, as its constexpr argument: dtypes, and how it reaches elements.
 
-    Dtypes by name: what serializes the constants of a kernel (compile hooks, `JITFunction.preload`) knows no tuple that
-    holds dtypes. `with_dtypes` puts them in, inside of the kernel.
+    What serializes the constants of a kernel (compile hooks, `JITFunction.preload`) knows no tuple that holds dtypes:
+    they are here by name, and `with_dtypes` puts them in, inside of the kernel.
+
+    Args:
+        record: of a row; each of its tensors has a dtype.
+        key: the launch class.
+        decisive: how many of these tensors, from the first, decide the arithmetic: float64 if one of them is.
+        block: elements of a piece.
     """
     dtypes, aligned = launch_class(key, len(record.tensors))
     compute = torch.float64 if torch.float64 in dtypes[:decisive] else torch.float32
     names = [None if dtype is None else TRITON_DTYPES[dtype].name for dtype in (*dtypes, compute)]
     make: Any = namedtuple("Access", [*record.tensors, "compute", "aligned", "vector_width", "block"])
-    return make(*names, aligned, 16 // max(dtype.itemsize for dtype in dtypes if dtype), BLOCK)
+    return make(*names, aligned, 16 // max(dtype.itemsize for dtype in dtypes if dtype), block)
 
 
 _BY_NAME = {dtype.name: dtype for dtype in TRITON_DTYPES.values() if dtype is not None}
@@ -81,10 +87,10 @@ def launch_elementwise(
         keys: int64 [tensors], the launch class of each row.
         numel: int64 [tensors].
         arguments: what the kernel takes behind the chunks.
-        decisive: how many of the record's tensors, from the first, decide the arithmetic: float64 if one of them is.
+        decisive: as in `access_of`.
     """
     for key, chunks in table.chunks(name, keys, -(-numel // BLOCK)).items():
-        kernel[(len(chunks),)](chunks, *arguments, access_of(record, key, decisive), **options(THREADS))
+        kernel[(len(chunks),)](chunks, *arguments, access_of(record, key, decisive, block=BLOCK), **options(THREADS))
 
 
 class Elementwise(NamedTuple):
