@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from fusedopt import Adafactor, AdamW, AdamWeightDecay, PolynomialDecay, WarmUp
+from fusedopt import Adafactor, AdamW, AdamWeightDecay, Lion, PolynomialDecay, WarmUp
 from fusedopt.adafactor_schedule import AdafactorSchedule
 from fusedopt.backends import has_triton
 from fusedopt.base import FusedOptimizer
@@ -38,6 +38,7 @@ OPTIMIZERS: dict[str, MakeOptimizer] = {
     "Adafactor": lambda m, **kw: Adafactor(m.parameters(), weight_decay=0.1, **kw),
     "Adafactor-warmup": lambda m, **kw: Adafactor(m.parameters(), warmup_init=True, weight_decay=0.1, **kw),
     "Adafactor-lr-beta1": lambda m, **kw: Adafactor(m.parameters(), lr=0.01, beta1=0.9, relative_step=False, **kw),
+    "Lion": lambda m, **kw: Lion(m.parameters(), lr=0.01, weight_decay=0.1, **kw),
 }
 
 

@@ -9,18 +9,17 @@ from contextlib import contextmanager
 import pytest
 import torch
 from test_kernels_adamw import gradients, parameters
+from triton.runtime.jit import KernelInterface
 
-from fusedopt import AdamW
+from fusedopt import AdamW, Lion
 from fusedopt.backends.triton.adamw import TritonAdamW
 from fusedopt.backends.triton.capture import Tables
 from fusedopt.backends.triton.scalars import DeviceScalars
-from fusedopt_kernels import adamw
 from fusedopt_kernels.adafactor import averages as adafactor_averages
 from fusedopt_kernels.adafactor import step as adafactor
 
 CPU = torch.device("cpu")
 KERNELS = {
-    adamw: ("prologue", "update"),
     adafactor: ("prologue", "sums", "squares", "finish", "apply"),
     adafactor_averages: ("averages",),
 }
@@ -57,24 +56,6 @@ def by_address(arg):
     return alive
 
 
-class Kernel:
-    """A kernel whose launches go into the graph while one is captured."""
-
-    def __init__(self, kernel, capturing):
-        self.kernel, self.capturing = kernel, capturing
-
-    def __getitem__(self, grid):
-        def launch(*args, **kwargs):
-            if not self.capturing:
-                self.kernel[grid](*args, **kwargs)
-                return
-            kept = [by_address(arg) for arg in args]
-            self.capturing[-1].queued.append(lambda: self.kernel[grid](*(arg() for arg in kept), **kwargs))
-            self.capturing[-1].launches += 1
-
-        return launch
-
-
 @pytest.fixture
 def capture(monkeypatch):
     """A context manager like `torch.cuda.graph`, for a new `Graph`."""
@@ -87,9 +68,22 @@ def capture(monkeypatch):
     ):
         monkeypatch.setattr(f"{module}.capturing", lambda device: bool(capturing))
     monkeypatch.setattr("fusedopt.keras._capturing", lambda: bool(capturing))
-    for kernels, names in KERNELS.items():
-        for name in names:
-            monkeypatch.setattr(kernels, name, Kernel(getattr(kernels, name), capturing))
+    launcher = KernelInterface.__getitem__
+
+    def queue(kernel, grid):
+        """Launches of any kernel go into the graph while one is captured."""
+
+        def launch(*args, **kwargs):
+            if not capturing:
+                launcher(kernel, grid)(*args, **kwargs)
+                return
+            kept = [by_address(arg) for arg in args]
+            capturing[-1].queued.append(lambda: launcher(kernel, grid)(*(arg() for arg in kept), **kwargs))
+            capturing[-1].launches += 1
+
+        return launch
+
+    monkeypatch.setattr(KernelInterface, "__getitem__", queue)
     copy_at_every_replay = Tables._copy_at_every_replay
 
     def copied(self, host, device):
@@ -267,3 +261,25 @@ def test_outside_of_captures_nothing_is_kept():
         step(optimizer, params, gradients(params, seed))
     (stepper,) = optimizer._steppers.values()
     assert isinstance(stepper, TritonAdamW) and not stepper.captured
+
+
+def test_a_captured_step_of_lion_reads_rate_and_gradients_at_every_replay(capture):
+    captured, expected = parameters(CPU, SIZES), parameters(CPU, SIZES)
+    options = {"weight_decay": 0.1, "max_grad_norm": 1.0, "backend": "triton"}
+    a = Lion(captured, lr=torch.tensor(0.25), **options)
+    b = Lion(expected, lr=torch.tensor(0.25), **options)
+    for optimizer, params in ((a, captured), (b, expected)):
+        step(optimizer, params, gradients(params, 0))
+    static = [torch.zeros_like(p) for p in captured]
+    with capture() as graph:
+        step(a, captured, static)
+    for seed, rate in ((1, 0.5), (2, 0.125)):
+        for g, new in zip(static, gradients(captured, seed)):
+            g.copy_(new)
+        for optimizer in (a, b):
+            optimizer.param_groups[0]["lr"].fill_(rate)
+        graph.replay()
+        step(b, expected, gradients(expected, seed))
+    for p, q in zip(captured, expected):
+        assert torch.equal(p, q) and torch.equal(a.state[p]["exp_avg"], b.state[q]["exp_avg"])
+        assert a.state[p]["step"] == 3.0

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fusedopt import Adafactor, AdamW, AdamWeightDecay, register_step_in_backward
+from fusedopt import Adafactor, AdamW, AdamWeightDecay, Lion, register_step_in_backward
 
 BACKENDS = ["eager", "triton"]
 
@@ -19,6 +19,7 @@ MAKERS = {
     "Adafactor-momentum": lambda params, **options: Adafactor(
         params, lr=0.1, relative_step=False, beta1=0.9, weight_decay=0.1, **options
     ),
+    "Lion": lambda params, **options: Lion(params, lr=0.1, weight_decay=0.1, **options),
 }
 
 

@@ -1,4 +1,4 @@
-"""Rules that go over parameters and states of their shape element by element, on torch tensors that stay in the cache."""
+"""Rules that go over parameters and states of one shape element by element, on torch tensors that stay in the cache."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
