@@ -80,7 +80,8 @@ class Lion(ElementwiseOptimizer):
         super().__init__(params, defaults, backend, unknown, Guard(max_grad_norm, skip_nonfinite))
 
     def hyper(self, group: dict[str, Any]) -> LionHyper:
-        return LionHyper(group["lr"], *group["betas"], group["weight_decay"], group["maximize"])
+        beta1, beta2 = group["betas"]
+        return LionHyper(group["lr"], beta1, beta2, group["weight_decay"], group["maximize"])
 
     def state_names(self, group: dict[str, Any]) -> Sequence[str]:
         return ("exp_avg",)

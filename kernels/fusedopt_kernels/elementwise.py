@@ -34,8 +34,9 @@ def access_of(record: Record, key: int, decisive: int = 1, *, block: int) -> Any
     dtypes, aligned = launch_class(key, len(record.tensors))
     compute = torch.float64 if torch.float64 in dtypes[:decisive] else torch.float32
     names = [None if dtype is None else TRITON_DTYPES[dtype].name for dtype in (*dtypes, compute)]
-    make: Any = namedtuple("Access", [*record.tensors, "compute", "aligned", "vector_width", "block"])
-    return make(*names, aligned, 16 // max(dtype.itemsize for dtype in dtypes if dtype), block)
+    make: Any = namedtuple
+    access = make("Access", [*record.tensors, "compute", "aligned", "vector_width", "block"])
+    return access(*names, aligned, 16 // max(dtype.itemsize for dtype in dtypes if dtype), block)
 
 
 _BY_NAME = {dtype.name: dtype for dtype in TRITON_DTYPES.values() if dtype is not None}

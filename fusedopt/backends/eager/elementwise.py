@@ -1,7 +1,7 @@
 """Rules that go over parameters and states of one shape element by element, on torch tensors that stay in the cache."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,14 +26,13 @@ class ElementwiseStepper(EagerStepper):
     states: ClassVar[tuple[str, ...]]
     """Names of the states that the rule takes, in their order."""
 
+    rule: Callable[..., Sequence[Tensor]]
+    """Takes hyper-parameters, parameter, gradient and states; returns the new parameter and the new states."""
+
     def update(self, part: Part) -> None:
         columns = [part.params, part.grads, *([s[name] for s in part.states] for name in self.states)]
         factor = -part.factor if part.hyper.maximize else part.factor
         apply(lambda *tensors: self.rule(part.hyper, *tensors), columns, factor)
-
-    def rule(self, hyper: Any, *tensors: Tensor) -> Sequence[Tensor]:
-        """Returns the new parameter and the new states, given parameter, gradient and states."""
-        raise NotImplementedError
 
 
 def apply(rule: Rule, columns: Columns, factor: float) -> None:

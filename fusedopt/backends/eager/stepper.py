@@ -69,7 +69,5 @@ def _parts(batch: Batch, advanced: Sequence[int], counts: Iterator[float], facto
     if isinstance(hyper.lr, Tensor):  # a number whatever its dtype, as on the other backend
         hyper = hyper._replace(lr=float(hyper.lr))
     for step, which in alike.items():
-        params, grads, states, splits = (
-            column and [column[i] for i in which] for column in (batch.params, batch.grads, batch.states, batch.splits)
-        )
-        yield Part(hyper, step, factor, params, grads, states, splits)
+        columns: Any = (batch.params, batch.grads, batch.states, batch.splits)
+        yield Part(hyper, step, factor, *(column and [column[i] for i in which] for column in columns))

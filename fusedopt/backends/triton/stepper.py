@@ -1,7 +1,7 @@
 """The step of a rule on one device: brings its launch table up to date, then launches the rule's kernels."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +20,10 @@ States = Sequence[dict[str, Tensor]]
 class TritonStepper:
     """What the steppers of all rules have in common. A subclass declares its records and fills in what is its own."""
 
-    row: ClassVar[Record]
+    row: Record
     """Of the launch table; its tensors are gone through element by element."""
 
-    hyper: ClassVar[Record]
+    hyper: Record
     """Of a set of hyper-parameters."""
 
     def __init__(self, device: torch.device) -> None:

@@ -27,8 +27,10 @@ class EagerAdafactor(EagerStepper):
                     alike.setdefault((p.shape, p.dtype), []).append(i)
             for which in alike.values():
                 for some in _in_cache(part.params, which):
-                    columns = ([column[i] for i in some] for column in (part.params, part.grads, part.states))
-                    run_together([update(part, Stack(*columns))])
+                    stack = Stack(
+                        [part.params[i] for i in some], [part.grads[i] for i in some], [part.states[i] for i in some]
+                    )
+                    run_together([update(part, stack)])
         run_together(shards)
 
 

@@ -107,7 +107,7 @@ def update(part: Part, stack: Stack) -> Update:
     rms, *rms_of_p = yield from stack.root_mean_squares(unclipped, *[p] * hyper.scale_parameter)
     if rms_of_p:
         stack.store("RMS", rms_of_p[0].flatten())
-    rate: Any = hyper.rate(part.step, *rms_of_p or [0.0], number_maximum=number_maximum)
+    rate: Any = hyper.rate(part.step, rms_of_p[0] if rms_of_p else 0.0, number_maximum=number_maximum)
     divisor = rules.clip_divisor(rms, hyper.clip_threshold, torch.clamp)
     change = unclipped() * ((-rate if hyper.maximize else rate) / divisor)
     if hyper.beta1 is not None:
