@@ -16,6 +16,7 @@ from fusedopt.checks import FLOATS
 from fusedopt.guard import Guard
 from fusedopt.states import StateCheck
 from fusedopt.without_data import has_data, is_lazy
+from fusedopt_kernels.layout import overlaps_itself
 from fusedopt_kernels.memory import outside_inference_mode
 
 # Options of torch's optimizers that say how a step runs, not what it computes: here `backend=` says it.
@@ -196,7 +197,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             ValueError: an option of a group was set to a value that the constructor refuses, or a parameter comes
                 twice; nothing was changed.
             RuntimeError: a gradient is sparse, or a gradient or a state does not fit its parameter, which has been
-                given another size, for instance; nothing was changed.
+                given another size or an expanded tensor, for instance; nothing was changed.
         """
         loss = None
         if closure is not None:
@@ -506,7 +507,7 @@ def refuse_unknown(where: str, options: dict[str, Any]) -> None:
 
 
 def _check_gradients(params: list[Tensor], grads: list[Tensor]) -> list[torch.Size]:
-    """Raises for a gradient that no backend can use, before anything has changed. Returns the shapes of the parameters.
+    """Raises for a pair that no backend can use, before anything has changed. Returns the shapes of the parameters.
 
     Whole lists: thousands are common.
     """
@@ -516,9 +517,15 @@ def _check_gradients(params: list[Tensor], grads: list[Tensor]) -> list[torch.Si
         and set(map(attrgetter("dtype"), grads)) <= FLOATS
         and list(map(attrgetter("device"), grads)) == list(map(attrgetter("device"), params))
         and list(map(attrgetter("shape"), grads)) == shapes
+        and all(map(Tensor.is_contiguous, params))
     ):
         return shapes
     for p, g in zip(params, grads):
+        if overlaps_itself(p):
+            raise RuntimeError(
+                f"a parameter of shape {tuple(p.shape)} with strides {p.stride()} has several elements in one place of "
+                "memory now (an expanded tensor?), where an update cannot be written: give it a clone"
+            )
         if g.layout is not torch.strided:
             raise RuntimeError(
                 f"the gradient of a parameter of shape {tuple(p.shape)} is sparse ({g.layout}): make it dense "

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fusedopt_kernels.memory import outside_inference_mode
@@ -70,14 +71,24 @@ def separate_rates(groups: list[dict[str, Any]]) -> None:
             seen.add(where)
 
 
+def has_to_move(value: Any, device: torch.device) -> bool:
+    """Whether an entry of a state is elsewhere, or was made in a mode outside of which nothing can write to it."""
+    if not isinstance(value, Tensor):
+        return False
+    return value.device != device or (value.is_inference() and not torch.is_inference_mode_enabled())
+
+
 def follow_parameters(optimizer: "FusedOptimizer") -> None:
-    """Moves states to the device of their parameter, which `model.to(device)` may have taken elsewhere."""
+    """Moves states to the device of their parameter, which `model.to(device)` may have taken elsewhere.
+
+    States that can only be written to in `torch.inference_mode()` are replaced by clones outside of it.
+    """
     for group in optimizer.param_groups:
         for p in group["params"]:
             for name, value in optimizer.state.get(p, {}).items():
-                if isinstance(value, Tensor) and value.device != p.device:
+                if has_to_move(value, p.device):
                     with outside_inference_mode():
-                        optimizer.state[p][name] = value.to(p.device)
+                        optimizer.state[p][name] = value.to(p.device, copy=True)
 
 
 def torch_looks_at_state() -> bool:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedopt import checks, sharding
+from fusedopt import checkpoint, checks, sharding
 from fusedopt.checks import FLOATS
+from fusedopt.without_data import has_data
+from fusedopt_kernels.layout import overlaps_itself
 
 if TYPE_CHECKING:
     from fusedopt.base import FusedOptimizer
@@ -35,7 +37,7 @@ class StateCheck:
     Attributes:
         regrouped: whether the groups do not hold the parameters that they held at the last look.
         missing: whether a parameter with a gradient has no state.
-        moved: whether a state is not on the device of its parameter.
+        moved: whether a state is not on the device of its parameter, or cannot be written to.
         incomplete: whether a state lacks what an option of its group asks for.
     """
 
@@ -71,6 +73,7 @@ class StateCheck:
             self.missing = any(g is not None and not s for g, s in zip(chain.from_iterable(grads), states))
         values = list(chain.from_iterable(map(dict.values, states)))
         options = [[group[name] for name in optimizer.state_options] for group in groups]
+        options.append([torch.is_inference_mode_enabled()])  # What was made in that mode can only be written to there.
         if shapes is None:
             shapes = list(map(attrgetter("shape"), params))
         if not self.regrouped and self._are_as_before(options, shapes, values):
@@ -85,14 +88,17 @@ class StateCheck:
 
     def _are_as_before(self, options: list[list[Any]], shapes: list[torch.Size], values: list[Any]) -> bool:
         seen = self._seen
-        return (
-            seen is not None
-            and options == seen.options
-            and shapes == seen.shapes
-            and len(values) == len(seen.values)
-            and all(map(is_, values, [value() for value in seen.values]))
-            and list(map(Tensor.numel, values)) == seen.sizes
-        )
+        try:
+            return (
+                seen is not None
+                and options == seen.options
+                and shapes == seen.shapes
+                and len(values) == len(seen.values)
+                and all(map(is_, values, [value() for value in seen.values]))
+                and list(map(Tensor.numel, values)) == seen.sizes
+            )
+        except TypeError:  # None is in the place of a tensor that is gone, which its reference calls None, too.
+            return False
 
     def _all_fit(self, optimizer: "FusedOptimizer", grads: list[list[Tensor | None]]) -> bool:
         """Whether all states fit, those that this step leaves alone too; raises for one that it needs."""
@@ -110,7 +116,7 @@ class StateCheck:
                 if miscounted and counts_all:
                     raise RuntimeError(f"{miscounted}; {_WAY_OUT}")
                 fit = fit and not wrong
-                self.moved |= any(isinstance(t, Tensor) and t.device != p.device for t in state.values())
+                self.moved |= any(map(checkpoint.has_to_move, state.values(), repeat(p.device)))
                 self.incomplete |= not optimizer.state_shapes(p, group).keys() <= state.keys()
         return fit
 
@@ -118,6 +124,8 @@ class StateCheck:
 def _wrong_count(p: Tensor, state: dict[str, Any]) -> str | None:
     step = state.get("step")
     if isinstance(step, Tensor) and step.dim() == 0 and step.dtype is torch.float32 and _has_data(step, p):
+        if step.device.type == "cpu" and has_data(step) and not step >= 0.0:  # Other devices are not waited for.
+            return f"the state step of a parameter of shape {tuple(p.shape)} is {step.item()}: a count must be >= 0"
         return None
     return (
         f"the state step of a parameter of shape {tuple(p.shape)} is {_described(step)}: it must be a 0-d float32 "
@@ -142,6 +150,8 @@ def _misfit(optimizer: "FusedOptimizer", p: Tensor, group: dict[str, Any], state
             wanted = f"on {p.device}"
         elif sharding.shard(t).shape != of_shard[name] or (sharding.is_sharded(t) and mine is p):
             wanted = f"sharded as its parameter is, which has {tuple(mine.shape)} of it here"
+        elif overlaps_itself(sharding.shard(t)):
+            wanted = f"without two elements in one place of memory; its strides are {t.stride()}"
         else:
             continue
         return f"the state {name} of a parameter of shape {tuple(p.shape)} is {_described(t)}, expected one {wanted}"

@@ -120,5 +120,7 @@ class Elementwise(NamedTuple):
             numel: int64 [tensors].
         """
         tables = Tables(self.row.places, self.hyper.places, self.scalars.places)
+        # First: a captured step whose launch cannot be captured is refused before anything is queued.
+        table.chunks("update", keys, -(-numel // BLOCK))
         scalars = run_prologue(self.prologue, table, tables)
         launch_elementwise(self.update, "update", table, self.row, keys, numel, (table.rows, scalars, tables))
