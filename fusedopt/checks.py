@@ -26,9 +26,7 @@ def number(name: str, value: Any) -> float:
     try:
         return float(value)
     except OverflowError:
-        raise ValueError(
-            f"{name} must be a number that a float can hold, got an int of {value.bit_length()} bits"
-        ) from None
+        raise ValueError(f"{name} must be a number that a float can hold, got a larger one") from None
 
 
 def hint(value: Any) -> str:

@@ -120,8 +120,8 @@ def _run(part: Part, out: Path, seconds: float) -> str:
     return "done" if code == 0 else f"failed with exit code {code}"
 
 
-def write_report(out: Path) -> str:
-    """Tables of everything in a folder of evidence, and the picture beside them."""
+def write_report(out: Path) -> None:
+    """Writes tables of everything in a folder of evidence, and the picture beside them."""
     text = ["# What was measured", "```", (out / "summary.json").read_text().strip(), "```"]
     for name in ("results.jsonl", "sweeps.jsonl"):
         if (out / name).exists():
@@ -129,9 +129,7 @@ def write_report(out: Path) -> str:
             text += [f"## {name}", report.text(records, markdown=True)]
             if name == "results.jsonl" and any(r.get("status") == "measured" for r in records):
                 report.steps_picture(records).savefig(out / "performance.png", dpi=130)
-    written = "\n\n".join(text) + "\n"
-    (out / "report.md").write_text(written)
-    return written
+    (out / "report.md").write_text("\n\n".join(text) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -170,7 +170,7 @@ def stacked_picture(
         ax.barh(names, first, color=_STACK[0], label=labels[0])
         bars = ax.barh(names, second, left=first, color=_STACK[1], label=labels[1])
         totals = [a + b for a, b in rows.values()]
-        _label(ax, bars, totals, [f"{total:.4g}" for total in totals])
+        _label(ax, bars, totals, [f"{total:.3g}" for total in totals])
         _style(ax, title, xlabel)
         if title in floors:
             _line(ax, floors[title], "fewest possible")

@@ -69,10 +69,10 @@ CASES = (
 )
 
 
-def count(case: Case, shapes: Sequence[tuple[int, ...]] = SHAPES) -> Record:
+def count(case: Case) -> Record:
     """Returns the launches and bytes of a step; runs where TRITON_INTERPRET=1 is set."""
-    traced = traffic.trace(case.make, shapes, case.dtype)
-    elements = sum(torch.Size(shape).numel() for shape in shapes)
+    traced = traffic.trace(case.make, SHAPES, case.dtype)
+    elements = sum(torch.Size(shape).numel() for shape in SHAPES)
     kinds = {k: [traced.read[k] / elements, traced.written[k] / elements] for k in (*OWNERS, "else")}
     moved = sum(sum(kinds[owner]) for owner in OWNERS)
     row = {"kind": "traffic", "case": case.name, "launches": traced.kernels, "bytes": kinds}

@@ -4,7 +4,7 @@ import json
 import sys
 
 import torch
-from in_place import in_place
+from helpers.in_place import in_place
 
 from fusedopt import Adafactor
 from perf.compiled import (

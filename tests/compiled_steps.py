@@ -8,7 +8,7 @@ import re
 import sys
 
 import torch
-from in_place import in_place
+from helpers.in_place import in_place
 
 from fusedopt import AdamW
 from fusedopt_kernels.elementwise import BLOCK, THREADS

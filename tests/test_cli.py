@@ -235,7 +235,7 @@ class TestOutputThatCannotBeWritten:
         assert os.listdir(tmp_path) == ["full.png"]
         assert os.path.exists("/dev/full") and not os.path.isfile("/dev/full")
 
-    @pytest.mark.parametrize("limit", [100, 20_000, 60_000])
+    @pytest.mark.parametrize("limit", [100, 20_000, pytest.param(60_000, marks=pytest.mark.slow)])
     def test_the_disk_fills_up_during_a_demo(self, limit, tmp_path):
         """Numbers, checkpoint or picture do not fit: one sentence names the file, and no half of one is left."""
         code = (

@@ -240,6 +240,7 @@ def test_evidence_goes_on_after_a_fault_and_ends_in_time(tmp_path, capsys):
     assert (tmp_path / "out" / "first").read_text() == "measured\n"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the real evidence runs where there is a GPU")
 def test_the_whole_of_the_evidence_in_small(tmp_path):
     """Every command that the evidence starts on a GPU machine, on tiny tensors in Triton's interpreter."""

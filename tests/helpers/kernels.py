@@ -15,11 +15,9 @@ from fusedopt_kernels import norm
 from fusedopt_kernels.adafactor import averages as adafactor_averages
 from fusedopt_kernels.adafactor import plan, shards
 from fusedopt_kernels.adafactor import step as adafactor
-from helpers.comparing import assert_same
 
 KERNELS = {
-    adafactor: ("prologue", "sums", "squares", "finish", "apply"),
-    adafactor_averages: ("averages",),
+    adafactor: ("prologue", "sums", "averages", "squares", "finish", "apply"),
 }
 
 TINY = {
@@ -90,7 +88,7 @@ def captures(monkeypatch):
     def copied(self, host, device):
         table = copy_at_every_replay(self, host, device)
         staging = self._kept[-1]
-        assert_same(staging, table)
+        assert torch.equal(staging, table)  # which reads nothing that counts as a wait for the device
         table.fill_(-1)
         kept_table, kept_staging = by_address(table), by_address(staging)
         capturing[-1].queued.append(lambda: kept_table().copy_(kept_staging()))
