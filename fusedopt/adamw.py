@@ -1,18 +1,18 @@
 """AdamW in the three conventions in use: transformers', torch's and Keras'."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from fusedopt import checks
-from fusedopt.base import FusedOptimizer
 from fusedopt.batch import AdamWHyper
+from fusedopt.elementwise import ElementwiseOptimizer
 from fusedopt.guard import Guard
 from fusedopt_kernels.rules import CONVENTIONS
 
 
-class AdamW(FusedOptimizer):
+class AdamW(ElementwiseOptimizer):
     r"""AdamW with the numbers of `transformers.AdamW` 4.34, of `torch.optim.AdamW` or of Keras' Adam with decay.
 
     With `convention="transformers"`, per parameter with gradient g, t counting its updates:
@@ -82,7 +82,7 @@ class AdamW(FusedOptimizer):
         "amsgrad": checks.flag,
         "maximize": checks.flag,
     }
-    constructor_options: ClassVar[tuple[str, ...]] = (*FusedOptimizer.constructor_options, "convention")
+    constructor_options: ClassVar[tuple[str, ...]] = (*ElementwiseOptimizer.constructor_options, "convention")
 
     def __init__(
         self,
@@ -138,12 +138,8 @@ class AdamW(FusedOptimizer):
             CONVENTIONS[self.convention],
         )
 
-    def new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        names = self.state_shapes(p, group)
-        return {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in names}
-
-    def state_shapes(self, p: Tensor, group: dict[str, Any]) -> dict[str, torch.Size]:
-        return dict.fromkeys(["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * group["amsgrad"], p.shape)
+    def state_names(self, group: dict[str, Any]) -> Sequence[str]:
+        return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 2 + group["amsgrad"]]
 
     def whole_options(self) -> dict[str, Any]:
         return {**super().whole_options(), "convention": self.convention}

@@ -97,6 +97,12 @@ class Batch(NamedTuple):
     states: list[dict[str, Tensor]]
     splits: list[Split | None] | None = None
 
+    @property
+    def shares_steps(self) -> bool:
+        """True if its parameters count the steps of the whole optimizer."""
+        convention = getattr(self.hyper, "convention", None)
+        return convention is not None and convention.shared_steps
+
     def on(self, device: torch.device) -> "Batch":
         """The part of this batch whose parameters live on `device`."""
         return self.only(lambda p: p.device == device)

@@ -9,6 +9,7 @@ from fusedopt.in_backward import register_step_in_backward
 from fusedopt.keras import AdamWeightDecay
 from fusedopt.keras_recipe import create_optimizer
 from fusedopt.keras_schedules import PolynomialDecay, WarmUp
+from fusedopt.lion import Lion
 from fusedopt.plotting import plot_gallery, plot_schedule, plot_verification
 from fusedopt.recorder import LRRecorder
 from fusedopt.schedules import *  # noqa: F403
@@ -22,6 +23,7 @@ __all__ = [
     "AdamWeightDecay",
     "GradientAccumulator",
     "LRRecorder",
+    "Lion",
     "PolynomialDecay",
     "Verification",
     "WarmUp",

@@ -192,6 +192,43 @@ def _adafactor_rate(state: dict[str, Any], group: dict[str, Any]) -> Any:
     return lr * max(group["eps"][1], state["RMS"]) if group["scale_parameter"] else lr
 
 
+class ReferenceLion(_Loop):
+    """Lion as its paper writes it. State has the parameter's dtype.
+
+    Source: Chen et al., https://arxiv.org/abs/2302.06675.
+
+    Args:
+        params: parameters, or param groups with their own options.
+        lr: how far an element moves per step.
+        betas: weights of the running average where its sign is taken, and in the next average.
+        weight_decay: share of the parameter that `lr = 1` would take away per step.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+        >>> weight.grad = torch.tensor([4.0])
+        >>> ReferenceLion([weight], lr=0.25).step()
+        >>> weight.item()
+        0.75
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay))
+
+    def update(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        if not state:
+            state["exp_avg"] = torch.zeros_like(p)
+        m, lr, (beta1, beta2) = state["exp_avg"], group["lr"], group["betas"]
+        direction = torch.sign(beta1 * m + (1 - beta1) * g)
+        p.sub_(lr * (direction + group["weight_decay"] * p))
+        m.mul_(beta2).add_(g, alpha=1 - beta2)
+
+
 class ReferenceAdamWeightDecay(_Loop):
     """AdamWeightDecay as transformers 4.34 computes it on TensorFlow, without gradient clipping.
 

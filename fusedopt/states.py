@@ -167,8 +167,8 @@ def _made_for(state: dict[str, Any]) -> torch.Size | None:
     row, column = state.get("exp_avg_sq_row"), state.get("exp_avg_sq_col")
     if isinstance(row, Tensor) and isinstance(column, Tensor):
         return torch.Size([*row.shape, *column.shape[-1:]])
-    squares = state.get("exp_avg_sq")
-    return squares.shape if isinstance(squares, Tensor) else None
+    like_p = state.get("exp_avg_sq", state.get("exp_avg"))
+    return like_p.shape if isinstance(like_p, Tensor) else None
 
 
 def _described(value: Any) -> str:

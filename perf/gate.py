@@ -79,7 +79,8 @@ def check(provider: Provider, workload: Workload, device: torch.device) -> Verdi
                 torch.nn.utils.clip_grad_norm_(exact, rule.max_grad_norm)
             optimizer.step()
             step()  # Some clip the gradients in place, which the next step overwrites.
-    verdicts = [_verdict(workload.dtype, provider.slack, *tensors) for tensors in zip(params, exact, starts)]
+    slack = provider.slack + (rule.error16 if workload.dtype.itemsize == 2 else 0.0)
+    verdicts = [_verdict(workload.dtype, slack, *tensors) for tensors in zip(params, exact, starts)]
     return max(verdicts, key=lambda v: (not v.passed, v.error / v.allowed))
 
 

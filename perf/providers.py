@@ -31,6 +31,7 @@ class Rule(NamedTuple):
     max_grad_norm: float | None = None  # limit of the norm of all gradients
     slack: float = 0.0  # share that partial sums may add to the bytes of float32 tensors
     loop: str = "transformers 4.34 loop"  # whose the loop in `fusedopt.reference` is
+    error16: float = 0.0  # of a step's movement, that roundings of a state to 16 bits may cost one element
 
     def floor(self, dtype: torch.dtype) -> float:
         """Returns the fewest bytes per parameter that a step moves where all tensors have this dtype."""
@@ -43,6 +44,7 @@ RULES = {
     "adamw": Rule("AdamW", 7, ADAM),
     # Reads gradients for the sums, for the update's size and for the update; weights for their size and the update.
     "adafactor": Rule("Adafactor", 6, {}, slack=0.1),
+    "lion": Rule("Lion", 5, dict(lr=LR, weight_decay=1e-2), error16=0.7),  # one sign of the gate's three steps
     "adamw, norm below the limit": _CLIPPED._replace(max_grad_norm=1e6),  # which no gradient here reaches
     "adamw, clipped": _CLIPPED._replace(max_grad_norm=1e-2),  # which every step exceeds
 }

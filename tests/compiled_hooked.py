@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 import triton
 
-from fusedopt import Adafactor, AdamW
+from fusedopt import Adafactor, AdamW, Lion
 from fusedopt.accumulate import GradientAccumulator
 from perf.compiled import ADAFACTOR_SHAPES, fake_gpu, shard_step
 
@@ -30,6 +30,7 @@ def main() -> None:
         fake_gpu("sm_90"),
     ):
         AdamW(params, max_grad_norm=1.0, backend="triton").apply_gradients(zip(grads, params))
+        Lion(params, backend="triton").apply_gradients(zip(grads, params))
         adafactor.apply_gradients(zip(grads, params))
         shard_step(adafactor, params, grads)
         GradientAccumulator(torch.float32, backend="triton")(grads)

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from fusedopt import Adafactor, AdamW, AdamWeightDecay
+from fusedopt import Adafactor, AdamW, AdamWeightDecay, Lion
 from fusedopt.backends import has_triton
 
 WORLD = 4
@@ -61,6 +61,9 @@ CASES = {
     "Adafactor-skipping": lambda named, **kw: Adafactor(named, skip_nonfinite=True, **kw),
     "Adafactor-beta1": lambda named, **kw: Adafactor(
         named, lr=0.1, relative_step=False, scale_parameter=False, beta1=0.9, weight_decay=0.1, max_grad_norm=2.0, **kw
+    ),
+    "Lion-skipping": lambda named, **kw: Lion(
+        named, lr=0.1, weight_decay=0.1, max_grad_norm=0.5, skip_nonfinite=True, **kw
     ),
 }
 

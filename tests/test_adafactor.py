@@ -23,8 +23,7 @@ from helpers.golden import assert_close, replay
 from hypothesis import given, settings
 
 from fusedopt.adafactor import Adafactor
-from fusedopt.backends.eager import adafactor as eager_adafactor
-from fusedopt.backends.eager import adafactor_tiles
+from fusedopt.backends.eager.adafactor import stepper, tiles, update
 from fusedopt.backends.scratch import scratch
 from fusedopt.reference import ReferenceAdafactor
 
@@ -41,7 +40,7 @@ PATHS = {
 @pytest.fixture
 def path(monkeypatch, request):
     for name, value in PATHS[request.param].items():
-        for module in (eager_adafactor, adafactor_tiles):
+        for module in (stepper, tiles, update):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, value)
 

@@ -8,7 +8,7 @@ import torch
 from helpers.adamw import gradients, parameters
 from helpers.comparing import assert_same
 
-from fusedopt import AdamW
+from fusedopt import AdamW, Lion
 from fusedopt.backends.triton.adamw import TritonAdamW
 from fusedopt.backends.triton.scalars import DeviceScalars
 
@@ -173,3 +173,23 @@ def test_outside_of_captures_nothing_is_kept():
         step(optimizer, params, gradients(params, seed))
     (stepper,) = optimizer._steppers.values()
     assert isinstance(stepper, TritonAdamW) and not stepper.captured
+
+
+def test_a_captured_step_of_lion_reads_rate_and_gradients_at_every_replay(capture):
+    captured, expected = parameters(CPU, SIZES), parameters(CPU, SIZES)
+    a = Lion(captured, lr=torch.tensor(0.25), weight_decay=0.1, backend="triton")
+    b = Lion(expected, lr=torch.tensor(0.25), weight_decay=0.1, backend="triton")
+    for optimizer, params in ((a, captured), (b, expected)):
+        step(optimizer, params, gradients(params, 0))
+    static = [torch.zeros_like(p) for p in captured]
+    with capture() as graph:
+        step(a, captured, static)
+    for seed, rate in ((1, 0.5), (2, 0.125)):
+        for g, new in zip(static, gradients(captured, seed)):
+            g.copy_(new)
+        for optimizer in (a, b):
+            optimizer.param_groups[0]["lr"].fill_(rate)
+        graph.replay()
+        step(b, expected, gradients(expected, seed))
+    assert_same(captured, expected)
+    assert_same([a.state[p] for p in captured], [b.state[p] for p in expected])

@@ -188,3 +188,15 @@ def test_every_kernel_compiles_under_a_hook_that_serializes_its_constants():
     serialized = run_without_interpreter("compiled_hooked.py")
     assert sorted(serialized) == sorted(kernels)
     assert all(serialized.values())
+
+
+def test_lion_takes_two_launches_and_reads_and_writes_128_bits_at_a_time():
+    """Per element it reads a parameter, a gradient and an average, and writes two of them; 8 elements per thread."""
+    found = compiled("", "compiled_lion.py")
+    for name, size in (("float32", 4), ("bfloat16", 2)):
+        kernel = found[name]["update"]
+        assert found[name]["launches"] == ["prologue", "update"]
+        assert kernel["spilled"] == kernel["shared"] == 0 and kernel["registers"] <= 64, kernel
+        assert kernel["reads"]["128"] == 3 * 8 * size // 16 and kernel["writes"] == {"128": 2 * 8 * size // 16}, kernel
+        assert found[name]["fusion"] is False
+    assert found["compilations"] == 3  # the prologue once

@@ -18,7 +18,8 @@ LAYERS = [
     {"checkpoint", "states", "whose", "without_data"},
     {"loading"},
     {"base"},
-    {"adamw", "adafactor"},
+    {"elementwise"},
+    {"adamw", "adafactor", "lion"},
     {"adafactor_schedule", "keras", "accumulate", "decay_groups", "in_backward", "reference"},
 ]
 

@@ -304,6 +304,7 @@ def test_temporaries_are_those_alive_at_once():
         ("adamw, clipped", torch.float32, 32),
         ("adafactor", torch.float32, 24),
         ("adafactor", torch.bfloat16, 12),
+        ("lion", torch.float32, 20),
     ],
 )
 def test_the_roofline_of_every_update(rule, dtype, bytes_):

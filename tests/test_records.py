@@ -27,7 +27,7 @@ if sys.argv[1] == "inserted":
     record.Record.__init__ = with_one_more
 
 import torch
-from fusedopt import Adafactor, AdamW
+from fusedopt import Adafactor, AdamW, Lion
 from fusedopt.accumulate import GradientAccumulator
 
 torch.manual_seed(0)
@@ -36,6 +36,7 @@ for make, options in (
     (AdamW, {"amsgrad": True, "weight_decay": 0.1, "lr": torch.tensor(0.1), "max_grad_norm": 1.0}),
     (AdamW, {"convention": "keras", "skip_nonfinite": True}),
     (Adafactor, {"beta1": 0.9, "weight_decay": 0.1}),
+    (Lion, {"weight_decay": 0.1, "maximize": True}),
     (Adafactor, {"lr": 0.1, "relative_step": False, "scale_parameter": False}),
 ):
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((3, 40), (7,), (4, 3, 3, 3), (16,))]

@@ -5,8 +5,8 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from fusedopt_kernels.device import load_number, load_pointer, narrow
-from fusedopt_kernels.elementwise import launch_elementwise, open_piece
+from fusedopt_kernels.device import load_number, narrow
+from fusedopt_kernels.elementwise import launch_elementwise, open_piece, pointers, with_dtypes
 from fusedopt_kernels.record import INTEGER, NUMBER, TENSOR, Record, Tables
 from fusedopt_kernels.table import LaunchTable
 
@@ -18,29 +18,18 @@ TABLES = Tables(ROW.places, HYPER.places)
 
 
 @triton.jit
-def add(
-    chunks,
-    rows,
-    hyper,
-    T: tl.constexpr,
-    S: tl.constexpr,
-    G: tl.constexpr,
-    PREVIOUS: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    VECTOR_WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One piece of one tensor. S, G, PREVIOUS: dtypes of sum, gradient and what it is added to; None for nothing."""
-    _, row, first, offsets, mask = open_piece(chunks, rows, T, ALIGNED, BLOCK)
-    weight = load_number(hyper + T.hyper.weight).to(COMPUTE)
-    g = tl.load(load_pointer(row + T.row.grad, G, ALIGNED, VECTOR_WIDTH) + first + offsets, mask=mask).to(COMPUTE)
+def add(chunks, rows, hyper, T: tl.constexpr, A: tl.constexpr):
+    """One piece of one tensor."""
+    S: tl.constexpr = with_dtypes(A)
+    _, row, first, offsets, mask = open_piece(chunks, rows, T, S)
+    weight = load_number(hyper + T.hyper.weight).to(S.compute)
+    g = tl.load(pointers(row + T.row.grad, S.grad, first, offsets, S), mask=mask).to(S.compute)
     # A gradient of no weight may hold anything: the mean over no tokens is NaN.
     total = tl.where(weight == 0.0, 0.0, weight * g)
-    if PREVIOUS is not None:
-        previous_at = load_pointer(row + T.row.previous, PREVIOUS, ALIGNED, VECTOR_WIDTH) + first + offsets
-        total += tl.load(previous_at, mask=mask).to(COMPUTE)
-    tl.store(load_pointer(row + T.row.sum, S, ALIGNED, VECTOR_WIDTH) + first + offsets, narrow(total, S), mask=mask)
+    if S.previous is not None:
+        previous_at = pointers(row + T.row.previous, S.previous, first, offsets, S)
+        total += tl.load(previous_at, mask=mask).to(S.compute)
+    tl.store(pointers(row + T.row.sum, S.sum, first, offsets, S), narrow(total, S.sum), mask=mask)
 
 
 def accumulate(table: LaunchTable, keys: np.ndarray, numel: np.ndarray) -> None:

@@ -78,6 +78,12 @@ def div_rn(x, y):
 
 
 @device_function
+def sign(x):
+    """-1, 0 or 1; NaN for NaN."""
+    return tl.where(x != x, x, (x > 0.0).to(x.dtype) - (x < 0.0).to(x.dtype))
+
+
+@device_function
 def my_piece(chunks):
     """The (row, piece) that this program works on, as int64: tensors may have more than 2^31 elements."""
     return piece_of(chunks, tl.program_id(0))

@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedopt_kernels.device import TRITON_DTYPES, load_pointer, options
-from fusedopt_kernels.elementwise import open_piece
+from fusedopt_kernels.device import options
+from fusedopt_kernels.elementwise import access_of, open_piece, pointers, with_dtypes
 from fusedopt_kernels.record import INTEGER, TENSOR, Record, Tables
-from fusedopt_kernels.table import LaunchTable, launch_class
+from fusedopt_kernels.table import LaunchTable
 
 ROW = Record(grad=TENSOR, numel=INTEGER)
 TABLES = Tables(ROW.places)
@@ -21,19 +21,11 @@ THREADS = 256
 
 
 @triton.jit
-def sum_of_squares(
-    chunks,
-    rows,
-    sums,
-    T: tl.constexpr,
-    G: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One piece of one gradient, of dtype G. Always added up in the same order."""
-    _, row, first, offsets, mask = open_piece(chunks, rows, T, ALIGNED, BLOCK)
-    g = tl.load(load_pointer(row + T.row.grad, G, ALIGNED) + first + offsets, mask=mask, other=0.0).to(COMPUTE)
+def sum_of_squares(chunks, rows, sums, T: tl.constexpr, A: tl.constexpr):
+    """One piece of one gradient. Always added up in the same order."""
+    S: tl.constexpr = with_dtypes(A)
+    _, row, first, offsets, mask = open_piece(chunks, rows, T, S)
+    g = tl.load(pointers(row + T.row.grad, S.grad, first, offsets, S), mask=mask, other=0.0).to(S.compute)
     # Relative to the largest, whose square float32 may not hold. NaN comes through as NaN, inf as inf.
     largest = tl.max(tl.abs(g), axis=0)
     unit = tl.where((largest > 0.0) & (largest < float("inf")), largest, 1.0)
@@ -52,17 +44,7 @@ def squares(table: LaunchTable, keys: np.ndarray, numel: np.ndarray) -> Tensor:
     """
     parts = []
     for key, chunks in table.chunks("squares", keys, -(-numel // BLOCK)).items():
-        (dtype,), aligned = launch_class(key, 1)
         parts.append(torch.empty(len(chunks), dtype=torch.float64, device=chunks.device))
-        sum_of_squares[(len(chunks),)](
-            chunks,
-            table.rows,
-            parts[-1],
-            TABLES,
-            G=TRITON_DTYPES[dtype],
-            COMPUTE=tl.float64 if dtype is torch.float64 else tl.float32,
-            ALIGNED=aligned,
-            BLOCK=BLOCK,
-            **options(THREADS),
-        )
+        access = access_of(ROW, key, block=BLOCK)
+        sum_of_squares[(len(chunks),)](chunks, table.rows, parts[-1], TABLES, access, **options(THREADS))
     return parts[0] if len(parts) == 1 else torch.cat([*parts, table.rows.new_zeros(1, dtype=torch.float64)])

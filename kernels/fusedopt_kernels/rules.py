@@ -145,6 +145,13 @@ def adafactor_apply(p: typing.Any, update: typing.Any, shrink: typing.Any) -> An
     return p - (shrink * p + update)
 
 
+def lion_update(
+    p: typing.Any, direction: typing.Any, lr: typing.Any, weight_decay: typing.Any, sign: typing.Any
+) -> Any:
+    """Lion's new parameter. `direction` is the average of m with g, whose sign alone counts: 0 for 0, NaN for NaN."""
+    return p - lr * (sign(direction) + weight_decay * p)
+
+
 def clip_factor(norm: Any, max_norm: Any, maximum_is: Any) -> Any:
     """What brings gradients of this norm down to `max_norm`, as torch.nn.utils.clip_grad_norm_ defines it."""
     return maximum_is(max_norm / (norm + 1e-6), 1.0)

@@ -8,15 +8,15 @@ import weakref
 from contextlib import contextmanager
 
 import torch
+from triton.runtime.jit import KernelInterface
 
 from fusedopt.backends.triton.capture import Tables
-from fusedopt_kernels import adamw
+from fusedopt_kernels import norm
 from fusedopt_kernels.adafactor import averages as adafactor_averages
 from fusedopt_kernels.adafactor import plan, shards
 from fusedopt_kernels.adafactor import step as adafactor
 
 KERNELS = {
-    adamw: ("prologue", "update"),
     adafactor: ("prologue", "sums", "averages", "squares", "finish", "apply"),
 }
 
@@ -58,24 +58,6 @@ def by_address(arg):
     return alive
 
 
-class Kernel:
-    """A kernel whose launches go into the graph while one is captured."""
-
-    def __init__(self, kernel, capturing):
-        self.kernel, self.capturing = kernel, capturing
-
-    def __getitem__(self, grid):
-        def launch(*args, **kwargs):
-            if not self.capturing:
-                self.kernel[grid](*args, **kwargs)
-                return
-            kept = [by_address(arg) for arg in args]
-            self.capturing[-1].queued.append(lambda: self.kernel[grid](*(arg() for arg in kept), **kwargs))
-            self.capturing[-1].launches += 1
-
-        return launch
-
-
 def captures(monkeypatch):
     """Returns a context manager like `torch.cuda.graph`, for a new `Graph`."""
     capturing: list[Graph] = []
@@ -87,9 +69,20 @@ def captures(monkeypatch):
     ):
         monkeypatch.setattr(f"{module}.capturing", lambda device: bool(capturing))
     monkeypatch.setattr("fusedopt.keras._capturing", lambda: bool(capturing))
-    for kernels, names in KERNELS.items():
-        for name in names:
-            monkeypatch.setattr(kernels, name, Kernel(getattr(kernels, name), capturing))
+    launcher = KernelInterface.__getitem__
+
+    def queue(kernel, grid):
+        def launch(*args, **kwargs):
+            if not capturing or kernel is norm.sum_of_squares:  # torch goes on with the sums, and is not recorded
+                launcher(kernel, grid)(*args, **kwargs)
+                return
+            kept = [by_address(arg) for arg in args]
+            capturing[-1].queued.append(lambda: launcher(kernel, grid)(*(arg() for arg in kept), **kwargs))
+            capturing[-1].launches += 1
+
+        return launch
+
+    monkeypatch.setattr(KernelInterface, "__getitem__", queue)
     copy_at_every_replay = Tables._copy_at_every_replay
 
     def copied(self, host, device):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from fusedopt import Adafactor, AdamW, AdamWeightDecay, PolynomialDecay, WarmUp
+from fusedopt import Adafactor, AdamW, AdamWeightDecay, Lion, PolynomialDecay, WarmUp
 from fusedopt.adafactor_schedule import AdafactorSchedule
 from fusedopt.backends import has_triton
 
@@ -92,6 +92,12 @@ OPTIMIZERS: dict[str, Row] = {
             "lr-beta1": {"lr": 0.01, "beta1": 0.9, "relative_step": False, "weight_decay": 0.0},
         },
         fixed_rate={"relative_step": False, "scale_parameter": False},
+    ),
+    "Lion": Row(
+        Lion,
+        numbers=("lr", "weight_decay", "max_grad_norm"),
+        states=frozenset({"step", "exp_avg"}),
+        options={"lr": 0.01, "weight_decay": 0.1},
     ),
 }
 

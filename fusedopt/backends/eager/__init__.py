@@ -3,5 +3,6 @@
 from fusedopt.backends.eager.adafactor import EagerAdafactor
 from fusedopt.backends.eager.adamw import EagerAdamW
 from fusedopt.backends.eager.grad_norm import Squares
+from fusedopt.backends.eager.lion import EagerLion
 
-STEPPERS = {"adafactor": EagerAdafactor, "adamw": EagerAdamW, "squares": Squares}
+STEPPERS = {"adafactor": EagerAdafactor, "adamw": EagerAdamW, "lion": EagerLion, "squares": Squares}

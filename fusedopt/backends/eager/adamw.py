@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedopt.backends.eager.rounding import round_into
-from fusedopt.backends.eager.step_counts import advance
+from fusedopt.backends.eager.elementwise import apply, parts
+from fusedopt.backends.eager.stepper import EagerStepper, Part
 from fusedopt.backends.scratch import scratch
-from fusedopt.batch import AdamWHyper, Batch, Control
+from fusedopt.batch import AdamWHyper
 from fusedopt_kernels import rules
 from fusedopt_kernels.layout import is_dense, same_layout
 
@@ -37,65 +37,35 @@ class _Columns(NamedTuple):
         return _Columns(*([column[i] for i in which] if column else [] for column in self))
 
 
-class EagerAdamW:
+class EagerAdamW(EagerStepper):
     """The stepper of AdamW for one device."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._on_cpu = device.type == "cpu"
-
-    def __call__(self, batches: Sequence[Batch], control: Control) -> None:
-        if control.skips():
-            return
-        factor = control.factor()
-        active = [[i for i, g in enumerate(batch.grads) if g is not None] for batch in batches]
-        shared = any(batch.hyper.convention.shared_steps for batch in batches)
-        # Shared counts go on, although all gradients of this step may belong to parameters of another device.
-        advancing = [[i for i, s in enumerate(batch.states) if s] for batch in batches] if shared else active
-        if not any(advancing):
-            return
-        counts = advance([batch.states[i]["step"] for batch, which in zip(batches, advancing) for i in which])
-        for batch, which in zip(batches, advancing):
-            steps = [step for step, i in zip(counts, which) if batch.grads[i] is not None]
-            counts = counts[len(which) :]
-            columns = _columns(batch)
-            if len(set(steps)) == 1:  # thousands, usually
-                self._update(batch.hyper, columns, steps[0], factor)
-                continue
-            alike: dict[float, list[int]] = {}
-            for i, step in enumerate(steps):
-                alike.setdefault(step, []).append(i)
-            for step, same in alike.items():
-                self._update(batch.hyper, columns.only(same), step, factor)
-
-    def _update(self, hyper: AdamWHyper, columns: _Columns, step: float, factor: float) -> None:
-        scalars = _scalars(hyper, step)
+    def update(self, part: Part) -> None:
+        hyper: AdamWHyper = part.hyper
+        columns = _Columns(
+            part.params,
+            part.grads,
+            [s["exp_avg"] for s in part.states],
+            [s["exp_avg_sq"] for s in part.states],
+            [s["max_exp_avg_sq"] for s in part.states] if hyper.amsgrad else [],
+        )
+        scalars = _scalars(hyper, part.step)
         # torch's kernel gets an lr to divide by, and our factor through a copy, which would round 16 bits once more.
-        served = _fused_serves(columns, factor) if self._on_cpu and scalars[1] > 0.0 else ()
+        served = _fused_serves(columns, part.factor) if self._on_cpu and scalars[1] > 0.0 else ()
         if served:
             fused = columns if len(served) == len(columns.p) else columns.only(served)
-            for part in [fused] if factor == 1.0 else _scaled_parts(fused, factor):
-                _fused_update(hyper, part, step, *scalars)
+            for some in [fused] if part.factor == 1.0 else _scaled_parts(fused, part.factor):
+                _fused_update(hyper, some, part.step, *scalars)
         if len(served) < len(columns.p):
-            for i in set(range(len(columns.p))).difference(served):
-                _rule_update(hyper, columns.only([i]), factor, *scalars)
-
-
-def _columns(batch: Batch) -> _Columns:
-    states = [s for s, g in zip(batch.states, batch.grads) if g is not None]
-    return _Columns(
-        p=[p for p, g in zip(batch.params, batch.grads) if g is not None],
-        g=[g for g in batch.grads if g is not None],
-        m=[s["exp_avg"] for s in states],
-        v=[s["exp_avg_sq"] for s in states],
-        h=[s["max_exp_avg_sq"] for s in states] if batch.hyper.amsgrad else [],
-    )
+            rest = sorted(set(range(len(columns.p))).difference(served))
+            _rule_update(hyper, columns.only(rest), part.factor, *scalars)
 
 
 def _scalars(hyper: AdamWHyper, step: float) -> tuple[float, float, float]:
     beta1, beta2 = (hyper.beta1, hyper.beta2) if hyper.correct_bias else (0.0, 0.0)
     scalars: tuple[float, float, float] = rules.adamw_scalars(
         step,
-        float(hyper.lr),
+        hyper.lr,
         hyper.weight_decay,
         hyper.eps,
         rules.log_beta(beta1),
@@ -124,31 +94,12 @@ def _fused_serves(columns: _Columns, factor: float) -> Sequence[int]:
 
 def _scaled_parts(columns: _Columns, factor: float) -> Iterator[_Columns]:
     """The same parameters a cache-sized part at a time, with copies of their gradients times `factor`."""
-    some: list[int] = []
-    size = 0
-    for i, p in enumerate(columns.p):
-        elements = p.numel()
-        if 2 * elements >= _SCALED_PART:
-            yield from _scaled_pieces(columns.only([i]), factor)
-            continue
-        if size + elements > _SCALED_PART:
-            yield _scaled(columns.only(some), factor)
-            some, size = [], 0
-        some.append(i)
-        size += elements
-    if some:
-        yield _scaled(columns.only(some), factor)
-
-
-def _scaled(some: _Columns, factor: float) -> _Columns:
-    return some._replace(g=list(torch._foreach_mul(some.g, factor)))
-
-
-def _scaled_pieces(one: _Columns, factor: float) -> Iterator[_Columns]:
-    """Pieces of one large parameter, whose scaled gradients take turns in one memory."""
-    flat = [t.as_strided((t.numel(),), (1,)) for (t,) in filter(None, one)]
-    for p, g, m, v, *h in zip(*(t.split(_SCALED_PART) for t in flat)):
-        yield _Columns([p], [torch.mul(g, factor, out=scratch.like(g, "gradient", g.dtype))], [m], [v], h)
+    for some in map(_Columns._make, parts(columns, range(len(columns.p)), _SCALED_PART)):
+        if len(some.g) == 1:  # in memory that all take turns in
+            (g,) = some.g
+            yield some._replace(g=[torch.mul(g, factor, out=scratch.like(g, "gradient", g.dtype))])
+        else:
+            yield some._replace(g=list(torch._foreach_mul(some.g, factor)))
 
 
 def _is_like(t: Tensor, p: Tensor) -> bool:
@@ -176,18 +127,15 @@ def _fused_update(
 
 
 def _rule_update(
-    hyper: AdamWHyper, one: _Columns, factor: float, shrink: float, step_size: float, eps_hat: float
+    hyper: AdamWHyper, columns: _Columns, factor: float, shrink: float, step_size: float, eps_hat: float
 ) -> None:
-    """The rule on the tensors of one parameter, whatever their layout, in at least float32, rounded once."""
-    (p,), (g,), (m,), (v,), h = one
-    dtype = torch.promote_types(p.dtype, torch.float32)
-    factor = -factor if hyper.maximize else factor
-    wide_g = g.to(dtype) if factor == 1.0 else g.to(dtype) * factor
+    """The rule on tensors of any layout and dtype."""
     weight1, weight2 = 1.0 - hyper.beta1, 1.0 - hyper.beta2
-    new_m, new_v = rules.adam_moments(wide_g, m.to(dtype), v.to(dtype), hyper.beta1, weight1, hyper.beta2, weight2)
-    round_into(m, new_m)
-    round_into(v, new_v)
-    if hyper.amsgrad:
-        new_v = torch.maximum(h[0].to(dtype), new_v)
-        round_into(h[0], new_v)
-    p.copy_(rules.adamw_update(p.to(dtype), new_m, new_v, shrink, step_size, eps_hat, sqrt=torch.sqrt, div=torch.div))
+
+    def rule(p: Tensor, g: Tensor, m: Tensor, v: Tensor, h: Tensor | None = None) -> list[Tensor]:
+        m, v = rules.adam_moments(g, m, v, hyper.beta1, weight1, hyper.beta2, weight2)
+        largest = v if h is None else torch.maximum(h, v)
+        p = rules.adamw_update(p, m, largest, shrink, step_size, eps_hat, sqrt=torch.sqrt, div=torch.div)
+        return [p, m, v] if h is None else [p, m, v, largest]
+
+    apply(rule, columns, -factor if hyper.maximize else factor)

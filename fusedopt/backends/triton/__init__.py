@@ -1,7 +1,16 @@
 """The Triton backend: the update of all parameters of a device in a handful of launches."""
 
+from functools import partial
+
 from fusedopt.backends.triton.adafactor import TritonAdafactor
 from fusedopt.backends.triton.adamw import TritonAdamW
+from fusedopt.backends.triton.elementwise import ElementwiseStepper
 from fusedopt.backends.triton.grad_norm import Squares
+from fusedopt_kernels.lion import LION
 
-STEPPERS = {"adafactor": TritonAdafactor, "adamw": TritonAdamW, "squares": Squares}
+STEPPERS = {
+    "adafactor": TritonAdafactor,
+    "adamw": TritonAdamW,
+    "lion": partial(ElementwiseStepper, LION),
+    "squares": Squares,
+}

@@ -1,7 +1,7 @@
 """The step of a rule on one device: brings its launch table up to date, then launches the rule's kernels."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +20,10 @@ States = Sequence[dict[str, Tensor]]
 class TritonStepper:
     """What the steppers of all rules have in common. A subclass declares its records and fills in what is its own."""
 
-    row: ClassVar[Record]
+    row: Record
     """Of the launch table; its tensors are gone through element by element."""
 
-    hyper: ClassVar[Record]
+    hyper: Record
     """Of a set of hyper-parameters."""
 
     def __init__(self, device: torch.device) -> None:
@@ -66,7 +66,7 @@ class TritonStepper:
         hyper["grad_scale"] = scalars.address(control.grad_scale)
         hyper["found_inf"] = scalars.address(control.found_inf)
         for i, batch in enumerate(batches):
-            hyper["shared_steps"][i] = shares_steps(batch)
+            hyper["shared_steps"][i] = batch.shares_steps
             hyper["sign"][i] = -1.0 if batch.hyper.maximize else 1.0
             if batch.hyper.lr is not None:
                 hyper["lr"][i] = scalars.number("lr", batch.hyper.lr)
@@ -97,12 +97,6 @@ def gradients(batches: Sequence[Batch]) -> Column:
     return [g for batch in batches for g in batch.grads]
 
 
-def shares_steps(batch: Batch) -> bool:
-    """True if the batch counts the steps of the whole optimizer."""
-    convention = getattr(batch.hyper, "convention", None)
-    return convention is not None and convention.shared_steps
-
-
 def _has_work(batch: Batch) -> bool:
     # Shared counts go on, although all gradients of this step may belong to parameters of another device.
-    return shares_steps(batch) or any(g is not None for g in batch.grads)
+    return batch.shares_steps or any(g is not None for g in batch.grads)

@@ -1,0 +1,3 @@
+"""Adafactor on the eager backend."""
+
+from fusedopt.backends.eager.adafactor.stepper import EagerAdafactor as EagerAdafactor

@@ -1,0 +1,54 @@
+"""Which parameters of a step are updated in tiles, which in stacks, and which with those of other processes."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fusedopt.backends.eager.adafactor.tiles import TILE, tiled_update
+from fusedopt.backends.eager.adafactor.update import SMALL, Stack, run_together, update
+from fusedopt.backends.eager.stepper import EagerStepper, Part
+
+
+class EagerAdafactor(EagerStepper):
+    """The stepper of Adafactor for one device: large parameters of a CPU in tiles, everything else by the rules."""
+
+    def update_all(self, parts: Sequence[Part]) -> None:
+        shards = []
+        for part in parts:
+            alike: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
+            splits = part.splits or [None] * len(part.params)
+            for i, (p, g, state, split) in enumerate(zip(part.params, part.grads, part.states, splits)):
+                if split is not None:
+                    shards.append(update(part, Stack([p], [g], [state], split)))
+                elif self._on_cpu and p.numel() > SMALL and _tiles_serve(p, g, state):
+                    tiled_update(part.hyper, part.step, part.factor, p, g, state)
+                elif p.numel() > 0:
+                    alike.setdefault((p.shape, p.dtype), []).append(i)
+            for which in alike.values():
+                for some in _in_cache(part.params, which):
+                    stack = Stack(
+                        [part.params[i] for i in some], [part.grads[i] for i in some], [part.states[i] for i in some]
+                    )
+                    run_together([update(part, stack)])
+        run_together(shards)
+
+
+def _tiles_serve(p: Tensor, g: Tensor, state: dict[str, Tensor]) -> bool:
+    """True if matrices follow each other in memory, and numpy knows the dtypes of all averages."""
+    if p.dim() > 2 and not all(t.is_contiguous() for t in (p, g, state.get("exp_avg", p))):
+        return False
+    return all(t.dtype.itemsize > 2 for t in state.values())
+
+
+def _in_cache(params: Sequence[Tensor], which: Iterable[int]) -> Iterator[list[int]]:
+    """Lists of parameters whose temporaries stay in the cache together."""
+    some: list[int] = []
+    elements = 0
+    for i in which:
+        elements += params[i].numel()
+        if some and elements > TILE:
+            yield some
+            some, elements = [], params[i].numel()
+        some.append(i)
+    yield some

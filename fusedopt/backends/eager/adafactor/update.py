@@ -1,0 +1,147 @@
+"""One update of Adafactor by the rules on torch tensors: of whole parameters, or of a shard of one.
+
+An update is a generator: it yields its local sums, and gets those of the whole tensors; a tensor that is whole has them
+already. The updates of all shards go together, so that each of their three rounds of sums is one collective operation,
+however many parameters there are.
+"""
+
+import math
+import operator
+from collections.abc import Callable, Generator, Iterable
+from contextlib import suppress
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedopt.backends.eager.norms import norm
+from fusedopt.backends.eager.stepper import Part
+from fusedopt.batch import AdafactorHyper, Split, Spread, number_maximum
+from fusedopt.sharding import add_up
+from fusedopt_kernels import rules
+
+SMALL = 1 << 15
+"""Elements up to which a parameter is updated in a list with others: one call for many then saves more than the
+temporaries cost."""
+
+Sums = list[tuple[Tensor, Spread]]
+Update = Generator[Sums, list[Tensor], None]
+
+
+class Stack:
+    """Tensors of parameters of one shape and dtype, one behind the other; read in at least float32, rounded once.
+
+    Of whole ones, whatever is made is kept until they are updated. Of a shard nothing of its size is kept while its
+    update waits for others: gradient and update are made anew.
+    """
+
+    def __init__(
+        self, params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], split: Split | None = None
+    ) -> None:
+        self.params, self.grads, self.states = params, grads, states
+        self.dtype = torch.promote_types(params[0].dtype, torch.float32)
+        self.is_whole = split is None
+        self.split = split or Split(params[0].shape, (), (), ())
+
+    def join(self, tensors: list[Tensor]) -> Tensor:
+        return torch.stack(tensors) if self.is_whole else tensors[0].unsqueeze(0)
+
+    def lasting(self, make: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        return cache(make) if self.is_whole else make
+
+    def gradient(self, factor: float) -> Callable[[], Tensor]:
+        def make() -> Tensor:
+            g = self.join(self.grads).to(self.dtype)
+            return g if factor == 1.0 else g * factor
+
+        return self.lasting(make)
+
+    def state(self, name: str) -> Tensor:
+        return self.join([s[name] for s in self.states])
+
+    def store(self, name: str, values: Tensor) -> None:
+        torch._foreach_copy_([s[name] for s in self.states], values.unbind())
+
+    def average(self, name: str, new: Tensor, weight: float) -> Tensor:
+        """A running average with what is new; stored, and returned before it is rounded."""
+        average: Tensor = rules.running_average(self.state(name), new, weight)
+        self.store(name, average)
+        return average
+
+    def root_mean_squares(self, *makes: Callable[[], Tensor]) -> Generator[Sums, list[Tensor], list[Tensor]]:
+        """Those of each whole tensor of what is made, in a shape that broadcasts with it."""
+        norms = [self._norms(make()) for make in makes]
+        if self.split.over_all:
+            squares = yield [(own.square(), self.split.over_all) for own in norms]
+            norms = list(map(torch.sqrt, squares))
+        root = math.sqrt(self.split.shape.numel())
+        return [(own / root).view(-1, *[1] * len(self.split.shape)) for own in norms]
+
+    def _norms(self, stacked: Tensor) -> Tensor:
+        if self.is_whole and stacked[0].numel() <= SMALL:
+            return torch.linalg.vector_norm(stacked.reshape(len(stacked), -1), dim=1)
+        return torch.stack([norm(t) for t in stacked])
+
+
+def run_together(updates: Iterable[Update]) -> None:
+    """Runs updates side by side, from one round of sums to the next."""
+    going: list[tuple[Update, Any]] = [(update, None) for update in updates]
+    while going:
+        waiting = []
+        for update, answer in going:
+            with suppress(StopIteration):
+                waiting.append((update, update.send(answer)))
+        totals = iter(add_up([part for _, sums in waiting for part in sums]))
+        going = [(update, [next(totals) for _ in sums]) for update, sums in waiting]
+
+
+def update(part: Part, stack: Stack) -> Update:
+    """One update of the parameters of a stack, whatever their layout; a shard may be empty."""
+    hyper: AdafactorHyper = part.hyper
+    weight = rules.square_weight(part.step, hyper.decay_rate, math.exp, math.log)
+    average = _factored if "exp_avg_sq_row" in stack.states[0] else _unfactored
+    unclipped = stack.lasting((yield from average(stack, part.factor, weight, hyper.square_floor)))
+    p = stack.lasting(lambda: stack.join(stack.params).to(stack.dtype))
+
+    rms, *rms_of_p = yield from stack.root_mean_squares(unclipped, *[p] * hyper.scale_parameter)
+    if rms_of_p:
+        stack.store("RMS", rms_of_p[0].flatten())
+    rate: Any = hyper.rate(part.step, rms_of_p[0] if rms_of_p else 0.0, number_maximum=number_maximum)
+    divisor = rules.clip_divisor(rms, hyper.clip_threshold, torch.clamp)
+    change = unclipped() * ((-rate if hyper.maximize else rate) / divisor)
+    if hyper.beta1 is not None:
+        change = stack.average("exp_avg", change, 1.0 - hyper.beta1)
+    new = rules.adafactor_apply(p(), change, rate * hyper.weight_decay)
+    torch._foreach_copy_(stack.params, new.unbind())
+
+
+Unclipped = Callable[[], Tensor]
+"""Makes an update before clipping."""
+
+
+def _factored(stack: Stack, factor: float, weight: float, floor: float) -> Generator[Sums, list[Tensor], Unclipped]:
+    gradient, split = stack.gradient(factor), stack.split
+    height, width = split.shape[-2:]
+    sums_of_rows, sums_of_columns = _sums(gradient(), floor)
+    of_rows, of_columns = yield [(sums_of_rows, split.over_columns), (sums_of_columns, split.over_rows)]
+    row = stack.average("exp_avg_sq_row", of_rows / width, weight)
+    column = stack.average("exp_avg_sq_col", of_columns / height, weight)
+    (of_averages,) = yield [(row.sum(-1, keepdim=True), split.over_rows)]
+    of_row = rules.row_factor(row, of_averages / height, torch.sqrt, operator.truediv).unsqueeze(-1)
+    of_column = rules.column_factor(column, torch.sqrt, operator.truediv).unsqueeze(-2)
+    return lambda: rules.factored_update(gradient(), of_row, of_column)
+
+
+def _unfactored(stack: Stack, factor: float, weight: float, floor: float) -> Generator[Sums, list[Tensor], Unclipped]:
+    gradient = stack.gradient(factor)
+    v = stack.average("exp_avg_sq", gradient().square() + floor, weight)
+    for _ in range(2):  # the rounds of the others
+        yield []
+    return lambda: rules.unfactored_update(gradient(), v, torch.sqrt, operator.truediv)
+
+
+def _sums(g: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """Of squares along rows and along columns. A function: the squares are gone when it returns."""
+    square = g * g + floor
+    return square.sum(-1), square.sum(-2)

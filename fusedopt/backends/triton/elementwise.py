@@ -1,0 +1,45 @@
+"""Optimizers on the Triton backend that update parameters and states of their shape element by element."""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedopt.backends.triton.rows import Rows
+from fusedopt.backends.triton.stepper import States, TritonStepper, gradients
+from fusedopt.batch import Batch
+from fusedopt_kernels.elementwise import Elementwise
+from fusedopt_kernels.table import LaunchTable
+
+
+class ElementwiseStepper(TritonStepper):
+    """The stepper of such an optimizer for one device."""
+
+    def __init__(self, kernels: Elementwise, device: torch.device) -> None:
+        super().__init__(device)
+        self.row, self.hyper, self._kernels = kernels.row, kernels.hyper, kernels
+
+    def refresh(self, rows: Rows, batches: Sequence[Batch], params: list[Tensor], states: States) -> None:
+        names = self.row.tensors[2:]
+        columns: list[list[Tensor | None]] = [[] for _ in names]
+        for batch in batches:
+            used = self.used_states(batch.hyper)
+            for name, column in zip(names, columns):
+                if name in used:
+                    # Parameters that never had a gradient stand in for states that they do not have: no kernel touches
+                    # them.
+                    column += [s[name] if s else p for s, p in zip(batch.states, batch.params)]
+                else:
+                    column += [None] * len(batch.params)
+        rows.refresh(params, gradients(batches), *columns)
+
+    def used_states(self, hyper: Any) -> Collection[str]:
+        """Names of the states that updates with these hyper-parameters read."""
+        return self.row.tensors[2:]
+
+    def hyper_values(self, hyper: Any) -> dict[str, float]:
+        return {name: value for name, value in hyper._asdict().items() if name in self.hyper.fields and name != "lr"}
+
+    def launch(self, table: LaunchTable) -> None:
+        self._kernels.step(table, self._rows.keys, self._rows.numel)

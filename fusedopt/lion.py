@@ -1,0 +1,87 @@
+"""Lion: the sign of an average of gradients, and one state per parameter."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fusedopt import checks
+from fusedopt.elementwise import ElementwiseOptimizer
+from fusedopt.guard import Guard
+
+
+class LionHyper(NamedTuple):
+    """Hyper-parameters of one batch of parameters, as the backends get them."""
+
+    lr: float | Tensor
+    beta1: float
+    beta2: float
+    weight_decay: float
+    maximize: bool
+
+
+class Lion(ElementwiseOptimizer):
+    r"""Lion. Per parameter with gradient g:
+
+        p = p - lr * (sign(beta1 * m + (1 - beta1) * g) + weight_decay * p)
+        m = beta2 * m + (1 - beta2) * g
+
+    The sign of 0 is 0, that of NaN is NaN. All elements move by lr, so that it is three to ten times smaller than
+    AdamW's, and the weight decay as much larger. 16-bit parameters are updated in float32 and rounded once.
+
+    Args:
+        params: parameters (float16 to float64; any strides), named parameters, or param groups with their own options.
+        lr: learning rate; a float, or a tensor of one element that is read on its device at every step.
+        betas: weights in [0, 1) of m where its sign is taken, and in the next m.
+        weight_decay: decoupled weight decay, >= 0, in units of lr.
+        maximize: ascend instead of descend.
+        backend, max_grad_norm, skip_nonfinite: as in `AdamW`.
+
+    Raises:
+        ValueError: an option is out of range, for the constructor or for a group, or a parameter cannot be updated.
+        TypeError: an option that does not exist here.
+
+    State per parameter: `step` (0-d float32 tensor) and `exp_avg`, in the parameter's shape, dtype and layout.
+
+    Source: Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv:2302.06675.
+
+    Example:
+        >>> import fusedopt, torch
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, 1.0, 1.0]))
+        >>> w.grad = torch.tensor([3.0, 0.0, -0.5])
+        >>> fusedopt.Lion([w], lr=0.25).step()
+        >>> w.tolist()
+        [0.75, 1.0, 1.25]
+    """
+
+    rule = "lion"
+    checks = {
+        "lr": checks.learning_rate,
+        "betas": checks.betas,
+        "weight_decay": checks.finite_non_negative,
+        "maximize": checks.flag,
+    }
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        backend: str = "auto",
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        **unknown: Any,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
+        self.check_group(defaults)
+        super().__init__(params, defaults, backend, unknown, Guard(max_grad_norm, skip_nonfinite))
+
+    def hyper(self, group: dict[str, Any]) -> LionHyper:
+        beta1, beta2 = group["betas"]
+        return LionHyper(group["lr"], beta1, beta2, group["weight_decay"], group["maximize"])
+
+    def state_names(self, group: dict[str, Any]) -> Sequence[str]:
+        return ("exp_avg",)

@@ -1,0 +1,56 @@
+# mypy: allow-untyped-defs
+"""Lion for all tensors of a table: a prologue over its rows, then one launch per launch class."""
+
+import triton
+import triton.language as tl
+
+from fusedopt_kernels import rules
+from fusedopt_kernels.device import device_function, load_float64, load_number, narrow, sign
+from fusedopt_kernels.elementwise import Elementwise, open_piece, pointers, with_dtypes
+from fusedopt_kernels.record import FLOAT
+from fusedopt_kernels.step import begin_step, hyper_record, row_record, scalars_record
+
+_running_average = device_function(rules.running_average)
+_lion_update = device_function(rules.lion_update)
+
+
+@triton.jit
+def prologue(rows, hyper, scalars, T: tl.constexpr):
+    """Begins the step of each row and brings it its hyper-parameters."""
+    h, out, _ = begin_step(rows, hyper, scalars, T)
+    tl.store(out + T.scalars.lr, load_number(h + T.hyper.lr))
+    tl.store(out + T.scalars.weight1, 1.0 - load_float64(h + T.hyper.beta1))
+    tl.store(out + T.scalars.weight2, 1.0 - load_float64(h + T.hyper.beta2))
+    tl.store(out + T.scalars.weight_decay, load_float64(h + T.hyper.weight_decay))
+
+
+@triton.jit
+def update(chunks, rows, scalars, T: tl.constexpr, A: tl.constexpr):
+    """One piece of one tensor."""
+    S: tl.constexpr = with_dtypes(A)
+    index, row, first, offsets, mask = open_piece(chunks, rows, T, S)
+    scalar = scalars + index * T.scalars.length
+    if tl.load(scalar + T.scalars.active) == 0.0:
+        return
+    p_at = pointers(row + T.row.param, S.param, first, offsets, S)
+    g_at = pointers(row + T.row.grad, S.grad, first, offsets, S)
+    m_at = pointers(row + T.row.exp_avg, S.exp_avg, first, offsets, S)
+    g = tl.load(g_at, mask=mask).to(S.compute) * tl.load(scalar + T.scalars.factor).to(S.compute)
+    m = tl.load(m_at, mask=mask).to(S.compute)
+    p = tl.load(p_at, mask=mask).to(S.compute)
+
+    direction = _running_average(m, g, tl.load(scalar + T.scalars.weight1).to(S.compute))
+    m = _running_average(m, g, tl.load(scalar + T.scalars.weight2).to(S.compute))
+    lr = tl.load(scalar + T.scalars.lr).to(S.compute)
+    weight_decay = tl.load(scalar + T.scalars.weight_decay).to(S.compute)
+    tl.store(m_at, narrow(m, S.exp_avg), mask=mask)
+    tl.store(p_at, narrow(_lion_update(p, direction, lr, weight_decay, sign), S.param), mask=mask)
+
+
+LION = Elementwise(
+    row_record("exp_avg"),
+    hyper_record(beta1=FLOAT, beta2=FLOAT, weight_decay=FLOAT),
+    scalars_record("lr", "weight1", "weight2", "weight_decay"),
+    prologue,
+    update,
+)
