@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from fusedopt import checks, sharding
-from fusedopt.base import FusedOptimizer
 from fusedopt.batch import AdafactorHyper, number_maximum
-from fusedopt.guard import Guard
+from fusedopt.optimizer.base import FusedOptimizer
+from fusedopt.optimizer.guard import Guard
 
 
 def _eps(name: str, value: Any) -> None:

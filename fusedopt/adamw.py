@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from fusedopt import checks
-from fusedopt.base import FusedOptimizer
 from fusedopt.batch import AdamWHyper
-from fusedopt.guard import Guard
+from fusedopt.optimizer.base import FusedOptimizer
+from fusedopt.optimizer.guard import Guard
 from fusedopt_kernels.rules import CONVENTIONS
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fusedopt import checks
-from fusedopt.base import FusedOptimizer
 from fusedopt.batch import Control
+from fusedopt.optimizer.base import FusedOptimizer
 from fusedopt.wrappers import unwrapped_optimizer
 
 

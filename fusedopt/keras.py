@@ -8,11 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fusedopt import backends, checkpoint, checks
+from fusedopt import backends, checks
 from fusedopt.adamw import AdamW
-from fusedopt.base import refuse_unknown
 from fusedopt.batch import AdamWHyper, Batch, Control
-from fusedopt.clipping import Clipping, Gradients
 from fusedopt.keras_config import from_keras
 from fusedopt.keras_schedules import (
     RateFunction,
@@ -23,6 +21,9 @@ from fusedopt.keras_schedules import (
     revive,
     takes_tensors,
 )
+from fusedopt.optimizer.base import refuse_unknown
+from fusedopt.optimizer.clipping import Clipping, Gradients
+from fusedopt.optimizer.state import torch_looks_at_state
 from fusedopt.step_count import StepCount
 
 _KERAS_EPSILON = 1e-7
@@ -548,7 +549,7 @@ def _is_still(lr: Any, rate: float | Tensor, version: int) -> bool:
 def _follow(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Runs ahead of a step's other hooks, so that whoever records the rate sees that of this step, not of the last."""
     assert isinstance(optimizer, AdamWeightDecay)
-    if optimizer.state or not checkpoint.torch_looks_at_state():
+    if optimizer.state or not torch_looks_at_state():
         optimizer.follow_schedule()
 
 

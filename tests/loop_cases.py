@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from fusedopt import Adafactor, AdamW, AdamWeightDecay, PolynomialDecay, WarmUp
 from fusedopt.adafactor_schedule import AdafactorSchedule
 from fusedopt.backends import has_triton
-from fusedopt.base import FusedOptimizer
+from fusedopt.optimizer.base import FusedOptimizer
 
 MakeOptimizer = Callable[..., FusedOptimizer]
 

@@ -80,7 +80,7 @@ def capture(monkeypatch):
     """A context manager like `torch.cuda.graph`, for a new `Graph`."""
     capturing: list[Graph] = []
     for module in (
-        "fusedopt.base",
+        "fusedopt.optimizer.base",
         "fusedopt.backends.graphs",
         "fusedopt.backends.triton.capture",
         "fusedopt.backends.triton.scalars",

@@ -10,7 +10,8 @@ from loop_cases import BACKENDS, OPTIMIZERS, ROWS, Net, same, same_weights, sche
 from schedule_cases import EVERY_NAME, advance, by_name
 from torch.distributed.checkpoint import state_dict as dcp
 
-from fusedopt import Adafactor, AdamW, AdamWeightDecay, checkpoint
+from fusedopt import Adafactor, AdamW, AdamWeightDecay
+from fusedopt.optimizer.state import follow_parameters
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
@@ -222,7 +223,7 @@ def test_states_follow_their_parameters_to_another_device():
     train(model, optimizer, 1)
     for p in model.parameters():
         torch.utils.swap_tensors(p, torch.nn.Parameter(p.to("meta")))
-    checkpoint.follow_parameters(optimizer)  # what the next step does; nothing can be stepped on "meta"
+    follow_parameters(optimizer)  # what the next step does; nothing can be stepped on "meta"
     assert {t.device.type for state in optimizer.state.values() for t in state.values()} == {"meta"}
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from loop_cases import BACKENDS, OPTIMIZERS, Net, same, same_weights, train
 
-from fusedopt import AdamW, outside_graphs, register_step_in_backward
+from fusedopt import AdamW, register_step_in_backward
+from fusedopt.optimizer import compile
 
 # Traces and checks everything that inductor gets, without the minute that a C++ compiler needs.
 COMPILER = "aot_eager"
@@ -123,7 +124,7 @@ def test_copies_stay_out_of_graphs_too(monkeypatch):
     """Where an optimizer was unpickled, in a process that made no other, no constructor ran."""
     optimizer = AdamW(Net().parameters())
     kept = []
-    monkeypatch.setattr(outside_graphs, "keep", kept.append)
+    monkeypatch.setattr(compile, "exclude_step", kept.append)
     pickle.loads(pickle.dumps(optimizer))
     assert kept == [AdamW]
 

@@ -9,8 +9,8 @@ from golden_cases import assert_close, replay
 from keras_cases import BACKENDS, STATE_64, TOLERANCES, device_of, keras_cases, parameter, recorded, step
 
 from fusedopt.batch import Control
-from fusedopt.clipping import Clipping
 from fusedopt.keras import AdamWeightDecay
+from fusedopt.optimizer.clipping import Clipping
 
 REFUSED = ("weight_decay_negative",)
 CASES = [case for case in keras_cases("tf_adam_weight_decay") if case.name not in REFUSED]

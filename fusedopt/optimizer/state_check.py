@@ -12,7 +12,7 @@ from fusedopt import checks, sharding
 from fusedopt.checks import FLOATS
 
 if TYPE_CHECKING:
-    from fusedopt.base import FusedOptimizer
+    from fusedopt.optimizer.base import FusedOptimizer
 
 _NONE: dict[str, Any] = {}
 _WAY_OUT = (

@@ -13,7 +13,7 @@ from torch import Tensor
 from fusedopt_kernels.memory import outside_inference_mode
 
 if TYPE_CHECKING:
-    from fusedopt.base import FusedOptimizer
+    from fusedopt.optimizer.base import FusedOptimizer
 
 
 def packed(optimizer: "FusedOptimizer") -> dict[str, Any]:

@@ -9,12 +9,21 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fusedopt import backends, checkpoint, checks, loading, outside_graphs, sharding
+from fusedopt import backends, checks, sharding
 from fusedopt.backends.graphs import capturing
 from fusedopt.batch import Batch, Control
 from fusedopt.checks import FLOATS
-from fusedopt.guard import Guard
-from fusedopt.states import StateCheck
+from fusedopt.optimizer import compile, loading
+from fusedopt.optimizer.guard import Guard
+from fusedopt.optimizer.state import (
+    follow_parameters,
+    packed,
+    plain,
+    separate_rates,
+    through_hooks,
+    torch_looks_at_state,
+)
+from fusedopt.optimizer.state_check import StateCheck
 from fusedopt.without_data import has_data, is_lazy
 from fusedopt_kernels.memory import outside_inference_mode
 
@@ -70,8 +79,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.backend = backend
         self.guard = guard or Guard()
         self._forget()
-        super().__init__(params, checkpoint.plain({**defaults, **self.whole_options()}))
-        outside_graphs.keep(type(self))
+        super().__init__(params, plain({**defaults, **self.whole_options()}))
+        compile.exclude_step(type(self))
 
     # What a subclass declares.
 
@@ -160,12 +169,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         try:
             for name in whole:
                 group.pop(name, None)
-            group.update({name: checkpoint.plain(value) for name, value in group.items() if name != "params"})
+            group.update({name: plain(value) for name, value in group.items() if name != "params"})
             self.check_group(group)
             for p in group["params"]:
                 checks.parameter(p)
             checks.no_parameter_twice([group])
-            checkpoint.separate_rates(self.param_groups)
+            separate_rates(self.param_groups)
         except Exception:
             self.param_groups.pop()
             raise
@@ -219,7 +228,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         control = control._replace(
             grad_scale=getattr(self, "grad_scale", None), found_inf=getattr(self, "found_inf", None)
         ).checked()
-        if not self.state and checkpoint.torch_looks_at_state():
+        if not self.state and torch_looks_at_state():
             self.init_state()
             return
         if given is None:
@@ -343,7 +352,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                         f"a parameter of shape {tuple(p.shape)} was made in torch.inference_mode() and can only be "
                         "updated there: make the model outside of it, or step in it"
                     )
-            checkpoint.follow_parameters(self)
+            follow_parameters(self)
         self._homes, self._in_inference_mode = homes, mode
         self._some_without_data = not all(map(has_data, params))
 
@@ -460,8 +469,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        saved = checkpoint.packed(self)
-        passed: dict[str, Any] = checkpoint.through_hooks(self._optimizer_state_dict_post_hooks.values(), self, saved)
+        saved = packed(self)
+        passed: dict[str, Any] = through_hooks(self._optimizer_state_dict_post_hooks.values(), self, saved)
         return passed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -477,7 +486,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 other error, such as one for want of memory, nothing was changed.
         """
         hooks = self._optimizer_load_state_dict_pre_hooks.values()
-        passed = checkpoint.through_hooks(hooks, self, copy.copy(state_dict))
+        passed = through_hooks(hooks, self, copy.copy(state_dict))
         self.__setstate__(loading.loaded(self, passed))
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
@@ -489,8 +498,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         # torch puts it there for optimizers of its own.
         self.defaults.pop("differentiable", None)
-        checkpoint.separate_rates(self.param_groups)
-        outside_graphs.keep(type(self))
+        separate_rates(self.param_groups)
+        compile.exclude_step(type(self))
         self._forget()
 
 

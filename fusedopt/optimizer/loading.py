@@ -8,12 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusedopt import checkpoint, sharding, whose
+from fusedopt import sharding
 from fusedopt.checks import FLOATS
+from fusedopt.optimizer import whose
+from fusedopt.optimizer.state import plain
 from fusedopt.without_data import is_lazy
 
 if TYPE_CHECKING:
-    from fusedopt.base import FusedOptimizer
+    from fusedopt.optimizer.base import FusedOptimizer
 
 # Group keys of other implementations that choose how a step runs; none of them means anything here.
 _FOREIGN_GROUP_KEYS = ("fused", "foreach", "capturable", "differentiable", "decoupled_weight_decay")
@@ -119,7 +121,7 @@ def _places(optimizer: "FusedOptimizer", saved_groups: list[dict[str, Any]]) -> 
 def _merged(optimizer: "FusedOptimizer", number: int, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
     """A param group with the saved options, as far as there are any; those of the whole optimizer stay its own."""
     left_out = {"params", *_FOREIGN_GROUP_KEYS, *optimizer.whole_options()}
-    options = {name: copy.deepcopy(checkpoint.plain(v)) for name, v in saved.items() if name not in left_out}
+    options = {name: copy.deepcopy(plain(v)) for name, v in saved.items() if name not in left_out}
     # Of what is known here only rates may be tensors.
     known = (optimizer.defaults.keys() | optimizer.counters) - {"lr"}
     options.update({name: _number(options[name]) for name in known & options.keys()})
@@ -249,7 +251,7 @@ def _count(who: str, p: Tensor, step: Any) -> float:
         if step.numel() == 1 and step.layout is torch.strided and not step.is_meta:
             count = step.item()
     else:
-        count = _number(checkpoint.plain(step))
+        count = _number(plain(step))
     if isinstance(count, bool) or not isinstance(count, (int, float)):
         raise ValueError(f"{who} has step={step!r}, expected a whole number >= 0")
     if not (0 <= count <= _LARGEST_COUNT and count == int(count)):
