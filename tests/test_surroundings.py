@@ -18,7 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fusedopt
 import fusedopt_kernels
 from fusedopt import Adafactor, AdamW, AdamWeightDecay, GradientAccumulator
-from fusedopt.backends import capture, scratch
+from fusedopt.backends import scratch
+from fusedopt.backends.triton import capture
 from fusedopt.in_backward import register_step_in_backward
 from fusedopt.metric_schedules import ReduceLROnPlateau
 from fusedopt.schedules import SchedulerType, example_arguments, get_scheduler

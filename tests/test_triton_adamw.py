@@ -56,7 +56,8 @@ def test_shared_counts_go_on_where_this_device_has_no_gradient(convention, count
     params = parameters(device, (7, 48))
     optimizer = AdamW(params, convention=convention, backend="triton")
     optimizer.init_state()
-    backends.create("adamw", device, "triton")(optimizer.batches([[None, None]]), Control())
+    batches = optimizer._engine.batches(optimizer, optimizer.param_groups, [[None, None]])
+    backends.create("adamw", device, "triton")(batches, Control())
     assert [float(optimizer.state[p]["step"]) for p in params] == counts
 
 

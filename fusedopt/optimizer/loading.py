@@ -35,7 +35,8 @@ def loaded(optimizer: "FusedOptimizer", state_dict: Any) -> dict[str, Any]:
         ValueError: the checkpoint does not fit.
     """
     saved_groups, saved_states, others = _parts(state_dict)
-    known = whose.by_options({name for group in saved_groups for name in group}, _own_options(optimizer))
+    own = set(optimizer.defaults).union(*optimizer.param_groups)
+    known = whose.by_options({name for group in saved_groups for name in group}, own)
     if known is not None:
         raise ValueError(_is_of(optimizer, known[0], f"its param groups have {known[1]!r}"))
     # What is made in these modes could not be updated outside of them.
@@ -87,10 +88,6 @@ def _parts(state_dict: Any) -> tuple[list[dict[str, Any]], dict[Any, dict[str, A
             if state:
                 states[index] = state
     return list(found["param_groups"]), states, others
-
-
-def _own_options(optimizer: "FusedOptimizer") -> set[str]:
-    return set(optimizer.defaults).union(*optimizer.param_groups)
 
 
 def _is_of(optimizer: "FusedOptimizer", whom: str, evidence: str) -> str:
@@ -197,9 +194,9 @@ def _check_names(
 def _laid_out(
     optimizer: "FusedOptimizer", who: str, p: Tensor, group: dict[str, Any], saved: dict[str, Any]
 ) -> dict[str, Tensor]:
-    """A saved state, without its step, on its parameter's device, in its layout and in the dtype it was saved in."""
+    """A saved state, without its step, on its parameter's device, in its layout, in the dtype that serves."""
     _, most = _states(optimizer, p, group)
-    values = optimizer.foreign_state({name: _tensor(saved[name], most[name]) for name in most if name in saved})
+    values = {name: _tensor(saved[name], most[name]) for name in most if name in saved}
     for name, value in values.items():
         _check_value(f"{who} has {name}", value, most[name], p)
     on = {name: pair[1] for name, pair in optimizer.state_options.items()}
@@ -208,7 +205,9 @@ def _laid_out(
     for name, value in values.items():
         value = sharding.sharded_like(value.detach(), fresh.get(name))
         like = fresh.get(name, p if value.shape == p.shape else value)
-        state[name] = torch.empty_like(like, dtype=value.dtype, device=p.device).copy_(value)
+        state[name] = torch.empty_like(like, dtype=optimizer.state_dtype(p) or value.dtype, device=p.device).copy_(
+            value
+        )
     return state
 
 
