@@ -15,8 +15,9 @@ KERNELS = sorted((ROOT / "kernels" / "fusedopt_kernels").rglob("*.py"))
 LAYERS = [
     {"batch", "checks", "sharding", "wrappers", "without_data"},
     {"backends"},
-    {"optimizer.compile", "optimizer.whose", "optimizer.clipping", "optimizer.guard", "optimizer.state"},
-    {"optimizer.state_check", "optimizer.loading"},
+    {"optimizer.compile", "optimizer.whose", "optimizer.clipping", "optimizer.state_check"},
+    {"optimizer.state"},
+    {"optimizer.loading", "optimizer.engine"},
     {"optimizer.base"},
     {"adamw", "adafactor"},
     {"adafactor_schedule", "keras", "accumulate", "decay_groups", "in_backward", "reference"},
