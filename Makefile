@@ -6,10 +6,10 @@ JOBS   ?= auto
 
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test test-all lint format bench clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # One stamp file per set of extras. The first pip call of an environment is the slow one.
 $(VENV)/.made:
@@ -27,8 +27,11 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/.made
 demo: $(VENV)/.run  ## train a small GPT twice, with the eager loop and with ours (options: ARGS="--steps 50")
 	$(BIN)/fusedopt demo $(ARGS)
 
-test: $(VENV)/.test  ## run the whole test suite (options: ARGS="-k adamw")
-	$(BIN)/python -m pytest -q -n $(JOBS) $(ARGS)
+test: $(VENV)/.test  ## run the tests, but for those marked as slow (options: ARGS="-k adamw")
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.test  ## run every test, the slow ones and kernels compiled for every architecture included
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup $(ARGS)
 
 lint: $(VENV)/.test  ## ruff and mypy
 	$(BIN)/ruff check .

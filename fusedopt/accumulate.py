@@ -82,8 +82,8 @@ class GradientAccumulator:
     """
 
     def __init__(self, dtype: torch.dtype | None = None, *, backend: str = "auto") -> None:
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"dtype must be a floating dtype or None, got {dtype}")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype must be a floating torch.dtype or None, got {dtype!r}")
         backends.check(backend)
         self.dtype = dtype
         self.backend = backend

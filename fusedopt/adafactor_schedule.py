@@ -71,6 +71,7 @@ class AdafactorSchedule(LambdaLR):
                 f"AdafactorSchedule reads the rates of a fusedopt.Adafactor, got {type(optimizer).__name__}; other "
                 "optimizers have the schedules of get_scheduler"
             )
+        initial_lr = checks.plain(initial_lr)
         checks.finite_non_negative("initial_lr", initial_lr)
         self.initial_lr = initial_lr
         # LambdaLR finds its base rates under this key; another schedule of this optimizer keeps its own.

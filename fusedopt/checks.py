@@ -20,9 +20,15 @@ Check = Callable[[str, Any], None]
 
 def number(name: str, value: Any) -> float:
     """The value as a float; refuses what is not a number."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):  # NumPy's scalars are
+    # Other kinds of real numbers, such as fractions, cannot be calculated with beside tensors.
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise ValueError(f"{name} must be a number, got {value!r}{hint(value)}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(
+            f"{name} must be a number that a float can hold, got an int of {value.bit_length()} bits"
+        ) from None
 
 
 def hint(value: Any) -> str:
@@ -62,6 +68,8 @@ def learning_rate(name: str, value: Any) -> None:
         if value.numel() != 1 or not value.is_floating_point():
             got = f"shape {tuple(value.shape)}, {value.dtype}"
             raise ValueError(f"{name} as a tensor must hold one floating-point number, got {got}")
+        if value.is_meta:
+            raise ValueError(f"{name} is a tensor on the meta device, where it holds no number: make it on a real one")
         value = value.item()
     finite_non_negative(name, value)
 
@@ -75,7 +83,7 @@ def rate_in_use(rate: Any) -> Any:
 
     Of a tensor elsewhere than on the CPU, what it holds is not looked at.
     """
-    if isinstance(rate, Tensor) and rate.numel() == 1 and rate.is_floating_point():
+    if isinstance(rate, Tensor) and rate.numel() == 1 and rate.is_floating_point() and not rate.is_meta:
         rate = rate.item() if rate.device.type == "cpu" else 0.0
     return 0.0 if isinstance(rate, float) and -_ROUNDING < rate < 0.0 else rate
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, SupportsFloat
 import torch
 from torch.optim import Optimizer
 
-from fusedopt.schedule_base import non_negative, number
+from fusedopt.schedule_base import is_above, non_negative, number
 from fusedopt.scheduler_checks import refuse_changed_groups, refuse_other_groups, refuse_other_kind
 
 
@@ -57,13 +57,11 @@ class ReduceLROnPlateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
         low = _per_group("min_lr", min_lr, len(groups))
         for index, (group, lowest) in enumerate(zip(groups, low)):
             # A warm-up may have it at 0 now.
-            highest = max(
-                (float(group[key]) for key in ("lr", "initial_lr") if group.get(key) is not None), default=lowest
-            )
-            if lowest > highest:
+            rates = [group[key] for key in ("lr", "initial_lr") if group.get(key) is not None]
+            if rates and all(is_above(lowest, rate) for rate in rates):
                 raise ValueError(
-                    f"min_lr must not be above the rate, got {lowest} for param group {index} with lr={highest}: it "
-                    "would never be reduced"
+                    f"min_lr must not be above the rate, got {lowest} for param group {index} with "
+                    f"lr={max(map(float, rates))}: it would never be reduced"
                 )
         plain_low = low if isinstance(min_lr, (list, tuple)) or not low else low[0]
         super().__init__(

@@ -57,8 +57,19 @@ def explain(run: Run) -> str | None:
         return None
     first = int(wrong.argmax())
     # In this order: in a linear warm-up, two steps at once are also twice the rate.
-    guesses = (_never_stepped, _stepped_first, _several_at_once, _once_in_many, _scaled, _jumped, _irregular)
+    guesses = (_resumed, _never_stepped, _stepped_first, _several_at_once, _once_in_many, _scaled, _jumped, _irregular)
     return next((sentence for guess in guesses if (sentence := guess(run, first))), None)
+
+
+def _resumed(run: Run, first: int) -> str | None:
+    """The rate of the first step comes with the optimizer's state, whatever arguments the schedule has now."""
+    step = int(run.steps[0])
+    if step == 0 or not run.fits(run.steps[1:], since=1):
+        return None
+    return (
+        "only the first one after the resume, which has the rate of the checkpoint: the schedule was saved with other "
+        f"arguments; to begin with those given now, pass last_epoch={step - 1} instead of loading the scheduler's state"
+    )
 
 
 def _never_stepped(run: Run, first: int) -> str | None:
@@ -153,7 +164,10 @@ def _irregular(run: Run, first: int) -> str | None:
     if places is None:
         return None
     by = np.diff(places, prepend=run.steps[0] - 1)
-    return _uneven_windows(by) or _several_since(run, by) or _piece_by_piece(run, places, by)
+    # A rate that is the last one for good does not say at which step it was taken.
+    moving = np.flatnonzero(np.any(run.recorded != run.recorded[-1], axis=1))
+    known = by[: moving[-1] + 1] if len(moving) else by
+    return _several_since(run, known) or _uneven_windows(known) or _piece_by_piece(run, places, by)
 
 
 def _places(run: Run) -> np.ndarray | None:
@@ -190,8 +204,14 @@ def _places(run: Run) -> np.ndarray | None:
 
 def _uneven_windows(by: np.ndarray) -> str | None:
     inner = by[1:]  # the first may have one more, or one less
-    most = int(inner.max())
-    if most < 2 or most > _MOST_STEPS_AT_ONCE or inner.min() < 1 or np.mean(inner == most) < 0.5:
+    most = int(inner.max(initial=0))
+    if (
+        len(inner) < _FEWEST_POINTS
+        or most < 2
+        or most > _MOST_STEPS_AT_ONCE
+        or inner.min() < 1
+        or np.mean(inner == most) < 0.5
+    ):
         return None
     others = ", ".join(str(count) for count in sorted({*inner.tolist()} - {most}))
     return (
@@ -201,8 +221,7 @@ def _uneven_windows(by: np.ndarray) -> str | None:
 
 
 def _several_since(run: Run, by: np.ndarray) -> str | None:
-    since = int(np.flatnonzero(by != 1)[0])
-    times = int(by[-1])
+    since, times = int((by != 1).argmax()), int(by[-1])
     if times < 2 or since == 0 or len(by) - since < _FEWEST_POINTS or np.any(by[since:] != times):
         return None
     return f"from step {run.steps[since]} on the scheduler is stepped {times} times per optimizer step; step it once"

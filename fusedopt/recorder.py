@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
+from fusedopt.schedule_base import number
 from fusedopt.wrappers import unwrapped_optimizer
 
 # Rates that are tensors are stacked in blocks of this many: on a GPU each tensor takes 512 bytes, however small it is.
@@ -62,7 +63,7 @@ class LRRecorder:
         first_step: The number of optimizer steps that went before: 0, or that of the checkpoint a run goes on from.
 
     Raises:
-        ValueError: If `first_step` is negative.
+        ValueError: If `first_step` is negative, or no whole number.
 
     Example:
         >>> from fusedopt.schedules import get_linear_schedule_with_warmup
@@ -77,10 +78,13 @@ class LRRecorder:
     """
 
     def __init__(self, optimizer: Optimizer, first_step: int = 0) -> None:
-        if first_step < 0:
-            raise ValueError(f"first_step must be >= 0, got {first_step}; it counts the optimizer steps before these")
+        before = number("first_step", first_step)
+        if before < 0 or before != int(before):
+            raise ValueError(
+                f"first_step must be a whole number >= 0, got {before}; it counts the optimizer steps before these"
+            )
         self.optimizer = optimizer = unwrapped_optimizer(optimizer)
-        self.first_step = first_step
+        self.first_step = int(before)
         self._length = 0
         self._columns: list[_Column] = []
         self._used: list[Any] | None = None

@@ -71,6 +71,13 @@ def non_negative(name: str, value: Any, way_out: str = "") -> float:
     return value
 
 
+def is_above(bound: float, rate: Any) -> bool:
+    """Whether `bound` is above the rate; for a rate that is a tensor, the bound as its dtype has it."""
+    if isinstance(rate, torch.Tensor):
+        bound = torch.tensor(bound, dtype=rate.dtype, device="cpu").item()
+    return bound > float(rate)
+
+
 class Saved(dict[str, Any]):
     """A copy of a schedule's name and fields, which `LambdaLR` saves, and updates when it loads a state.
 

@@ -29,7 +29,7 @@ from fusedopt.closed_forms import (
     PolynomialSchedule,
     WarmupStableDecaySchedule,
 )
-from fusedopt.schedule_base import Schedule, number
+from fusedopt.schedule_base import Schedule, is_above, number
 from fusedopt.scheduler_checks import refuse_changed_groups, refuse_other_kind, refuse_other_lambdas
 
 
@@ -69,7 +69,7 @@ class ScheduleLR(LambdaLR):
 
 
 def _drive(optimizer: Optimizer, schedule: Schedule, last_epoch: int) -> LambdaLR:
-    number("last_epoch", last_epoch)
+    last_epoch = int(number("last_epoch", last_epoch))
     for index, group in enumerate(optimizer.param_groups):
         if group["lr"] is None:
             raise ValueError(
@@ -81,6 +81,10 @@ def _drive(optimizer: Optimizer, schedule: Schedule, last_epoch: int) -> LambdaL
 
 def _initial_lr(optimizer: Optimizer) -> float:
     """The learning rate that the optimizer was made with; reads it once if it is a tensor."""
+    return float(_initial_rate(optimizer))
+
+
+def _initial_rate(optimizer: Optimizer) -> Any:
     lr = optimizer.defaults["lr"]
     for group in optimizer.param_groups:
         # A tensor is shared by defaults and groups: an earlier scheduler has filled it with another rate since.
@@ -88,7 +92,7 @@ def _initial_lr(optimizer: Optimizer) -> float:
             lr = group["initial_lr"]
     if lr is None:
         raise ValueError("the optimizer has lr=None, so there is no initial rate to start from; give it an lr")
-    return float(lr)
+    return lr
 
 
 def _min_lr_rate(optimizer: Optimizer, min_lr: float | None, min_lr_rate: float | None) -> float:
@@ -98,10 +102,11 @@ def _min_lr_rate(optimizer: Optimizer, min_lr: float | None, min_lr_rate: float 
         return _not_above_1("min_lr_rate", min_lr_rate)
     if min_lr is None:
         raise ValueError("min_lr and min_lr_rate are both missing; give one of them")
-    min_lr, initial_lr = number("min_lr", min_lr), _initial_lr(optimizer)
+    min_lr, rate = number("min_lr", min_lr), _initial_rate(optimizer)
+    initial_lr = float(rate)
     if initial_lr == 0:
         raise ValueError("min_lr is no share of an initial learning rate of 0; give min_lr_rate instead")
-    if min_lr > initial_lr:
+    if is_above(min_lr, rate):
         raise ValueError(f"min_lr must not be above the initial learning rate {initial_lr}, got {min_lr}")
     return min_lr / initial_lr
 

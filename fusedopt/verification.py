@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from fusedopt.keras_schedules import RateSchedule
 from fusedopt.mistakes import Run, explain
 from fusedopt.recorder import LRRecorder
-from fusedopt.schedule_base import Schedule
+from fusedopt.schedule_base import Schedule, non_negative
 from fusedopt.wrappers import unwrapped_scheduler
 
 
@@ -77,7 +77,8 @@ def verify_schedule(
         itself skipped a step because of an overflow, the scheduler may have waited or not.
 
     Raises:
-        ValueError: If nothing was recorded, if the schedule is no function of the step, or has not one per param group.
+        ValueError: If nothing was recorded, if the tolerance is no number >= 0, if the schedule is no function of the
+            step, or has not one per param group.
         RuntimeError: If asked to, on differences.
 
     Example:
@@ -98,7 +99,7 @@ def verify_schedule(
     """
     if len(recorder) == 0:
         raise ValueError("no step was recorded; make the LRRecorder before training, and call optimizer.step()")
-    relative = max(1e-9, 4 * recorder.precision) if tolerance is None else tolerance
+    relative = max(1e-9, 4 * recorder.precision) if tolerance is None else non_negative("tolerance", tolerance)
     run = Run(recorder.steps, recorder.rates, _rates_of(schedule, recorder), relative, recorder.initial_rates)
     expected = run.meant(run.steps)
     differs = run.differs(run.recorded, expected)

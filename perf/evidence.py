@@ -18,6 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
+from perf import report, results
 from perf.results import ROOT
 
 RESERVE = 10.0
@@ -25,65 +28,50 @@ RESERVE = 10.0
 
 
 class Part(NamedTuple):
-    """One process.
-
-    Attributes:
-        name: in the summary.
-        command: "{python}", "{out}" and "{seconds}" (what it may plan for) are filled in.
-        seconds: most time it gets.
-        tool: a program without which the part is left out.
-        enough: least seconds left for the part to be worth starting.
-    """
+    """One process. It is left out where the first word of its command is no program."""
 
     name: str
-    command: str
-    seconds: float
-    tool: str | None = None
-    enough: float = 15.0
+    command: str  # "{python}", "{out}" and "{seconds}" (what it may plan for) are filled in
+    seconds: float  # most time it gets
+    enough: float = 15.0  # least seconds left for the part to be worth starting
 
 
-_METRICS = ",".join(
-    (
-        "gpu__time_duration.sum",
-        "dram__bytes_read.sum",
-        "dram__bytes_write.sum",
-        "dram__throughput.avg.pct_of_peak_sustained_elapsed",
-        "sm__warps_active.avg.pct_of_peak_sustained_active",
-        "launch__registers_per_thread",
-    )
+_METRICS = (
+    "gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,"
+    "sm__warps_active.avg.pct_of_peak_sustained_active,launch__registers_per_thread"
 )
-_NCU = "ncu --clock-control none --profile-from-start off --csv --metrics " + _METRICS + " {python} -m perf.one_step"
-_SANITIZE = "compute-sanitizer --error-exitcode 1 --tool {tool} {{python}} -m perf.one_step smoke {rule}"
-_BENCH = "{python} -m perf.bench --out {out}/results.jsonl --seconds {seconds}"
+_BENCH = "{python} -m perf.bench --seconds {seconds} --out {out}"
+_ONCE = "{python} -m perf.bench --once"
+_NCU = f"ncu --clock-control none --profile-from-start off --csv --metrics {_METRICS} {_ONCE} --workloads"
+_SANITIZER = "compute-sanitizer --error-exitcode 1 --tool"
+_CHECKED = f"{_ONCE} --workloads smoke --rules"
+_STATIC = "{python} -m perf.static_report --out {out}/static.jsonl"
 
 GPU_PARTS = (
-    Part("steps on the device", "{python} -m perf.one_step smoke adamw", 60),
+    Part("steps on the device", f"{_ONCE} --workloads smoke", 60),
     Part("tests that need a GPU", "{python} -m pytest -q -x -m gpu tests", 120),
-    Part("benchmarks", f"{_BENCH} --plan cuda", 330),
-    Part("static report", "{python} -m perf.static_report --out {out}/static.jsonl", 90),
-    Part("sweeps", "{python} -m perf.sweeps --out {out}/sweeps.jsonl --seconds {seconds}", 180),
+    Part("benchmarks", f"{_BENCH}/results.jsonl --plan cuda", 330),
+    Part("static report", _STATIC, 90),
+    Part("sweeps", f"{_BENCH}/sweeps.jsonl --plan sweeps", 180),
     Part("kernel tests on the device", "{python} -m pytest -q -m 'not gpu' tests -k 'triton or kernel'", 150),
-    Part("more benchmarks", f"{_BENCH} --plan cuda-rest", 300),
-    Part("compiled eager loops", f"{_BENCH} --plan cuda-compiled", 400, enough=120.0),
-    Part("memcheck", _SANITIZE.format(tool="memcheck", rule="adamw"), 60, "compute-sanitizer"),
-    Part("memcheck, adafactor", _SANITIZE.format(tool="memcheck", rule="adafactor"), 60, "compute-sanitizer"),
-    Part("racecheck, adafactor", _SANITIZE.format(tool="racecheck", rule="adafactor"), 90, "compute-sanitizer"),
-    Part("counters", f"{_NCU} gpt2 adamw", 60, "ncu"),
-    Part("counters, adafactor", f"{_NCU} gpt2 adafactor", 60, "ncu"),
-    Part("counters, bfloat16", f"{_NCU} llama_1g:bfloat16 adamw", 60, "ncu"),
+    Part("more benchmarks", f"{_BENCH}/results.jsonl --plan cuda-rest", 300),
+    Part("compiled eager loops", f"{_BENCH}/results.jsonl --plan cuda-compiled", 400, enough=120.0),
+    Part("memcheck", f"{_SANITIZER} memcheck {_CHECKED} adamw", 60),
+    Part("memcheck, adafactor", f"{_SANITIZER} memcheck {_CHECKED} adafactor", 60),
+    Part("racecheck, adafactor", f"{_SANITIZER} racecheck {_CHECKED} adafactor", 90),
+    Part("counters", f"{_NCU} gpt2", 60),
+    Part("counters, adafactor", f"{_NCU} gpt2 --rules adafactor", 60),
+    Part("counters, bfloat16", f"{_NCU} llama_1g:bfloat16", 60),
 )
 """In the order of their importance: what is not reached in time is what is missed least."""
 
-_SMOKE = "--smoke --backend triton --workloads smoke --providers 'fusedopt;torch fused'"
+_TINY = "--seconds 0 --backend triton"
 
 SMOKE_PARTS = (
-    Part("steps on the device", "{python} -m perf.one_step smoke adamw", 60),
-    Part("benchmarks", f"{{python}} -m perf.bench --out {{out}}/results.jsonl {_SMOKE}", 60),
-    Part(
-        "static report", "env -u TRITON_INTERPRET {python} -m perf.static_report --out {out}/static.jsonl --smoke", 60
-    ),
-    Part("sweeps", "{python} -m perf.sweeps --out {out}/sweeps.jsonl --smoke --backend triton", 60),
-    Part("counters", f"{_NCU} smoke adamw", 60, "no-such-profiler"),
+    Part("steps on the device", f"{_ONCE} --workloads smoke --backend triton", 60),
+    Part("benchmarks", f"{_BENCH}/results.jsonl {_TINY} --workloads smoke --providers 'fusedopt;torch fused'", 60),
+    Part("static report", f"env -u TRITON_INTERPRET {_STATIC} --smoke", 60),
+    Part("sweeps", f"{_BENCH}/sweeps.jsonl {_TINY} --plan smoke-sweeps", 60),
 )
 """The same road, a few steps long: runs on any machine, in Triton's interpreter where there is no GPU."""
 
@@ -95,8 +83,9 @@ def run(parts: Sequence[Part], out: Path, minutes: float) -> list[dict[str, obje
     summary: list[dict[str, object]] = []
     for part in parts:
         left = end - time.monotonic()
-        if part.tool and not shutil.which(part.tool):
-            outcome, seconds = f"left out: {part.tool} is not there", 0.0
+        tool = part.command.split()[0].format(python=sys.executable)
+        if not shutil.which(tool):
+            outcome, seconds = f"left out: {tool} is not there", 0.0
         elif left < part.enough:
             outcome, seconds = "left out: no time was left", 0.0
         else:
@@ -122,36 +111,24 @@ def _run(part: Part, out: Path, seconds: float) -> str:
         )
         try:
             code = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            _end(process)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)  # the part and what it started
+            process.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
             return f"stopped after {seconds:.0f} s"
-        except BaseException:
-            _end(process)
-            raise
     return "done" if code == 0 else f"failed with exit code {code}"
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Ends a part and what it started."""
-    if hasattr(os, "killpg"):
-        os.killpg(process.pid, signal.SIGKILL)
-    else:
-        process.kill()
-    process.wait()
-
-
-def report(out: Path) -> str:
+def write_report(out: Path) -> str:
     """Tables of everything in a folder of evidence, and the picture beside them."""
-    from perf import pictures, results
-    from perf import report as reports
-
     text = ["# What was measured", "```", (out / "summary.json").read_text().strip(), "```"]
     for name in ("results.jsonl", "sweeps.jsonl"):
         if (out / name).exists():
             records = results.read(out / name)
-            text += [f"## {name}", reports.text(records, markdown=True)]
+            text += [f"## {name}", report.text(records, markdown=True)]
             if name == "results.jsonl" and any(r.get("status") == "measured" for r in records):
-                pictures.steps(records).savefig(out / "performance.png", dpi=130)
+                report.steps_picture(records).savefig(out / "performance.png", dpi=130)
     written = "\n\n".join(text) + "\n"
     (out / "report.md").write_text(written)
     return written
@@ -163,8 +140,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=9.0, help="when to stop (default: %(default)s)")
     parser.add_argument("--smoke", action="store_true", help="the same road with tiny tensors, without a GPU too")
     options = parser.parse_args(arguments)
-    import torch
-
     gpu = torch.cuda.is_available()
     if not gpu and not options.smoke:
         parser.error("there is no GPU here; --smoke runs every part on tiny tensors, `make bench` measures the CPU")
@@ -172,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault("TRITON_INTERPRET", "1")
     summary = run(SMOKE_PARTS if options.smoke else GPU_PARTS, options.out.resolve(), options.minutes)
     try:
-        report(options.out)
+        write_report(options.out)
     except Exception as error:  # The measurements are written; a picture must not turn them into a failure.
         print(f"no report: {type(error).__name__}: {error}")
     return 0 if all(str(s["outcome"]).startswith(("done", "left out")) for s in summary) else 1

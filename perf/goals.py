@@ -7,29 +7,22 @@ from typing import NamedTuple
 
 from perf.results import Record
 
+_LOOP, _FUSED, _FOREACH = "transformers 4.34 loop", "torch fused", "torch foreach"
+BELOW, CLIPPED = "adamw, norm below the limit", "adamw, clipped"
+CLIP_FUSED = "clip_grad_norm_ + torch fused"
+
 
 class Goal(NamedTuple):
-    """One line to be ahead of.
+    """One line to be ahead of: speed-up (theirs over ours), time (ours over theirs), or share of a copy's bandwidth."""
 
-    Attributes:
-        device: "cpu" or "cuda".
-        workload: a workload's name.
-        rule: a rule.
-        ours: our provider.
-        theirs: the provider to compare with; "copy" for the bandwidth of a copy.
-        limit: least speed-up (theirs over ours), most time (ours over theirs), or least share of a copy's bandwidth.
-        kind: "speedup", "time" or "bandwidth".
-        clock: which time: "step", "host" or "device".
-    """
-
-    device: str
+    device: str  # "cpu" or "cuda"
     workload: str
     rule: str
-    ours: str
-    theirs: str
-    limit: float
-    kind: str = "speedup"
-    clock: str = "step"
+    theirs: str  # the provider to compare with; "copy" for the bandwidth of a copy
+    limit: float  # least speed-up, most time, least bandwidth
+    kind: str = "speedup"  # or "time" or "bandwidth"
+    clock: str = "step"  # or "host" or "device"
+    ours: str = "fusedopt"
 
     def __str__(self) -> str:
         where = f"{self.rule}, {self.workload}"
@@ -37,140 +30,105 @@ class Goal(NamedTuple):
             return f"{where}: at least {self.limit:.0%} of a copy's bandwidth"
         if self.kind == "time":
             return f"{where}: at most {self.limit:g} times the time of {self.theirs}"
-        clock = "host's time " if self.clock == "host" else ""
-        return f"{where}: {clock}{self._speed()} {self.theirs}"
-
-    def _speed(self) -> str:
-        return "faster than" if self.limit == 1.0 else f"at least {self.limit:g} times as fast as"
+        host = "host's time " if self.clock == "host" else ""
+        speed = "faster than" if self.limit == 1.0 else f"at least {self.limit:g} times as fast as"
+        return f"{where}: {host}{speed} {self.theirs}"
 
 
 class Outcome(NamedTuple):
-    """What came of a goal.
-
-    Attributes:
-        goal: the goal.
-        value: the median over rounds of the ratio that the goal limits, None where it could not be measured.
-        low, high: between them lies the true median with a probability of 95 %, if rounds are independent.
-        fastest: the ratio of the fastest steps of both.
-        verdict: "met", "missed" or "not measured: why".
-    """
+    """What came of a goal."""
 
     goal: Goal
-    value: float | None
-    low: float | None
-    high: float | None
-    fastest: float | None
-    verdict: str
+    verdict: str  # "met", "missed" or "not measured: why"
+    value: float | None = None  # median over the rounds of the ratio that the goal limits
+    low: float | None = None  # the true median is in [low, high] with a probability of 95 %, if rounds are independent
+    high: float | None = None
+    fastest: float | None = None  # the ratio of the fastest steps of both
 
-
-_LOOP, _FUSED, _FOREACH = "transformers 4.34 loop", "torch fused", "torch foreach"
-_BELOW, _CLIPPED = "adamw, norm below the limit", "adamw, clipped"
-_CLIP_FUSED = "clip_grad_norm_ + torch fused"
 
 GOALS = (
-    Goal("cpu", "gpt_50m", "adamw", "fusedopt", _FUSED, 1.05, "time"),
-    Goal("cpu", "gpt_50m", "adamw", "fusedopt", _LOOP, 3.0),
-    Goal("cpu", "tiny_2000", "adamw", "fusedopt", _FUSED, 1.0),
-    Goal("cpu", "tiny_300", "adamw", "fusedopt", _FUSED, 1.0),
-    Goal("cpu", "gpt_50m", "adafactor", "fusedopt", _LOOP, 2.5),
-    Goal("cpu", "gpt_50m", "adafactor", "fusedopt", _FOREACH, 4.0),
-    Goal("cpu", "gpt_50m", "adafactor", "fusedopt", "timm", 1.0),
-    Goal("cpu", "gpt_50m", _BELOW, "fusedopt", _CLIP_FUSED, 1.15),
-    Goal("cpu", "gpt_50m", _CLIPPED, "fusedopt", _CLIP_FUSED, 1.0),
-    Goal("cpu", "matrices_50m", "adafactor", "fusedopt", _LOOP, 2.5),
-    Goal("cpu", "matrices_50m", "adafactor", "fusedopt", _FOREACH, 4.0),
-    Goal("cpu", "matrices_50m", _CLIPPED, "fusedopt", _CLIP_FUSED, 1.1),
+    Goal("cpu", "gpt_50m", "adamw", _FUSED, 1.05, "time"),
+    Goal("cpu", "gpt_50m", "adamw", _LOOP, 3.0),
+    Goal("cpu", "tiny_2000", "adamw", _FUSED, 1.0),
+    Goal("cpu", "tiny_300", "adamw", _FUSED, 1.0),
+    Goal("cpu", "gpt_50m", "adafactor", _LOOP, 2.5),
+    Goal("cpu", "gpt_50m", "adafactor", _FOREACH, 4.0),
+    Goal("cpu", "gpt_50m", "adafactor", "timm", 1.0),
+    Goal("cpu", "gpt_50m", BELOW, CLIP_FUSED, 1.15),
+    Goal("cpu", "gpt_50m", CLIPPED, CLIP_FUSED, 1.0),
+    Goal("cpu", "matrices_50m", "adafactor", _LOOP, 2.5),
+    Goal("cpu", "matrices_50m", "adafactor", _FOREACH, 4.0),
+    Goal("cpu", "matrices_50m", CLIPPED, CLIP_FUSED, 1.1),
     *(
-        Goal("cuda", workload, "adamw", "fusedopt", "copy", 0.9, "bandwidth", "device")
+        Goal("cuda", workload, "adamw", "copy", 0.9, "bandwidth", "device")
         for workload in ("llama_1g", "llama_1g:bfloat16", "llama2_7b")
     ),
     *(
-        Goal("cuda", workload, "adamw", ours, theirs, 1.0)
+        Goal("cuda", workload, "adamw", _FUSED + mode, 1.0, ours="fusedopt" + mode)
         for workload in ("gpt2", "llama_1g", "llama2_7b", "tiny_2000")
-        for ours, theirs in (("fusedopt", _FUSED), ("fusedopt, captured", f"{_FUSED}, captured"))
+        for mode in ("", ", captured")
     ),
-    *(Goal("cuda", workload, "adamw", "fusedopt", _FUSED, 1.0, clock="host") for workload in ("tiny_300", "tiny_2000")),
-    Goal("cuda", "llama2_7b", "adamw", "fusedopt", _FUSED, 1.5, clock="device"),
-    Goal("cuda", "gpt2", "adafactor", "fusedopt", _LOOP, 10.0),
-    Goal("cuda", "gpt2", "adafactor", "fusedopt", f"{_LOOP}, compiled", 1.0),
-    Goal("cuda", "llama_1g", "adafactor", "fusedopt", _LOOP, 5.0),
-    Goal("cuda", "llama_1g", "adafactor", "fusedopt", "copy", 0.75, "bandwidth", "device"),
-    Goal("cuda", "gpt2", _BELOW, "fusedopt", _CLIP_FUSED, 1.2),
-    Goal("cuda", "llama_1g", _BELOW, "fusedopt", _CLIP_FUSED, 1.2),
+    *(Goal("cuda", workload, "adamw", _FUSED, 1.0, clock="host") for workload in ("tiny_300", "tiny_2000")),
+    Goal("cuda", "llama2_7b", "adamw", _FUSED, 1.5, clock="device"),
+    Goal("cuda", "gpt2", "adafactor", _LOOP, 10.0),
+    Goal("cuda", "gpt2", "adafactor", f"{_LOOP}, compiled", 1.0),
+    Goal("cuda", "llama_1g", "adafactor", _LOOP, 5.0),
+    Goal("cuda", "llama_1g", "adafactor", "copy", 0.75, "bandwidth", "device"),
+    Goal("cuda", "gpt2", BELOW, CLIP_FUSED, 1.2),
+    Goal("cuda", "llama_1g", BELOW, CLIP_FUSED, 1.2),
 )
 
 
-def judge(records: Iterable[Record], device: str) -> list[Outcome]:
-    """The outcome of every goal for this kind of device."""
-    records = list(records)
-    steps: dict[tuple[str, str, str], Record] = {}
+def judge(records: Iterable[Record], device: str, goals: Iterable[Goal] = GOALS) -> list[Outcome]:
+    """Returns the outcome of every goal for this kind of device."""
+    steps: dict[tuple[str, ...], Record] = {}
+    copies: list[float] = []
     for r in records:
-        # A later comparison without a number takes none away.
-        if r.get("kind") == "step" and (
-            r["status"] == "measured" or (r["workload"], r["rule"], r["provider"]) not in steps
-        ):
-            steps[r["workload"], r["rule"], r["provider"]] = r
-    copies = [r["bytes_per_second"] for r in records if r.get("kind") == "copy"]
-    return [_outcome(goal, steps, copies) for goal in GOALS if goal.device == device]
+        if r.get("kind") == "copy":
+            copies.append(r["bytes_per_second"])
+        elif r.get("kind") == "step":
+            key = r["workload"], r["rule"], r["provider"]
+            if r["status"] == "measured" or key not in steps:  # a later one without a number takes none away
+                steps[key] = r
+    return [_outcome(goal, steps, max(copies, default=None)) for goal in goals if goal.device == device]
 
 
-def _outcome(goal: Goal, steps: dict[tuple[str, str, str], Record], copies: list[float]) -> Outcome:
-    def find(provider: str) -> Record | str:
+def _outcome(goal: Goal, steps: dict[tuple[str, ...], Record], copy: float | None) -> Outcome:
+    found = []
+    for provider in (goal.ours, goal.theirs):
         record = steps.get((goal.workload, goal.rule, provider))
-        if record is None:
-            return f"{provider} did not run"
-        return record if record["status"] == "measured" else f"{provider}: {record['status']}"
-
-    ours = find(goal.ours)
-    if isinstance(ours, str):
-        return Outcome(goal, None, None, None, None, f"not measured: {ours}")
-    if goal.kind == "bandwidth":
-        if not copies:
-            return Outcome(goal, None, None, None, None, "not measured: no copy was")
-        return _bandwidth(goal, ours, max(copies))
-    theirs = find(goal.theirs)
-    if isinstance(theirs, str):
-        return Outcome(goal, None, None, None, None, f"not measured: {theirs}")
-    return _ratio(goal, ours, theirs)
-
-
-def _bandwidth(goal: Goal, ours: Record, copy: float) -> Outcome:
-    need = ours["floor_bytes"] * ours["params"] / copy * 1e3
-    times: Record = ours.get(f"{goal.clock}_ms") or ours["step_ms"]
-    value, low, high, fastest = (need / times[q] for q in ("median", "p75", "p25", "min"))
-    return Outcome(goal, value, low, high, fastest, "met" if value >= goal.limit else "missed")
-
-
-def _ratio(goal: Goal, ours: Record, theirs: Record) -> Outcome:
-    up, down = (ours, theirs) if goal.kind == "time" else (theirs, ours)
-    rounds = "rounds_device_ms" if goal.clock == "device" else "rounds_ms"
+        if provider == "copy":
+            if copy is None:
+                return Outcome(goal, "not measured: no copy was")
+        elif record is None:
+            return Outcome(goal, f"not measured: {provider} did not run")
+        elif record["status"] != "measured":
+            return Outcome(goal, f"not measured: {provider}: {record['status']}")
+        else:
+            found.append(record)
+    if copy is not None and goal.kind == "bandwidth":
+        (ours,) = found
+        need = ours["floor_bytes"] * ours["params"] / copy * 1e3
+        times: Record = ours.get(f"{goal.clock}_ms") or ours["step_ms"]
+        value, low, high, fastest = (need / times[q] for q in ("median", "p75", "p25", "min"))
+        return Outcome(goal, "met" if value >= goal.limit else "missed", value, low, high, fastest)
+    up, down = found if goal.kind == "time" else found[::-1]
     key = f"{goal.clock}_ms"
     if goal.clock == "host":
         ratios = [up[key][q] / down[key][q] for q in ("p10", "p25", "median", "p75", "p90")]
     else:
+        rounds = "rounds_device_ms" if goal.clock == "device" else "rounds_ms"
         ratios = [a / b for a, b in zip(up[rounds], down[rounds]) if a and b]
     value = statistics.median(ratios)
     low, high = interval(ratios)
-    return Outcome(
-        goal, value, low, high, up[key]["min"] / down[key]["min"], _verdict(goal, value, low, high, len(ratios))
-    )
+    met = value <= goal.limit if goal.kind == "time" else value >= goal.limit
+    # Unsure where chance could have made it so, or where too few rounds were there to say anything.
+    unsure = ", unsure" * (len(ratios) < 5 or low <= goal.limit <= high)
+    return Outcome(goal, ("met" if met else "missed") + unsure, value, low, high, up[key]["min"] / down[key]["min"])
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Two of the values that enclose the median of what they were drawn from, with a probability of 95 %.
-
-    Example:
-        >>> interval([float(i) for i in range(100)])
-        (40.0, 59.0)
-    """
+    """Returns two of the values that enclose the median of what they were drawn from, with a probability of 95 %."""
     ordered = sorted(values)
-    reach = 0.98 * math.sqrt(len(ordered))
-    low = math.floor(len(ordered) / 2 - reach)
-    return ordered[max(0, low)], ordered[min(len(ordered) - 1, len(ordered) - 1 - low)]
-
-
-def _verdict(goal: Goal, value: float, low: float, high: float, rounds: int) -> str:
-    """Met or missed; unsure where chance could have made it so, or where too few rounds were there to say anything."""
-    met = value <= goal.limit if goal.kind == "time" else value >= goal.limit
-    unsure = rounds < 5 or low <= goal.limit <= high
-    return ("met" if met else "missed") + ", unsure" * unsure
+    low = max(0, math.floor(len(ordered) / 2 - 0.98 * math.sqrt(len(ordered))))
+    return ordered[low], ordered[-1 - low]

@@ -20,7 +20,8 @@ COMMITTED = ROOT / "perf" / "results"
 
 
 def environment(device: torch.device) -> Record:
-    """The first record of a file: date, commit, versions, processor and, on a GPU, its name and driver."""
+    """Returns the first record of a file: date, commit, versions, processor and, on a GPU, its name and driver."""
+    others = ("timm", "torch-optimi", "flashoptim", "torchao", "bitsandbytes", "transformers")
     record: Record = {
         "kind": "environment",
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -33,37 +34,30 @@ def environment(device: torch.device) -> Record:
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "device": device.type,
-        "others": {
-            name: v
-            for name in ("timm", "torch-optimi", "flashoptim", "torchao", "bitsandbytes", "transformers")
-            if (v := _version(name))
-        },
+        "others": {name: version for name in others if (version := _version(name))},
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        record |= {
-            "gpu": properties.name,
-            "gpu_bytes": properties.total_memory,
-            "multiprocessors": properties.multi_processor_count,
-            "l2_bytes": getattr(properties, "L2_cache_size", None),
-            "driver": _driver(),
-            "cuda": torch.version.cuda or torch.version.hip,
-        }
+        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        record |= {"gpu": properties.name, "gpu_bytes": properties.total_memory}
+        record |= {"multiprocessors": properties.multi_processor_count}
+        record |= {"l2_bytes": getattr(properties, "L2_cache_size", None)}
+        record |= {"driver": driver and driver.splitlines()[0], "cuda": torch.version.cuda or torch.version.hip}
     return record
 
 
 def machine(record: Record) -> str:
-    """One line that says where a record's numbers come from.
+    """Returns one line that says where a record's numbers come from.
 
     Example:
         >>> machine({"cpu": "A CPU", "threads": 2, "torch": "2.13.0", "date": "2026-01-01", "commit": "abc"})
         'A CPU, 2 threads, torch 2.13.0, 2026-01-01, commit abc'
     """
-    where = record["gpu"] if record.get("gpu") else f"{record['cpu']}, {record['threads']} threads"
-    software = [f"torch {record['torch']}", f"triton {record['triton']}" if record.get("gpu") else None]
-    software += [f"driver {record['driver']}" if record.get("driver") else None, record["date"]]
-    software += [f"commit {record['commit']}" if record.get("commit") else None]
-    return ", ".join([where, *filter(None, software)])
+    gpu = record.get("gpu")
+    parts = [gpu or f"{record['cpu']}, {record['threads']} threads", f"torch {record['torch']}"]
+    parts += [f"triton {record['triton']}"] if gpu else []
+    parts += [f"driver {record['driver']}"] if record.get("driver") else []
+    return ", ".join([*parts, record["date"], *([f"commit {record['commit']}"] if record.get("commit") else [])])
 
 
 def write(records: Iterable[Record], file: TextIO) -> None:
@@ -74,7 +68,7 @@ def write(records: Iterable[Record], file: TextIO) -> None:
 
 
 def read(path: Path) -> list[Record]:
-    """The records of a file; a last line that was cut off is left out."""
+    """Returns the records of a file; a last line that was cut off is left out."""
     records = []
     for line in path.read_text().splitlines():
         try:
@@ -85,22 +79,15 @@ def read(path: Path) -> list[Record]:
 
 
 def committed() -> dict[str, list[Record]]:
-    """The committed results of GPUs: name of the folder to the records in its `results.jsonl`."""
+    """Returns the committed results of GPUs: name of the folder to the records in its `results.jsonl`."""
     found = {path.parent.name: read(path) for path in sorted(COMMITTED.glob("*/results.jsonl"))}
     return {name: records for name, records in found.items() if records and records[0].get("gpu")}
 
 
 def _commit() -> str | None:
     commit = _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
-    if commit is None:
-        return None
     changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no", "fusedopt", "kernels")
-    return commit + " with changes" * bool(changed)
-
-
-def _driver() -> str | None:
-    lines = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return lines.splitlines()[0] if lines else None
+    return commit and commit + " with changes" * bool(changed)
 
 
 def _output(*command: str) -> str | None:
@@ -123,5 +110,4 @@ def _cpu() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

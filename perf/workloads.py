@@ -10,21 +10,13 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Workload:
-    """What an optimizer updates.
-
-    Attributes:
-        name: as the command line and the results know it.
-        about: one line for a reader.
-        shapes: one per parameter.
-        dtype: of parameters, gradients and, where the optimizer has no opinion, state.
-        channels_last: whether 4-d parameters and their gradients are laid out so.
-    """
+    """The parameters that an optimizer updates."""
 
     name: str
-    about: str
+    about: str  # one line for a reader
     shapes: tuple[Shape, ...]
-    dtype: torch.dtype = torch.float32
-    channels_last: bool = False
+    dtype: torch.dtype = torch.float32  # of parameters and gradients
+    channels_last: bool = False  # layout of 4-d parameters and their gradients
 
     @property
     def tensors(self) -> int:
@@ -34,10 +26,10 @@ class Workload:
     def params(self) -> int:
         return sum(map(prod, self.shapes))
 
-    def empty_like(self, shape: Shape, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Uninitialised memory for one parameter, in the workload's dtype and layout."""
+    def empty(self, shape: Shape, device: torch.device) -> torch.Tensor:
+        """Returns an uninitialised tensor in the workload's dtype and layout."""
         layout = torch.channels_last if self.channels_last and len(shape) == 4 else torch.contiguous_format
-        return torch.empty(shape, dtype=dtype or self.dtype, device=device, memory_format=layout)
+        return torch.empty(shape, dtype=self.dtype, device=device, memory_format=layout)
 
 
 def _gpt(layers: int, width: int, vocabulary: int, context: int) -> tuple[Shape, ...]:
@@ -56,19 +48,9 @@ def _bert(layers: int, width: int, vocabulary: int) -> tuple[Shape, ...]:
 
 
 def _vit(layers: int, width: int, patch: int, tokens: int, classes: int) -> tuple[Shape, ...]:
-    w = width
-    block = [(w,), (w,), (3 * w, w), (3 * w,), (w, w), (w,), (w,), (w,), (4 * w, w), (4 * w,), (w, 4 * w), (w,)]
-    return (
-        (1, 1, w),
-        (1, tokens, w),
-        (w, 3, patch, patch),
-        (w,),
-        *block * layers,
-        (w,),
-        (w,),
-        (classes, w),
-        (classes,),
-    )
+    """ViT: GPT-2's blocks and last norm; class token, positions, patches and a classifier."""
+    begin = ((1, 1, width), (1, tokens, width), (width, 3, patch, patch), (width,))
+    return (*begin, *_gpt(layers, width, 0, 0)[2:], (classes, width), (classes,))
 
 
 def _llama(layers: int, width: int, hidden: int, vocabulary: int, kv_width: int | None = None) -> tuple[Shape, ...]:
@@ -92,46 +74,34 @@ def _resnet50() -> tuple[Shape, ...]:
     return (*shapes, (1000, 2048), (1000,))
 
 
-WORKLOADS = {
-    w.name: w
-    for w in (
-        Workload(
-            "gpt_50m",
-            "GPT-2's architecture with 7 layers of width 512 and normalised embeddings",
-            (*_gpt(7, 512, 50257, 4096), (512,), (512,)),
-        ),
-        Workload(
-            "matrices_50m",
-            "29 matrices of 1 to 8 M elements and 61 vectors, whose temporaries the caches and the allocator keep",
-            ((1024, 1024),) * 24 + ((4096, 1024),) * 4 + ((8192, 1024),) + ((1024,),) * 61,
-        ),
-        Workload("gpt_13m", "GPT-2's architecture, small enough for a laptop", _gpt(4, 384, 16384, 512)),
-        Workload("gpt2", "GPT-2 124M", _gpt(12, 768, 50257, 1024)),
-        Workload("bert_base", "BERT-base, uncased", _bert(12, 768, 30522)),
-        Workload("resnet50", "ResNet-50, channels_last", _resnet50(), channels_last=True),
-        Workload("vit_l", "ViT-L/16, 224 pixels", _vit(24, 1024, 16, 197, 1000)),
-        Workload("llama_1g", "1.1 G parameters in Llama's architecture", _llama(22, 2048, 5632, 32000, 256)),
-        Workload("llama2_7b", "Llama-2 7B in bfloat16", _llama(32, 4096, 11008, 32000), torch.bfloat16),
-        Workload("tiny_300", "300 tensors of 64 elements: the host's time", ((64,),) * 300),
-        Workload("tiny_2000", "2,000 tensors of 64 elements: the host's time", ((64,),) * 2000),
-        Workload("embedding_2g4", "one embedding of 2.4 G elements", ((1_171_875, 2048),), torch.bfloat16),
-        Workload("smoke", "a few odd shapes, for tests", ((33, 17), (7,), (1024,), (3, 5, 4), (1,))),
-    )
-}
+_ALL = (
+    Workload(
+        "gpt_50m",
+        "GPT-2's architecture with 7 layers of width 512 and normalised embeddings",
+        (*_gpt(7, 512, 50257, 4096), (512,), (512,)),
+    ),
+    Workload(
+        "matrices_50m",
+        "29 matrices of 1 to 8 M elements and 61 vectors, whose temporaries the caches and the allocator keep",
+        ((1024, 1024),) * 24 + ((4096, 1024),) * 4 + ((8192, 1024),) + ((1024,),) * 61,
+    ),
+    Workload("gpt_13m", "GPT-2's architecture, small enough for a laptop", _gpt(4, 384, 16384, 512)),
+    Workload("gpt2", "GPT-2 124M", _gpt(12, 768, 50257, 1024)),
+    Workload("bert_base", "BERT-base, uncased", _bert(12, 768, 30522)),
+    Workload("resnet50", "ResNet-50, channels_last", _resnet50(), channels_last=True),
+    Workload("vit_l", "ViT-L/16, 224 pixels", _vit(24, 1024, 16, 197, 1000)),
+    Workload("llama_1g", "1.1 G parameters in Llama's architecture", _llama(22, 2048, 5632, 32000, 256)),
+    Workload("llama2_7b", "Llama-2 7B in bfloat16", _llama(32, 4096, 11008, 32000), torch.bfloat16),
+    Workload("tiny_300", "300 tensors of 64 elements: the host's time", ((64,),) * 300),
+    Workload("tiny_2000", "2,000 tensors of 64 elements: the host's time", ((64,),) * 2000),
+    Workload("embedding_2g4", "one embedding of 2.4 G elements", ((1_171_875, 2048),), torch.bfloat16),
+    Workload("smoke", "a few odd shapes, for tests", ((33, 17), (7,), (1024,), (3, 5, 4), (1,))),
+)
+WORKLOADS = {workload.name: workload for workload in _ALL}
 
 
 def get(name: str) -> Workload:
-    """A workload by its name; `name:bfloat16` is the same one in another dtype.
-
-    Raises:
-        ValueError: no such workload or dtype.
-
-    Example:
-        >>> get("gpt2").params
-        124439808
-        >>> get("gpt2:bfloat16").dtype
-        torch.bfloat16
-    """
+    """Returns a workload by its name; `name:bfloat16` is the same one in another dtype."""
     base, _, dtype = name.partition(":")
     if base not in WORKLOADS:
         raise ValueError(f"workload must be one of {', '.join(WORKLOADS)}, got {base!r}")
@@ -143,13 +113,7 @@ def get(name: str) -> Workload:
     return replace(WORKLOADS[base], name=name, dtype=kind)
 
 
-def cut(params: int, tensors: int, dtype: torch.dtype = torch.float32) -> Workload:
-    """`params` elements in about `tensors` equal square-ish matrices, for scaling curves.
-
-    Example:
-        >>> cut(1_000_000, 10).tensors
-        10
-    """
+def cut(params: int, tensors: int) -> Workload:
+    """Returns about `params` elements in `tensors` equal square matrices, for scaling curves."""
     side = max(1, round((params / tensors) ** 0.5))
-    name = f"{tensors} x {side} x {side}"
-    return Workload(name, f"{tensors} matrices of {side} x {side}", ((side, side),) * tensors, dtype)
+    return Workload(f"{tensors} x {side} x {side}", "equal matrices", ((side, side),) * tensors)

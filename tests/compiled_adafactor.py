@@ -4,16 +4,16 @@ import json
 import sys
 
 import torch
+from in_place import in_place
 
 from fusedopt import Adafactor
 from perf.compiled import (
     ADAFACTOR_SHAPES,
     TARGETS,
     adafactor_variants,
-    in_place,
+    fake_gpu,
     resources,
     shard_step,
-    standing_in,
 )
 
 
@@ -41,7 +41,7 @@ def launches_of(params, groups=1):
     options = [{"lr": 0.1, "beta1": 0.5}, {"lr": 0.2}, {"lr": 0.3, "weight_decay": 0.1, "scale_parameter": False}]
     rates = [{"params": params[i::groups], **options[i]} for i in range(groups)]
     optimizer = Adafactor(rates, relative_step=False, backend="triton")
-    with standing_in("sm_90") as launches:
+    with fake_gpu("sm_90") as launches:
         counts = []
         for _ in range(2):
             before = len(launches)
@@ -55,7 +55,7 @@ def launches_of_shards(params):
     optimizer = Adafactor(params, backend="triton")
     optimizer.init_state()
     counts = []
-    with standing_in("sm_90") as launches:
+    with fake_gpu("sm_90") as launches:
         for _ in range(2):
             before = len(launches)
             shard_step(optimizer, params, [torch.zeros_like(p) for p in params])
@@ -113,7 +113,7 @@ def compilations():
     params = parameters([(64, 64), (7,)])
     optimizer = Adafactor(params, lr=0.1, relative_step=False, scale_parameter=False, backend="triton")
     found = {}
-    with standing_in("sm_90") as launches:
+    with fake_gpu("sm_90") as launches:
         optimizer.apply_gradients((torch.zeros_like(p), p) for p in params)
         for name, change in changes().items():
             before, known = len(launches), {id(launch.code) for launch in launches}
@@ -124,6 +124,5 @@ def compilations():
 
 
 if __name__ == "__main__":
-    what = sys.argv[1]
     functions = {"launches": launches, "changes": compilations}
-    json.dump(functions[what]() if what in functions else variants(what), sys.stdout)
+    json.dump({word: functions[word]() if word in functions else variants(word) for word in sys.argv[1:]}, sys.stdout)

@@ -11,7 +11,7 @@ import triton
 
 from fusedopt import Adafactor, AdamW
 from fusedopt.accumulate import GradientAccumulator
-from perf.compiled import ADAFACTOR_SHAPES, shard_step, standing_in
+from perf.compiled import ADAFACTOR_SHAPES, fake_gpu, shard_step
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     with (
         mock.patch.object(triton.knobs.runtime, "jit_cache_hook", hook),
         mock.patch.object(triton.knobs.runtime, "jit_post_compile_hook", hook),
-        standing_in("sm_90"),
+        fake_gpu("sm_90"),
     ):
         AdamW(params, max_grad_norm=1.0, backend="triton").apply_gradients(zip(grads, params))
         adafactor.apply_gradients(zip(grads, params))

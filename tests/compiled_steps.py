@@ -8,10 +8,11 @@ import re
 import sys
 
 import torch
+from in_place import in_place
 
 from fusedopt import AdamW
 from fusedopt_kernels.elementwise import BLOCK, THREADS
-from perf.compiled import TARGETS, adamw_variants, in_place, resources, standing_in
+from perf.compiled import TARGETS, adamw_variants, fake_gpu, resources
 
 
 def variants(target):
@@ -46,13 +47,23 @@ def launches_of(sizes, number_of_groups=1):
     """Kernel names of two steps, one a line."""
     params = parameters(*sizes)
     optimizer = AdamW(groups(params, number_of_groups), backend="triton")
-    with standing_in("sm_90") as launches:
+    with fake_gpu("sm_90") as launches:
         counts = []
         for _ in range(2):
             before = len(launches)
             optimizer.apply_gradients((torch.zeros_like(p), p) for p in params)
             counts.append([launch.kernel for launch in launches[before:]])
     return counts
+
+
+def launches():
+    return {
+        "one aligned": launches_of([16]),
+        "one odd": launches_of([7]),
+        "1,000 aligned": launches_of([16 * i for i in range(1, 1001)]),
+        "1,000 aligned in 3 groups": launches_of([16 * i for i in range(1, 1001)], 3),
+        "1,000 in 3 groups, odd ones among them": launches_of(range(1, 1001), 3),
+    }
 
 
 def changes():
@@ -91,7 +102,7 @@ def compilations():
     params = parameters(16, 17)
     optimizer = AdamW(params, weight_decay=0.1, backend="triton")
     found = {}
-    with standing_in("sm_90") as launches:
+    with fake_gpu("sm_90") as launches:
         optimizer.apply_gradients((torch.zeros_like(p), p) for p in params)
         for name, change in changes().items():
             before, known = len(launches), {id(launch.code) for launch in launches}
@@ -102,15 +113,5 @@ def compilations():
 
 
 if __name__ == "__main__":
-    what = sys.argv[1]
-    if what == "launches":
-        result = {
-            "one aligned": launches_of([16]),
-            "one odd": launches_of([7]),
-            "1,000 aligned": launches_of([16 * i for i in range(1, 1001)]),
-            "1,000 aligned in 3 groups": launches_of([16 * i for i in range(1, 1001)], 3),
-            "1,000 in 3 groups, odd ones among them": launches_of(range(1, 1001), 3),
-        }
-    else:
-        result = compilations() if what == "changes" else variants(what)
-    json.dump(result, sys.stdout)
+    functions = {"launches": launches, "changes": compilations}
+    json.dump({word: functions[word]() if word in functions else variants(word) for word in sys.argv[1:]}, sys.stdout)

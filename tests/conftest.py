@@ -1,5 +1,6 @@
 """Where kernels run in the tests: on a GPU where there is one, elsewhere in Triton's interpreter, on CPU tensors."""
 
+import dataclasses
 import importlib.util
 import os
 
@@ -20,6 +21,7 @@ if not GPU:
 if importlib.util.find_spec("triton") is None:  # as on macOS and Windows
     collect_ignore_glob = [
         "compiled_*.py",
+        "helpers/kernels.py",
         "test_kernels*.py",
         "test_triton*.py",
         "test_capture.py",
@@ -32,6 +34,33 @@ if importlib.util.find_spec("triton") is None:  # as on macOS and Windows
 def device() -> torch.device:
     """Where the Triton kernels under test run."""
     return torch.device("cuda", 0) if GPU else torch.device("cpu")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_checks_for_overflow() -> None:
+    """The interpreter without its checks for integers that overflow, which take as long as the rest of a kernel."""
+    if not GPU and importlib.util.find_spec("triton") is not None:
+        from triton.runtime.interpreter import interpreter_builder
+
+        interpreter_builder.options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
+
+
+@pytest.fixture
+def checks_for_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter with those checks, in the tests that take all kernels across every border."""
+    if not GPU:
+        from triton.runtime.interpreter import interpreter_builder
+
+        checked = dataclasses.replace(interpreter_builder.options, sanitize_overflow=True)
+        monkeypatch.setattr(interpreter_builder, "options", checked)
+
+
+@pytest.fixture
+def capture(monkeypatch: pytest.MonkeyPatch):
+    """CUDA graphs without a GPU: a context manager like `torch.cuda.graph`; see `helpers.kernels.captures`."""
+    from helpers.kernels import captures
+
+    return captures(monkeypatch)
 
 
 def pytest_collection_modifyitems(config, items):

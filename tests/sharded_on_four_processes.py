@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from loop_cases import Net, train
+from helpers.loops import Net, train
+from helpers.optimizers import OPTIMIZERS
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -48,8 +49,8 @@ LAYOUTS = {
     "rows twice": Layout((2, 2), (0, 0)),
 }
 
-OPTIMIZERS = {
-    "AdamW": lambda named, **kw: AdamW(named, lr=0.1, weight_decay=0.1, **kw),
+CASES = {
+    **OPTIMIZERS,
     "AdamW-clipped": lambda named, **kw: AdamW(named, lr=0.1, weight_decay=0.1, max_grad_norm=0.5, **kw),
     "AdamW-skipping": lambda named, **kw: AdamW(named, lr=0.1, skip_nonfinite=True, **kw),
     "AdamWeightDecay-clipnorm": lambda named, **kw: AdamWeightDecay(named, 0.1, clipnorm=0.5, clipvalue=1.0, **kw),
@@ -57,7 +58,6 @@ OPTIMIZERS = {
     "AdamWeightDecay-clipped-skipping": lambda named, **kw: AdamWeightDecay(
         named, 0.1, max_grad_norm=0.5, skip_nonfinite=True, **kw
     ),
-    "Adafactor": lambda named, **kw: Adafactor(named, **kw),
     "Adafactor-skipping": lambda named, **kw: Adafactor(named, skip_nonfinite=True, **kw),
     "Adafactor-beta1": lambda named, **kw: Adafactor(
         named, lr=0.1, relative_step=False, scale_parameter=False, beta1=0.9, weight_decay=0.1, max_grad_norm=2.0, **kw
@@ -70,7 +70,7 @@ BACKENDS = ("eager", "triton") if has_triton() else ("eager",)
 def cases():
     """All of them, but for what kernels do not tell from other cases: the interpreter is slow."""
     spared = {"last rows", "replicated", "rows twice", "Adafactor-skipping"}
-    every = itertools.product(OPTIMIZERS, LAYOUTS, BACKENDS)
+    every = itertools.product(CASES, LAYOUTS, BACKENDS)
     return [case for case in every if case[2] == "eager" or not spared & set(case)]
 
 
@@ -89,7 +89,7 @@ def gradients(name: str, step: int) -> list[torch.Tensor]:
 
 def run(name: str, params: list[torch.nn.Parameter], spread, backend: str):
     """Some steps; `spread` makes of a whole gradient one that lies as its parameter."""
-    optimizer = OPTIMIZERS[name]([(str(i), p) for i, p in enumerate(params)], backend=backend)
+    optimizer = CASES[name]([(str(i), p) for i, p in enumerate(params)], backend=backend)
     for step in range(STEPS):
         for p, g in zip(params, gradients(name, step)):
             p.grad = spread(g)
@@ -145,7 +145,7 @@ def stopped(rank: int, meshes) -> dict:
             torch.nn.Parameter(distribute_tensor(t, meshes[layout.mesh], placements(layout, t)))
             for t, layout in zip(tensors(0), layouts)
         ]
-        optimizer = OPTIMIZERS[name]([(str(i), p) for i, p in enumerate(params)], backend="eager")
+        optimizer = CASES[name]([(str(i), p) for i, p in enumerate(params)], backend="eager")
         before = [whole(p) for p in params]
         for p in params:
             p.grad = torch.ones_like(p)
@@ -260,7 +260,7 @@ def main(rank: int, folder: Path) -> None:
     saved = run("Adafactor-beta1", plain, lambda g: g, "eager").state_dict()
     for layout_name, layout in LAYOUTS.items():
         params = [torch.nn.Parameter(distribute_tensor(t, meshes[layout.mesh], placements(layout, t))) for t in plain]
-        optimizer = OPTIMIZERS["Adafactor-beta1"](params, backend="eager")
+        optimizer = CASES["Adafactor-beta1"](params, backend="eager")
         optimizer.load_state_dict(copy.deepcopy(saved))
         states = [{key: whole(value) for key, value in optimizer.state[p].items()} for p in params]
         results["loaded", layout_name] = states, placements_of(optimizer, params)

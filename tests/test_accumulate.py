@@ -1,9 +1,5 @@
 """GradientAccumulator: the recorded sequences, the right means, what is kept and what is not, two processes."""
 
-import json
-import os
-import subprocess
-import sys
 import weakref
 from importlib import import_module
 from pathlib import Path
@@ -11,12 +7,13 @@ from pathlib import Path
 import accumulate_on_two_processes as two
 import pytest
 import torch
-from keras_cases import BACKENDS, device_of, recorded
-from processes import run_together
+from helpers.comparing import assert_near, assert_same
+from helpers.keras import BACKENDS, device_of, recorded
+from helpers.optimizers import OPTIMIZERS, every_optimizer
+from helpers.processes import run_together, run_without_interpreter
 
 import fusedopt
 from fusedopt.accumulate import GradientAccumulator
-from fusedopt.keras import AdamWeightDecay
 
 ROOT = Path(__file__).parent.parent
 CASES = recorded("tf_gradient_accumulator")["cases"]
@@ -31,7 +28,7 @@ def assert_equal(actual, expected):
     assert [g is None for g in actual] == [g is None for g in expected]
     for ours, theirs in zip(actual, expected):
         if ours is not None:
-            assert torch.equal(ours.cpu(), theirs)
+            assert_same(ours.cpu(), theirs)
 
 
 # The recorded sequences.
@@ -91,31 +88,26 @@ def squared_error(model, x, y):
     return ((model(x) - y) ** 2).sum() / len(x)
 
 
-OPTIMIZERS = {"AdamW": lambda ps: fusedopt.AdamW(ps, lr=0.1), "AdamWeightDecay": lambda ps: AdamWeightDecay(ps, 0.1)}
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@every_optimizer
 @pytest.mark.parametrize("problem", [exact_problem, inexact_problem])
-def test_micro_batches_equal_one_large_batch(problem, make, backend):
+def test_micro_batches_equal_one_large_batch(problem, name, backend):
     """Where sums are exact so is their mean, since 1/4 is a power of two; elsewhere float32 roundings differ."""
     device = device_of(backend)
     means, results = [], []
     for micro_batches in (1, 4):
         model, x, y = problem()
         model, x, y = model.to(device), x.to(device), y.to(device)
-        optimizer, accumulator = make(model.parameters()), GradientAccumulator(backend=backend)
+        optimizer, accumulator = OPTIMIZERS[name].at(0.1, model.parameters()), GradientAccumulator(backend=backend)
         for part in zip(x.chunk(micro_batches), y.chunk(micro_batches)):
             squared_error(model, *part).backward()
             accumulator.accumulate(model.parameters())
         means.append([g.cpu() / accumulator.step for g in accumulator.gradients])
         optimizer.apply_gradients(zip(accumulator.gradients, model.parameters()), scale=1 / accumulator.step)
         results.append([p.detach().cpu() for p in model.parameters()])
-    for ours, large in zip(*means):
-        torch.testing.assert_close(ours, large, rtol=0, atol=0.0 if problem is exact_problem else 1e-6)
-    for ours, large in zip(*results):
-        # On the CPU a step whose scale is 1 runs in another kernel, with roundings of its own.
-        torch.testing.assert_close(ours, large, rtol=2**-22, atol=1e-7 if problem is exact_problem else 1e-5)
+    assert_near(*means, atol=0.0 if problem is exact_problem else 1e-6)
+    # On the CPU a step whose scale is 1 runs in another kernel, with roundings of its own.
+    assert_near(*results, rtol=2**-22, atol=1e-7 if problem is exact_problem else 1e-5)
 
 
 @pytest.mark.parametrize("how", ["means, by tokens", "sums, by hand", "tensor weights"])
@@ -139,7 +131,7 @@ def test_mean_over_all_tokens(lengths, how):
     assert accumulator.step == len(lengths)
     scale = 1 / 16 if how == "sums, by hand" else accumulator.scale
     for total, mean in zip(accumulator.gradients, expected):
-        torch.testing.assert_close(total * scale, mean, rtol=1e-12, atol=1e-12)
+        assert_near(total * scale, mean, rtol=1e-12, atol=1e-12)
 
 
 def test_last_window_is_incomplete():
@@ -175,7 +167,7 @@ def test_weights(dtype, backend):
         # In float32 and float64 itself, the product may be rounded or not before it is added.
         largest = expected.abs().max().item()
         atol = 0.0 if dtype.itemsize == 2 else 2 * torch.finfo(dtype).eps * largest
-        torch.testing.assert_close(total, expected, rtol=0, atol=atol)
+        assert_near(total, expected, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -183,7 +175,7 @@ def test_weights(dtype, backend):
 def test_no_weight_adds_nothing(as_tensor, backend):
     """Through the adders, since the accumulator reads tensors on the CPU: on a GPU it hands them down."""
     device = torch.device(device_of(backend))
-    adder = import_module(f"fusedopt.backends.{backend}_accumulate").Adder(device)
+    adder = import_module(f"fusedopt.backends.{backend}.accumulation").Adder(device)
     nan, total = torch.full((20,), torch.nan, device=device), torch.ones(20, device=device)
     for weight, g in ((2.0, total.clone()), (0.0, nan), (0.5, total.clone())):
         adder([total], [g], [total], torch.tensor(weight, device=device) if as_tensor else weight)
@@ -239,7 +231,7 @@ def test_sums_are_lent_without_a_copy_and_never_written_again(backend):
     accumulator([5 * g])
     (third,) = accumulator.gradients
     for total, times in ((first, 1), (second, 2), (third, 5)):
-        assert torch.equal(total, times * g)
+        assert_same(total, times * g)
 
 
 def test_memory_is_reused_where_nothing_was_lent():
@@ -325,7 +317,8 @@ def taking():
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
-        (lambda: GradientAccumulator(torch.int32), "dtype must be a floating dtype or None, got torch.int32"),
+        (lambda: GradientAccumulator(torch.int32), "dtype must be a floating torch.dtype or None, got torch.int32"),
+        (lambda: GradientAccumulator("float32"), "dtype must be a floating torch.dtype or None, got 'float32'"),
         (lambda: GradientAccumulator(backend="cuda"), "backend must be one of"),
         (lambda: GradientAccumulator().scale, "the weights of 0 calls add up to 0, so there is no mean"),
         (lambda: filled()([torch.ones(2)], -1.0), "weight must be finite and >= 0, got -1.0"),
@@ -359,12 +352,7 @@ def test_a_refused_call_changes_nothing():
 
 def test_one_launch_adds_all_tensors():
     pytest.importorskip("triton")
-    script = Path(__file__).parent / "compiled_accumulate.py"
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = run_without_interpreter("compiled_accumulate.py")
     assert found["launches"] == {"1,000 aligned": [1, 1, 1], "odd ones among them": [2, 2, 2]}
     # With and without a sum so far, aligned and not; nothing for another weight, nor for one that is a tensor.
     assert found["compilations"] == 4
@@ -403,14 +391,14 @@ def test_two_processes_under_ddp(tmp_path):
             for p, local in zip(model.parameters(), kept["local"]):
                 assert (p.grad is None) == (local is None)
                 if local is not None:
-                    torch.testing.assert_close(local, p.grad)
+                    assert_near(local, p.grad, rtol=1e-7, atol=1e-7)
             assert (kept["step"], kept["weight"]) == (5, 20.0)
         model.zero_grad()
         sum(len(x) / 20 * two.loss(model, x, r) for part in parts for x, r in part).backward()
         optimizer.step()
     for result in results:
         for name, p in model.named_parameters():
-            torch.testing.assert_close(result["params"][name], p.detach(), rtol=1e-10, atol=1e-12)
+            assert_near(result["params"][name], p.detach(), rtol=1e-10, atol=1e-12)
         for refusal, words in zip(
             result["refused"], ("gradient 1 was None", "already those of all", "have [0, 1]"), strict=True
         ):

@@ -7,7 +7,19 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from golden_cases import Tolerance, assert_close, cases, replay
+from helpers.adafactor import (
+    GOLDEN,
+    HARD_GRADIENTS,
+    LAYOUTS,
+    after,
+    by_the_rules,
+    normal,
+    parameters,
+    run,
+    uses_rms,
+)
+from helpers.comparing import Tolerance, assert_near, assert_same
+from helpers.golden import assert_close, replay
 from hypothesis import given, settings
 
 from fusedopt.adafactor import Adafactor
@@ -15,12 +27,8 @@ from fusedopt.backends.eager import adafactor as eager_adafactor
 from fusedopt.backends.eager import adafactor_tiles
 from fusedopt.backends.scratch import scratch
 from fusedopt.reference import ReferenceAdafactor
-from fusedopt_kernels import rules
 
 BACKENDS = ["eager"]
-REFUSED = ("weight_decay_negative",)  # a departure: see test_adafactor_options.py
-GOLDEN = cases("adafactor", without=REFUSED)
-
 PATHS = {
     "stacked": {"SMALL": 1 << 40},
     "tiled": {"SMALL": 0},
@@ -39,37 +47,6 @@ def path(monkeypatch, request):
 
 
 every_path = pytest.mark.parametrize("path", PATHS, indirect=True)
-
-
-def normal(*shapes, seed=0, dtype=torch.float32, size=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    return [(size * torch.randn(s, generator=generator, dtype=torch.float64)).to(dtype) for s in shapes]
-
-
-def parameters(tensors):
-    return [torch.nn.Parameter(t.clone()) for t in tensors]
-
-
-def run(optimizer, steps):
-    """`steps[k][i]` is the gradient of parameter i at step k, or None."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for grads in steps:
-        for p, g in zip(params, grads):
-            p.grad = g
-        optimizer.step()
-    return [p.detach() for p in params]
-
-
-def after(make, start, steps, **options):
-    """Parameters and states after `steps` of `make(params, **options)` from `start`."""
-    params = parameters(start)
-    optimizer = make(params, **options)
-    run(optimizer, steps)
-    return [p.detach() for p in params], [optimizer.state[p] for p in params]
-
-
-def uses_rms(case):
-    return all({**case.kwargs, **group}.get("scale_parameter", True) for group in case.groups)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -95,27 +72,6 @@ def test_golden_on_every_path_of_the_eager_backend(case, path):
 
 
 # The rules, on numpy: what both backends are built from.
-
-
-def by_the_rules(p, g, state, k, lr=None, beta1=None, weight_decay=0.0, clip_threshold=1.0, maximize=False):
-    """One update in float64; the state is a dict that it changes."""
-    rms = math.sqrt(np.mean(p * p))
-    rate = rules.relative_step(k, *rules.RELATIVE_STEP_CEILINGS[False], math.sqrt, min) if lr is None else lr
-    rate = rules.scaled_rate(rate, rms, 1e-3, max)
-    weight = rules.square_weight(k, -0.8, math.exp, math.log)
-    q = g * g + 1e-30
-    if p.ndim >= 2:
-        r = state["r"] = rules.running_average(state.get("r", 0.0), q.mean(-1), weight)
-        c = state["c"] = rules.running_average(state.get("c", 0.0), q.mean(-2), weight)
-        of_row = rules.row_factor(r, r.mean(-1, keepdims=True), np.sqrt, np.divide)[..., None]
-        u = rules.factored_update(g, of_row, rules.column_factor(c, np.sqrt, np.divide)[..., None, :])
-    else:
-        v = state["v"] = rules.running_average(state.get("v", 0.0), q, weight)
-        u = rules.unfactored_update(g, v, np.sqrt, np.divide)
-    u = u / rules.clip_divisor(math.sqrt(np.mean(u * u)), clip_threshold, max) * (-rate if maximize else rate)
-    if beta1 is not None:
-        u = state["m"] = rules.running_average(state.get("m", 0.0), u, 1 - beta1)
-    return rules.adafactor_apply(p, u, rate * weight_decay)
 
 
 OPTIONS = [
@@ -151,9 +107,7 @@ def test_the_optimizer_does_what_the_rules_say(options, dtype, path, backend):
         torch.float32: Tolerance("a few roundings per step, three steps", rtol=1e-6, atol=1e-6),
     }.get(dtype, Tolerance("rounded once per step, but a tie may fall to the other side", ulps=1))
     for actual, expected in zip(ours, exact):
-        expected = torch.from_numpy(expected).to(dtype)
-        error = (actual.double() - expected.double()).abs()
-        assert (error <= tolerance.allowed(expected)).all(), (actual.shape, error.max())
+        assert_near(actual, torch.from_numpy(expected).to(dtype), tolerance)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -177,16 +131,7 @@ def test_a_matrix_and_its_transpose_agree(shape, path):
     (ours,), _ = after(Adafactor, [w], steps, **options)
     (turned,), _ = after(Adafactor, [w.t().contiguous()], [[g.t().contiguous()] for (g,) in steps], **options)
     # The factors of rows and of columns change places, and with them the order of roundings.
-    torch.testing.assert_close(ours, turned.t(), rtol=2e-6, atol=2e-6)
-
-
-LAYOUTS = {
-    "contiguous": lambda t: t.contiguous(),
-    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
-    "transposed": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
-    "column_slice": lambda t: torch.cat([t, t[..., :3]], dim=-1)[..., : t.shape[-1]],
-    "misaligned": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
-}
+    assert_near(ours, turned.t(), rtol=2e-6, atol=2e-6)
 
 
 @every_path
@@ -200,7 +145,7 @@ def test_layouts_give_the_same_numbers(of_parameter, of_gradient, path):
     strides = p.stride()
     optimizer = Adafactor([p], beta1=0.9)
     run(optimizer, [[LAYOUTS[of_gradient](g)] for (g,) in steps])
-    torch.testing.assert_close(p.detach(), expected, rtol=1e-6, atol=1e-6)
+    assert_near(p.detach(), expected, rtol=1e-6, atol=1e-6)
     assert p.stride() == strides
     assert optimizer.state[p]["exp_avg"].shape == p.shape
 
@@ -216,18 +161,6 @@ def test_a_matrix_that_is_a_slice_leaves_its_neighbours_alone():
 
 # Gradients of every size. Where the original stays finite, so do we, at the same numbers.
 
-HARD_GRADIENTS = {
-    "zero": lambda g: g * 0,
-    "tiny": lambda g: g * 1e-25,
-    "denormal": lambda g: g * 1e-41,
-    "huge": lambda g: g * 1e18,
-    "one_row": lambda g: g * (torch.arange(len(g)) == 1).view(-1, *[1] * (g.dim() - 1)),
-    "spike": lambda g: torch.where(g == g.max(), 1e6 * g, g * 1e-6),
-    "nan": lambda g: torch.where(g == g.max(), math.nan, g),
-    "inf": lambda g: torch.where(g == g.max(), math.inf, g),
-    "squares_overflow": lambda g: g * 1e30,
-}
-
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @every_path
@@ -241,12 +174,12 @@ def test_hard_gradients_do_what_they_do_in_the_original(kind, options, path, bac
     ours, states = after(Adafactor, start, steps, backend=backend, **options)
     theirs, original = after(ReferenceAdafactor, start, steps, **options)
     for p, q, s, t in zip(ours, theirs, states, original):
-        torch.testing.assert_close(p, q, rtol=2e-5, atol=2e-6, equal_nan=True)
+        assert_near(p, q, rtol=2e-5, atol=2e-6, equal_nan=True)
         for name in t.keys() - {"step"}:
             expected = torch.as_tensor(t[name])
             # Sums of products that may nearly cancel: relative to the largest.
             atol = 5e-5 * float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max())
-            torch.testing.assert_close(s[name], expected, rtol=5e-5, atol=atol, equal_nan=True)
+            assert_near(s[name], expected, rtol=5e-5, atol=atol, equal_nan=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -260,7 +193,7 @@ def test_a_parameter_with_nan_moves_at_the_smallest_rate(path, backend):
     theirs, _ = after(ReferenceAdafactor, start, [grads])
     for p, q in zip(ours, theirs):
         assert p.isnan().sum() == 1
-        torch.testing.assert_close(p, q, rtol=2e-5, atol=2e-6, equal_nan=True)
+        assert_near(p, q, rtol=2e-5, atol=2e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -276,7 +209,7 @@ def test_the_mean_square_of_an_update_whose_squares_underflow(large, small, path
     (w,) = normal((32, 32), seed=2)
     (ours,), _ = after(Adafactor, [w], [[g]], backend=backend)
     expected = by_the_rules(w.double().numpy(), g.double().numpy(), {}, 1)
-    torch.testing.assert_close(ours.double(), torch.from_numpy(expected), rtol=1e-6, atol=1e-7)
+    assert_near(ours.double(), torch.from_numpy(expected), rtol=1e-6, atol=1e-7)
     changed = (ours - w)[16:, 16:].double()
     # Clipping has brought the whole update to RMS 1, and nearly all of it is in this block.
     rate = 0.01 * w.double().square().mean().sqrt()
@@ -312,7 +245,8 @@ def test_factors_whose_product_overflows_leave_a_zero_gradient_at_zero(path):
     start = normal((4, 4))
     (ours,), _ = after(Adafactor, start, [[g]])
     (theirs,), _ = after(ReferenceAdafactor, start, [[g]])
-    assert ours.isfinite().all() and torch.equal(ours[2:], start[0][2:])
+    assert ours.isfinite().all()
+    assert_same(ours[2:], start[0][2:])
     assert theirs.isnan().any()
 
 
@@ -336,8 +270,8 @@ def test_a_tensor_neither_sees_its_neighbours_nor_their_order_or_dtype(entries, 
     together, states = after(Adafactor, start, steps, beta1=0.9)
     for i in {0, len(entries) // 2, len(entries) - 1}:
         (alone,), (state,) = after(Adafactor, start[i : i + 1], [grads[i : i + 1] for grads in steps], beta1=0.9)
-        assert torch.equal(alone, together[i])
-        assert all(torch.equal(value, states[i][name]) for name, value in state.items())
+        assert_same(alone, together[i])
+        assert_same(state, states[i])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -345,8 +279,8 @@ def test_two_runs_give_the_same_bits(backend):
     shapes = [(700, 600), (40_000,), (30, 30), (17,)]
     start, steps = normal(*shapes), [normal(*shapes, seed=k) for k in (1, 2)]
     one, other = (after(Adafactor, start, steps, beta1=0.9, backend=backend) for _ in range(2))
-    assert all(torch.equal(p, q) for p, q in zip(one[0], other[0]))
-    assert all(torch.equal(s[name], t[name]) for s, t in zip(one[1], other[1]) for name in s)
+    assert_same(one[0], other[0])
+    assert_same(one[1], other[1])
 
 
 def test_a_large_matrix_is_as_exact_as_its_rules():
@@ -372,7 +306,7 @@ def test_gradients_that_are_given_with_a_scale(path):
     optimizer = Adafactor(params, eps=(1e-3, 1e-3))
     for grads in steps:
         optimizer.apply_gradients([(4.0 * g, p) for p, g in zip(params, grads)], scale=0.25)
-    assert all(torch.equal(p.detach(), q) for p, q in zip(params, expected))
+    assert_same(params, expected)
 
 
 @every_path
@@ -388,13 +322,10 @@ def test_the_numbers_of_a_grad_scaler(found, path):
     optimizer.grad_scale, optimizer.found_inf = torch.tensor([8.0]), torch.tensor([found])
     run(optimizer, [[8.0 * g for g in grads]])
     if found:
-        after_it = optimizer.state_dict()["state"]
-        assert all(
-            torch.equal(after_it[i][name], value) for i, state in before.items() for name, value in state.items()
-        )
+        assert_same(optimizer.state_dict()["state"], before)
     else:
         run(plain, [grads])
-    assert all(torch.equal(p, q) for p, q in zip(params, theirs))
+    assert_same(params, theirs)
 
 
 @every_path
@@ -406,7 +337,7 @@ def test_gradients_of_another_dtype(path):
         optimizer = Adafactor(params)
         for grads in steps:
             optimizer.apply_gradients([(g.to(dtype), p) for p, g in zip(params, grads)])
-        assert all(torch.equal(p.detach(), q) for p, q in zip(params, expected))
+        assert_same(params, expected)
 
 
 @pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1, dtype=torch.float64), torch.tensor([0.1], dtype=torch.float64)])
@@ -415,8 +346,7 @@ def test_a_rate_may_be_a_tensor(lr):
     options = {"relative_step": False, "weight_decay": 0.1}
     expected, _ = after(Adafactor, start, steps, lr=0.1, **options)
     ours, _ = after(Adafactor, start, steps, lr=lr, **options)
-    for p, q in zip(ours, expected):
-        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+    assert_near(ours, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_averages_that_somebody_keeps_in_16_bits_are_averaged_too():

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from helpers.comparing import assert_near, assert_same
 
 from fusedopt.adafactor import Adafactor, rate_on_device
 from fusedopt.reference import ReferenceAdafactor
@@ -103,7 +104,8 @@ def test_an_lr_that_a_tool_sets_for_a_moment_is_neither_refused_nor_used():
     p.grad = q.grad = torch.ones(2, 3)
     optimizer.step()
     plain.step()
-    assert torch.equal(p, q) and (p < 1).all()
+    assert_same(p, q)
+    assert (p < 1).all()
     plain.load_state_dict(optimizer.state_dict())
     assert plain.param_groups[0]["lr"] == 0.0
     plain.step()
@@ -213,8 +215,7 @@ def test_it_goes_on_from_a_checkpoint_of_the_original(options):
     optimizer.load_state_dict(through_a_file(original.state_dict()))
     go_on(3, seed=1)
     follow(3, seed=1)
-    for p, q in zip(ours, theirs):
-        torch.testing.assert_close(p, q, rtol=2e-5, atol=2e-6)
+    assert_near(ours, theirs, rtol=2e-5, atol=2e-6)
     assert all(state["step"] == 6 for state in optimizer.state.values())
 
 
@@ -242,7 +243,7 @@ def test_a_checkpoint_keeps_every_bit(options, dtype):
         assert all(value.dtype == DTYPES[dtype] for name, value in state.items() if name != "step")
     go_on(3, seed=1)
     follow(3, seed=1)
-    assert all(torch.equal(p, q) for p, q in zip(straight, resumed))
+    assert_same(straight, resumed)
 
 
 def test_a_checkpoint_with_other_state_is_refused():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.comparing import assert_near, assert_same
 from torch.optim.lr_scheduler import LambdaLR
 
 from fusedopt import AdamW
@@ -67,7 +68,7 @@ def close(rates):
 def assert_same_path(trajectory, expected):
     for row, recorded in zip(trajectory, expected, strict=True):
         for p, q in zip(row, recorded, strict=True):
-            torch.testing.assert_close(p, torch.as_tensor(q), rtol=2e-5, atol=2e-6)
+            assert_near(p, torch.as_tensor(q), rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in DEPARTURES])
@@ -149,7 +150,7 @@ def test_what_it_shows_is_never_what_the_optimizer_computes_with():
         schedule.step()
         schedule.step()  # once too often, as a loop over micro-batches may
     (p,), (q,) = (optimizer.param_groups[0]["params"] for optimizer in (shown, plain))
-    assert torch.equal(p, q)
+    assert_same(p, q)
 
 
 def test_a_tensor_rate_stays_the_same_tensor():

@@ -3,15 +3,13 @@
 import hypothesis.strategies as st
 import pytest
 import torch
-from golden_cases import ROUNDED_TWICE_PER_STEP, Tolerance, assert_close, cases, replay
+from helpers.adamw import GOLDEN, SIXTEEN_BITS, STATES, RoundedOnce, rounding_spoils_nothing, run
+from helpers.comparing import Tolerance, assert_near
+from helpers.golden import ROUNDED_TWICE_PER_STEP, assert_close, replay
 from hypothesis import given, settings
 
 from fusedopt import AdamW
 from fusedopt_kernels import rules
-
-REFUSED = ("weight_decay_negative",)  # a departure: see test_bad_input.py
-SIXTEEN_BITS = (torch.bfloat16, torch.float16)
-GOLDEN = cases("adamw", without=REFUSED)
 
 
 @pytest.mark.parametrize("case", [case for case in GOLDEN if case.dtype not in SIXTEEN_BITS], ids=str)
@@ -31,57 +29,15 @@ def test_golden_in_16_bits_is_float64_arithmetic_rounded_once(case):
     exact = replay(case, AdamW, dtype=torch.float64)
     for p, actual, expected, reference in zip(case.parameters, ours.parameters, rounded.parameters, exact.parameters):
         allowed = Tolerance("a tie may fall to the other side, and move the moments for some steps", ulps=2)
-        error = (actual.double() - expected.double()).abs()
-        assert (error <= allowed.allowed(expected)).all(), error.max()
+        assert_near(actual, expected, allowed)
         ours_off = (actual.double() - reference).abs().max()
         recorded_off = (p.expected.double() - reference).abs().max()
         assert ours_off <= recorded_off + torch.finfo(case.dtype).eps * reference.abs().max()
 
 
-def rounding_spoils_nothing(case):
-    """The original loses a 16-bit decay, and its 16-bit moments where beta2 is near 1."""
-    return case.dtype in SIXTEEN_BITS and not case.sensitive and not case.kwargs.get("weight_decay")
-
-
 @pytest.mark.parametrize("case", list(filter(rounding_spoils_nothing, GOLDEN)), ids=str)
 def test_golden_in_16_bits_where_rounding_spoils_nothing(case):
     assert_close(case, replay(case, AdamW), parameters=ROUNDED_TWICE_PER_STEP[case.dtype], skip_state=STATES)
-
-
-STATES = ("exp_avg", "exp_avg_sq")
-
-
-class RoundedOnce(torch.optim.Optimizer):
-    """transformers' AdamW in float64 arithmetic on 16-bit parameters and moments, each rounded once per step."""
-
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, correct_bias=True):
-        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, correct_bias=correct_bias)
-        super().__init__(params, defaults)
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                s = self.state[p] or self.state.setdefault(p, {})
-                s.setdefault("step", 0)
-                s["step"] += 1
-                m, v = (s.get(name, torch.zeros_like(p)).double() for name in STATES)
-                b1, b2 = group["betas"]
-                m, v = rules.adam_moments(p.grad.double(), m, v, b1, 1 - b1, b2, 1 - b2)
-                correction = (1 - b2 ** s["step"]) ** 0.5 / (1 - b1 ** s["step"]) if group["correct_bias"] else 1.0
-                decay = 1 - group["lr"] * group["weight_decay"]
-                new = (p.double() - group["lr"] * correction * m / (v.sqrt() + group["eps"])) * decay
-                p.copy_(new)
-                s["exp_avg"], s["exp_avg_sq"] = m.to(p.dtype), v.to(p.dtype)
-
-
-def run(optimizer, params, grads):
-    for step in grads:
-        for p, g in zip(params, step):
-            p.grad = g
-        optimizer.step()
 
 
 def parameters(shapes, dtype=torch.float32, seed=0):
@@ -120,7 +76,7 @@ def test_torch_convention_equals_torch(options, dtype):
     # bfloat16: parameter and moments are rounded to 8 bits in each of the 6 steps.
     rtol, atol = {torch.float32: (1e-5, 1e-6), torch.float64: (1e-12, 1e-14), torch.bfloat16: (6 * 2**-8, 2**-8)}[dtype]
     for p, q in zip(ours, theirs):
-        torch.testing.assert_close(p.to(q.dtype), q, rtol=rtol, atol=atol)
+        assert_near(p.to(q.dtype), q, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -141,8 +97,8 @@ def test_keras_convention(weight_decay):
             v.mul_(0.9).addcmul_(gradient, gradient, value=0.1)
             x.mul_(1 - 0.1 * weight_decay)
             x.sub_(0.1 * (1 - 0.9**t) ** 0.5 / (1 - 0.8**t) * m / (v.sqrt() + 1e-3))
-    torch.testing.assert_close(p.detach(), expected, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(late.detach(), exact_late, rtol=1e-12, atol=1e-14)
+    assert_near(p.detach(), expected, rtol=1e-12, atol=1e-14)
+    assert_near(late.detach(), exact_late, rtol=1e-12, atol=1e-14)
     assert optimizer.state[late]["step"] == 4  # two updates, but four applied steps of the optimizer
 
 
@@ -187,7 +143,7 @@ def test_layouts_give_the_same_numbers(of_parameter, of_gradient, convention):
     laid_out = [[LAYOUTS[of_gradient](g)] for (g,) in grads]
     run(AdamW([reference], lr=0.1, weight_decay=0.1, convention=convention), [reference], grads)
     run(AdamW([p], lr=0.1, weight_decay=0.1, convention=convention), [p], laid_out)
-    torch.testing.assert_close(p, reference, rtol=1e-5, atol=1e-6)
+    assert_near(p, reference, rtol=1e-5, atol=1e-6)
 
 
 def test_neighbours_in_a_larger_storage_are_left_alone():
@@ -247,9 +203,7 @@ def test_any_mixture_equals_each_parameter_by_itself_in_float64(problem):
             one.step()
     for p, q in zip(params, wide):
         tight = p.dtype == torch.float64
-        torch.testing.assert_close(
-            p.double(), q, rtol=1e-11 if tight else 1e-4, atol=1e-12 if tight else 1e-5, equal_nan=True
-        )
+        assert_near(p.double(), q, rtol=1e-11 if tight else 1e-4, atol=1e-12 if tight else 1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -3,27 +3,16 @@
 The stand-in graph keeps what a real one keeps: the copies from pinned memory and the launches, with their addresses.
 """
 
-import weakref
-from contextlib import contextmanager
-
 import pytest
 import torch
-from test_kernels_adamw import gradients, parameters
+from helpers.adamw import gradients, parameters
+from helpers.comparing import assert_same
 
 from fusedopt import AdamW
 from fusedopt.backends.triton.adamw import TritonAdamW
-from fusedopt.backends.triton.capture import Tables
 from fusedopt.backends.triton.scalars import DeviceScalars
-from fusedopt_kernels import adamw
-from fusedopt_kernels.adafactor import averages as adafactor_averages
-from fusedopt_kernels.adafactor import step as adafactor
 
 CPU = torch.device("cpu")
-KERNELS = {
-    adamw: ("prologue", "update"),
-    adafactor: ("prologue", "sums", "squares", "finish", "apply"),
-    adafactor_averages: ("averages",),
-}
 SIZES = (7, 48, 1025)
 OPTIONS = {"weight_decay": 0.1, "amsgrad": True, "backend": "triton"}
 
@@ -31,88 +20,6 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU; see test_gpu.py"),
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
 ]
-
-
-class Graph:
-    def __init__(self):
-        self.queued = []
-        self.launches = 0
-
-    def replay(self):
-        for work in self.queued:
-            work()
-
-
-def by_address(arg):
-    """What a graph knows of an argument: nothing that would keep it alive."""
-    if not isinstance(arg, torch.Tensor):
-        return lambda: arg
-    reference = weakref.ref(arg)
-
-    def alive():
-        tensor = reference()
-        assert tensor is not None, "a graph was replayed whose memory is gone"
-        return tensor
-
-    return alive
-
-
-class Kernel:
-    """A kernel whose launches go into the graph while one is captured."""
-
-    def __init__(self, kernel, capturing):
-        self.kernel, self.capturing = kernel, capturing
-
-    def __getitem__(self, grid):
-        def launch(*args, **kwargs):
-            if not self.capturing:
-                self.kernel[grid](*args, **kwargs)
-                return
-            kept = [by_address(arg) for arg in args]
-            self.capturing[-1].queued.append(lambda: self.kernel[grid](*(arg() for arg in kept), **kwargs))
-            self.capturing[-1].launches += 1
-
-        return launch
-
-
-@pytest.fixture
-def capture(monkeypatch):
-    """A context manager like `torch.cuda.graph`, for a new `Graph`."""
-    capturing: list[Graph] = []
-    for module in (
-        "fusedopt.optimizer.engine",
-        "fusedopt.optimizer.state",
-        "fusedopt.backends.graphs",
-        "fusedopt.backends.triton.capture",
-        "fusedopt.backends.triton.scalars",
-    ):
-        monkeypatch.setattr(f"{module}.capturing", lambda device: bool(capturing))
-    monkeypatch.setattr("fusedopt.keras._capturing", lambda: bool(capturing))
-    for kernels, names in KERNELS.items():
-        for name in names:
-            monkeypatch.setattr(kernels, name, Kernel(getattr(kernels, name), capturing))
-    copy_at_every_replay = Tables._copy_at_every_replay
-
-    def copied(self, host, device):
-        table = copy_at_every_replay(self, host, device)
-        staging = self._kept[-1]
-        assert torch.equal(staging, table)
-        table.fill_(-1)
-        kept_table, kept_staging = by_address(table), by_address(staging)
-        capturing[-1].queued.append(lambda: kept_table().copy_(kept_staging()))
-        return table
-
-    monkeypatch.setattr(Tables, "_copy_at_every_replay", copied)
-
-    @contextmanager
-    def capture():
-        capturing.append(Graph())
-        try:
-            yield capturing[-1]
-        finally:
-            capturing.pop()
-
-    return capture
 
 
 def step(optimizer, params, grads):
@@ -136,10 +43,8 @@ def two():
 
 def assert_equal(two):
     (ours, params, _), (theirs, expected, _) = two
-    for p, q in zip(params, expected):
-        assert torch.equal(p, q)
-        for name, value in theirs.state[q].items():
-            assert torch.equal(ours.state[p][name], value), name
+    assert_same(params, expected)
+    assert_same([ours.state[p] for p in params], [theirs.state[p] for p in expected])
 
 
 def test_capture_eager_step_with_other_gradients_replay(capture, two):
@@ -201,7 +106,7 @@ def test_a_float_is_kept_as_it_was(capture):
     optimizer.param_groups[0]["lr"] = 100.0
     before = params[0].detach().clone()
     graph.replay()
-    assert torch.equal(params[0], before - 0.5)
+    assert_same(params[0], before - 0.5)
 
 
 def test_captures_in_a_row(capture, two):
@@ -223,7 +128,7 @@ def refused(capture, optimizer, params, grads, match):
     before = [p.detach().clone() for p in params]
     with pytest.raises(RuntimeError, match=match), capture() as graph:
         step(optimizer, params, grads)
-    assert all(torch.equal(p, q) for p, q in zip(params, before))
+    assert_same(params, before)
     assert not graph.launches
 
 

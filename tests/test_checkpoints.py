@@ -1,13 +1,15 @@
 """Resuming is the uninterrupted run, bit for bit, whatever carried the checkpoint."""
 
 import copy
-import io
 from typing import Any
 
 import pytest
 import torch
-from loop_cases import BACKENDS, OPTIMIZERS, ROWS, Net, same, same_weights, scheduler_for, sharded, train, whole
-from schedule_cases import EVERY_NAME, advance, by_name
+from helpers.comparing import assert_near, assert_same
+from helpers.files import through_a_file
+from helpers.loops import Net, sharded, train, whole
+from helpers.optimizers import BACKENDS, ROWS, VARIANTS, scheduler_for
+from helpers.schedules import EVERY_NAME, advance, by_name
 from torch.distributed.checkpoint import state_dict as dcp
 
 from fusedopt import Adafactor, AdamW, AdamWeightDecay
@@ -16,16 +18,9 @@ from fusedopt.optimizer.state import settle_states
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
 
-def through_a_file(saved: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(saved, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 def runs(name: str, backend: str, device: torch.device, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
     model = Net(seed).to(device, dtype)
-    optimizer = OPTIMIZERS[name](model, backend=backend)
+    optimizer = VARIANTS[name](model, backend=backend)
     return model, optimizer, scheduler_for(name, optimizer)
 
 
@@ -46,8 +41,8 @@ def test_resuming_from_a_file(name, backend, dtype, device):
     if scheduler:
         other_scheduler.load_state_dict(saved["scheduler"])
     train(resumed, other, more, other_scheduler, seed=2)
-    assert same_weights(model, resumed)
-    assert same(other.state_dict(), optimizer.state_dict())
+    assert_same(model, resumed)
+    assert_same(other.state_dict(), optimizer.state_dict())
 
 
 @pytest.mark.parametrize("optimizer_name", ["AdamW", "Adafactor-lr-beta1", "AdamWeightDecay"])
@@ -55,7 +50,7 @@ def test_resuming_from_a_file(name, backend, dtype, device):
 def test_resuming_with_every_schedule(name, optimizer_name):
     def run(seed):
         model = Net(seed)
-        optimizer = OPTIMIZERS[optimizer_name](model)
+        optimizer = VARIANTS[optimizer_name](model)
         return model, optimizer, by_name(name, optimizer, num_training_steps=8)
 
     def go_on(model, optimizer, scheduler, seed):
@@ -71,7 +66,7 @@ def test_resuming_with_every_schedule(name, optimizer_name):
     for part, state in zip(resumed, saved):
         part.load_state_dict(state)
     go_on(*resumed, seed=2)
-    assert same_weights(uninterrupted[0], resumed[0])
+    assert_same(uninterrupted[0], resumed[0])
 
 
 @pytest.mark.parametrize("there", BACKENDS)
@@ -80,17 +75,16 @@ def test_resuming_with_every_schedule(name, optimizer_name):
 def test_a_checkpoint_of_one_backend_is_one_of_the_other(name, here, there, device):
     model, optimizer, _ = runs(name, here, device)
     train(model, optimizer, 3)
-    other = OPTIMIZERS[name](model, backend=there)
+    other = VARIANTS[name](model, backend=there)
     other.load_state_dict(through_a_file(optimizer.state_dict()))
-    assert same(other.state_dict(), optimizer.state_dict())
+    assert_same(other.state_dict(), optimizer.state_dict())
     on_the_other = copy.deepcopy(model)
-    moved = OPTIMIZERS[name](on_the_other, backend=there)
+    moved = VARIANTS[name](on_the_other, backend=there)
     moved.load_state_dict(optimizer.state_dict())
     train(model, optimizer, 1, seed=2)
     train(on_the_other, moved, 1, seed=2)
-    for p, q in zip(model.parameters(), on_the_other.parameters()):
-        # Two backends may differ in the last bits of each update, which is at most 0.05.
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    # Two backends may differ in the last bits of each update, which is at most 0.05.
+    assert_near(model, on_the_other, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name, backend", ROWS)
@@ -98,19 +92,19 @@ def test_looking_at_a_fresh_optimizer_changes_nothing(name, backend, device):
     model, optimizer, _ = runs(name, backend, device)
     before, groups = copy.deepcopy(model), copy.deepcopy(optimizer.state_dict()["param_groups"])
     shown = dcp.get_optimizer_state_dict(model, optimizer)
-    assert same_weights(model, before)
-    assert same(optimizer.state_dict()["param_groups"], groups)
+    assert_same(model, before)
+    assert_same(optimizer.state_dict()["param_groups"], groups)
     assert {state["step"].item() for state in optimizer.state.values()} == {0.0}
     assert shown["state"].keys() == {key for key, _ in model.named_parameters()}
     assert all(p.grad is None for p in model.parameters())
-    reference = OPTIMIZERS[name](before, backend=backend)
+    reference = VARIANTS[name](before, backend=backend)
     train(model, optimizer, 1)
     train(before, reference, 1)
-    assert same_weights(model, before)
+    assert_same(model, before)
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_resuming_through_a_folder_of_distributed_checkpoint(name, flat, tmp_path):
     model, optimizer, _ = runs(name, "eager", torch.device("cpu"))
     train(model, optimizer, 4)
@@ -122,16 +116,16 @@ def test_resuming_through_a_folder_of_distributed_checkpoint(name, flat, tmp_pat
     resumed, other, _ = runs(name, "eager", torch.device("cpu"), seed=9)
     before = copy.deepcopy(resumed)
     into = dict(zip(("model", "optimizer"), dcp.get_state_dict(resumed, other, options=options)))
-    assert same_weights(resumed, before)
+    assert_same(resumed, before)
     torch.distributed.checkpoint.load(into, checkpoint_id=tmp_path, no_dist=True)
     dcp.set_model_state_dict(resumed, into["model"])
     dcp.set_optimizer_state_dict(resumed, other, into["optimizer"], options=options)
     assert {state["step"].item() for state in other.state.values()} <= {3.0, 4.0}
     train(resumed, other, 3, seed=2)
-    assert same_weights(model, resumed)
+    assert_same(model, resumed)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_setting_the_state_of_a_fresh_optimizer_moves_no_weight(name):
     model, optimizer, _ = runs(name, "eager", torch.device("cpu"))
     train(model, optimizer, 4)
@@ -139,17 +133,17 @@ def test_setting_the_state_of_a_fresh_optimizer_moves_no_weight(name):
     other_model, other, _ = runs(name, "eager", torch.device("cpu"))
     before = copy.deepcopy(other_model)
     dcp.set_optimizer_state_dict(other_model, other, saved)
-    assert same_weights(other_model, before)
-    assert same(other.state_dict(), optimizer.state_dict())
+    assert_same(other_model, before)
+    assert_same(other.state_dict(), optimizer.state_dict())
 
 
 @pytest.mark.parametrize("name", ["AdamW", "AdamW-eps_0", "AdamWeightDecay-function"])
 def test_looking_at_a_fresh_optimizer_of_a_sharded_model_changes_nothing(name):
     with sharded(Net()) as model:
-        optimizer = OPTIMIZERS[name](model)
+        optimizer = VARIANTS[name](model)
         shown = dcp.get_optimizer_state_dict(model, optimizer, options=dcp.StateDictOptions(full_state_dict=True))
         assert {float(state["step"]) for state in shown["state"].values()} == {0.0}
-        assert same(whole(model), whole(Net()))
+        assert_same(whole(model), whole(Net()))
 
 
 def test_a_first_step_of_a_warm_up_on_zero_gradients_counts():
@@ -184,7 +178,7 @@ def test_init_state_lets_torch_set_what_never_had_a_gradient():
     other_model = Net()
     other = AdamW(other_model.parameters())
     dcp.set_optimizer_state_dict(other_model, other, saved)
-    assert same(other.state_dict(), optimizer.state_dict())
+    assert_same(other.state_dict(), optimizer.state_dict())
 
 
 def test_a_compiled_models_checkpoint_is_the_plain_ones():
@@ -196,10 +190,10 @@ def test_a_compiled_models_checkpoint_is_the_plain_ones():
     other_model = Net(9)
     other = AdamW(other_model.parameters())
     dcp.set_optimizer_state_dict(other_model, other, saved)
-    assert same(other.state_dict(), optimizer.state_dict())
+    assert_same(other.state_dict(), optimizer.state_dict())
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_resuming_in_a_model_that_changed_its_dtype(name):
     """The state keeps the dtype that it had, in the uninterrupted run as in the resumed one."""
     model, optimizer, _ = runs(name, "eager", torch.device("cpu"))
@@ -215,7 +209,7 @@ def test_resuming_in_a_model_that_changed_its_dtype(name):
     other.load_state_dict(saved["optimizer"])
     train(model, optimizer, 3, seed=3)
     train(resumed, other, 3, seed=3)
-    assert same_weights(model, resumed)
+    assert_same(model, resumed)
 
 
 def test_states_follow_their_parameters_to_another_device():
@@ -228,18 +222,18 @@ def test_states_follow_their_parameters_to_another_device():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_a_model_moved_to_the_gpu_goes_on_there(name, device):
     model, optimizer, _ = runs(name, "auto", torch.device("cpu"))
     train(model, optimizer, 3)
     saved = optimizer.state_dict()
     model.to(device)
     loaded_model = copy.deepcopy(model)
-    loaded = OPTIMIZERS[name](loaded_model)
+    loaded = VARIANTS[name](loaded_model)
     loaded.load_state_dict(saved)
     train(model, optimizer, 2, seed=2)
     train(loaded_model, loaded, 2, seed=2)
-    assert same_weights(model, loaded_model)
+    assert_same(model, loaded_model)
 
 
 @pytest.mark.parametrize("kind", ["foreach", "fused", "for_loop"])
@@ -255,8 +249,7 @@ def test_torch_goes_on_from_ours(ours, kind):
     theirs.load_state_dict(through_a_file(optimizer.state_dict()))
     train(model, optimizer, 3, seed=2)
     train(theirs_model, theirs, 3, seed=2)
-    for p, q in zip(model.parameters(), theirs_model.parameters()):
-        torch.testing.assert_close(p, q, rtol=1e-11, atol=1e-13)
+    assert_near(model, theirs_model, rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("theirs", [torch.optim.Adam, torch.optim.AdamW], ids=lambda c: c.__name__)
@@ -283,9 +276,8 @@ def test_transformers_adafactor_and_ours_continue_each_other():
     back.load_state_dict(through_a_file(ours.state_dict()))
     for one_model, one in ((model, theirs), (ours_model, ours), (back_model, back)):
         train(one_model, one, 3, seed=2)
-    for p, q, r in zip(model.parameters(), ours_model.parameters(), back_model.parameters()):
-        torch.testing.assert_close(q, p, rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(r, p, rtol=1e-9, atol=1e-12)
+    assert_near(ours_model, model, rtol=1e-9, atol=1e-12)
+    assert_near(back_model, model, rtol=1e-9, atol=1e-12)
 
 
 def test_looking_for_a_state_that_is_not_there_yet_makes_none():

@@ -1,31 +1,38 @@
 """The kernels as compilers see them, without a GPU: what they take, how wide they read, how often they are launched."""
 
-import json
-import os
 import re
-import subprocess
-import sys
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from helpers.processes import run_without_interpreter
 
 from fusedopt import backends
 
 ROOT = Path(__file__).parent.parent
 
 
-def compiled(what, script="compiled_steps.py"):
-    """Output of that script. One test each, so that tests in parallel do not compile the same."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *sys.path])}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, str(ROOT / "tests" / script), what]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+ADAMW, ADAFACTOR = "compiled_steps.py", "compiled_adafactor.py"
 
 
-ADAFACTOR = "compiled_adafactor.py"
+compiled = cache(run_without_interpreter)
+
+
+def found(script, word):
+    """What that script finds out about one target, launches or changes; all that is about sm_90 in one process."""
+    together = ("sm_90", "launches", "changes")
+    return compiled(script, *together if word in together else (word,))[word]
+
+
+of_adamw, of_adafactor = (pytest.mark.xdist_group(script) for script in (ADAMW, ADAFACTOR))  # in one worker
+
+
+def every_target(group):
+    """sm_90 with what else is found out for it, and the others."""
+    others = [pytest.param(target, marks=pytest.mark.slow) for target in ("sm_80", "sm_100", "gfx942")]
+    return pytest.mark.parametrize("target", [pytest.param("sm_90", marks=group), *others])
+
 
 TRITON = backends.release(backends.triton_version())
 ALWAYS = ((0, 0), (1000, 0))
@@ -62,9 +69,9 @@ def limits(kernel, target, registers):
     return max([registers, *(e.registers for e in exempt)]), max([0, *(e.spilled for e in exempt)])
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@every_target(of_adamw)
 def test_every_variant(target):
-    variants = compiled(target)
+    variants = found(ADAMW, target)
     assert 16 < len(variants) <= 24
     for kernel in variants:
         what = f"{kernel['name']} on {target}: {kernel}"
@@ -103,9 +110,10 @@ def reads_and_writes_128_bits_at_a_time(kernel, what):
             assert min(widths) >= narrowest, what
 
 
+@of_adamw
 def test_launches_per_step():
     once, twice = ["prologue", "update"], ["prologue", "update", "update"]
-    assert compiled("launches") == {
+    assert found(ADAMW, "launches") == {
         "one aligned": [once, once],
         "one odd": [once, once],
         "1,000 aligned": [once, once],
@@ -114,8 +122,9 @@ def test_launches_per_step():
     }
 
 
+@of_adamw
 def test_nothing_is_compiled_twice():
-    changes = compiled("changes")
+    changes = found(ADAMW, "changes")
     assert len(changes) == 11
     assert not any(changes.values()), changes
 
@@ -124,9 +133,9 @@ IN_PLACE = ("prologue", "sums", "averages", "apply")
 """The phases that write where they read."""
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@every_target(of_adafactor)
 def test_every_variant_of_adafactor(target):
-    variants = compiled(target, ADAFACTOR)
+    variants = found(ADAFACTOR, target)
     assert len(variants) == 20  # of three dtypes, where what reads no gradient serves several; 7 for shards alone
     for kernel in variants:
         what = f"{kernel['name']} on {target}: {kernel}"
@@ -147,10 +156,11 @@ def test_every_variant_of_adafactor(target):
             assert wide >= 8 * 8 * size, what
 
 
+@of_adafactor
 def test_launches_of_adafactor_per_step():
     six = ["prologue", "sums", "averages", "squares", "finish", "apply"]
     nine = ["prologue", "sums", "sums", "averages", "squares", "squares", "finish", "apply", "apply"]
-    assert compiled("launches", ADAFACTOR) == {
+    assert found(ADAFACTOR, "launches") == {
         "one matrix": [six, six],
         "one of each kind": [six, six],
         "1,000 of all kinds in 3 groups": [six, six],
@@ -161,8 +171,9 @@ def test_launches_of_adafactor_per_step():
     }
 
 
+@of_adafactor
 def test_nothing_of_adafactor_is_compiled_twice():
-    changes = compiled("changes", ADAFACTOR)
+    changes = found(ADAFACTOR, "changes")
     assert len(changes) == 11
     assert not any(changes.values()), changes
 
@@ -174,6 +185,6 @@ def test_every_kernel_compiles_under_a_hook_that_serializes_its_constants():
         for path in (root / "fusedopt_kernels").rglob("*.py")
         for name in re.findall(r"^@triton\.jit\ndef (\w+)", path.read_text(), re.M)
     ]
-    serialized = compiled("", "compiled_hooked.py")
+    serialized = run_without_interpreter("compiled_hooked.py")
     assert sorted(serialized) == sorted(kernels)
     assert all(serialized.values())

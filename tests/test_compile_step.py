@@ -5,7 +5,9 @@ import pickle
 
 import pytest
 import torch
-from loop_cases import BACKENDS, OPTIMIZERS, Net, same, same_weights, train
+from helpers.comparing import assert_same
+from helpers.loops import Net, train
+from helpers.optimizers import BACKENDS, VARIANTS
 
 from fusedopt import AdamW, register_step_in_backward
 from fusedopt.optimizer import compile
@@ -23,7 +25,7 @@ def forget_graphs():
 
 def plain(name, backend, device, steps=3):
     model = Net().to(device)
-    optimizer = OPTIMIZERS[name](model, backend=backend)
+    optimizer = VARIANTS[name](model, backend=backend)
     train(model, optimizer, steps)
     return model, optimizer
 
@@ -32,9 +34,9 @@ def plain(name, backend, device, steps=3):
 def test_a_compiled_model(name):
     model, _ = plain(name, "eager", "cpu")
     compiled = torch.compile(Net(), backend=COMPILER)
-    other = OPTIMIZERS[name](compiled, backend="eager")
+    other = VARIANTS[name](compiled, backend="eager")
     train(compiled, other, 3)
-    assert same_weights(model, compiled)
+    assert_same(model, compiled)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -43,7 +45,7 @@ def test_a_compiled_training_step(name, backend, device):
     """Rates and step counts change from step to step; nothing of them may be frozen into a graph."""
     model, optimizer = plain(name, backend, device)
     other_model = Net().to(device)
-    other = OPTIMIZERS[name](other_model, backend=backend)
+    other = VARIANTS[name](other_model, backend=backend)
 
     @torch.compile(backend=COMPILER)
     def step(x, skip):
@@ -54,8 +56,8 @@ def test_a_compiled_training_step(name, backend, device):
     generator = torch.Generator().manual_seed(1)
     for number in range(3):
         step(torch.randn(4, 5, generator=generator).to(device), skip=number % 3 == 2)
-    assert same_weights(model, other_model)
-    assert same(optimizer.state_dict(), other.state_dict())
+    assert_same(model, other_model)
+    assert_same(optimizer.state_dict(), other.state_dict())
 
 
 def test_a_compiled_step_method_and_a_scheduler():
@@ -69,7 +71,7 @@ def test_a_compiled_step_method_and_a_scheduler():
             step()
             scheduler.step()
             optimizer.zero_grad()
-    assert same_weights(*models)
+    assert_same(*models)
 
 
 def test_a_closure_in_a_compiled_step():
@@ -87,7 +89,7 @@ def test_a_closure_in_a_compiled_step():
         step = torch.compile(optimizer.step, backend=COMPILER) if compiled else optimizer.step
         losses = [step(closure).item() for _ in range(3)]
         assert losses[2] < losses[0]
-    assert same_weights(*models)
+    assert_same(*models)
 
 
 def test_given_gradients_in_a_compiled_function():
@@ -100,7 +102,7 @@ def test_given_gradients_in_a_compiled_function():
 
         for scale in (1.0, -2.0, 3.0):
             (torch.compile(step, backend=COMPILER) if compiled else step)(torch.tensor(scale))
-    assert same_weights(*models)
+    assert_same(*models)
 
 
 def test_a_whole_graph_is_refused_with_the_reason_and_nothing_is_changed():
@@ -117,7 +119,8 @@ def test_a_whole_graph_is_refused_with_the_reason_and_nothing_is_changed():
         step()
     if "reason" in inspect.signature(torch.compiler.disable).parameters:  # torch 2.7 has none
         assert "a fusedopt step is fused already" in str(refusal.value) and "without fullgraph" in str(refusal.value)
-    assert same_weights(model, Net()) and not optimizer.state
+    assert_same(model, Net())
+    assert not optimizer.state
 
 
 def test_copies_stay_out_of_graphs_too(monkeypatch):
@@ -142,9 +145,9 @@ def test_hooks_stay_out_of_graphs_too():
 def test_a_step_in_the_backward_of_a_compiled_model(autograd):
     model, _ = plain("AdamW", "eager", "cpu")
     other_model = Net()
-    other = OPTIMIZERS["AdamW"](other_model, backend="eager")
+    other = VARIANTS["AdamW"](other_model, backend="eager")
     register_step_in_backward(other, other_model)
     with torch._dynamo.config.patch(compiled_autograd=autograd):
         compiled = torch.compile(other_model, backend=COMPILER)
         train(compiled, other, 3)
-    assert same_weights(model, other_model)
+    assert_same(model, other_model)

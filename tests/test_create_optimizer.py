@@ -4,8 +4,9 @@ import inspect
 
 import pytest
 import torch
-from golden_cases import assert_close, replay
-from keras_cases import BACKENDS, TOLERANCES, device_of, keras_cases, recorded
+from helpers.comparing import assert_same
+from helpers.golden import assert_close, replay
+from helpers.keras import BACKENDS, TOLERANCES, device_of, keras_cases, recorded
 
 from fusedopt.keras import AdamWeightDecay
 from fusedopt.keras_recipe import create_optimizer
@@ -95,7 +96,7 @@ def test_training_ends_where_the_warm_up_does():
     before = p.detach().clone()
     with pytest.raises(ValueError, match="gives nan at step 3"):
         optimizer.apply_gradients([(torch.ones_like(p), p)])
-    assert torch.equal(p, before)
+    assert_same(p, before)
 
 
 @pytest.mark.parametrize(

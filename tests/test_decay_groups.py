@@ -1,12 +1,13 @@
 """Which parameters decay: by the type of their module and their dimensions, whatever their names."""
 
+from functools import partial
+
 import pytest
 import torch
+from helpers.optimizers import OPTIMIZERS
 from torch import nn
 
-import fusedopt
 from fusedopt.decay_groups import decay_groups, is_norm
-from fusedopt.keras import AdamWeightDecay
 
 
 class LlamaRMSNorm(nn.Module):
@@ -78,12 +79,11 @@ def test_every_trainable_parameter_once():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda groups: fusedopt.AdamW(groups, lr=0.5),
-        lambda groups: AdamWeightDecay(groups, 0.5),
+        *(partial(row.at, 0.5) for row in OPTIMIZERS.values()),
         lambda groups: torch.optim.AdamW(groups, lr=0.5),
         lambda groups: torch.optim.SGD(groups, lr=0.5),
     ],
-    ids=["AdamW", "AdamWeightDecay", "torch.AdamW", "torch.SGD"],
+    ids=[*OPTIMIZERS, "torch.AdamW", "torch.SGD"],
 )
 @pytest.mark.parametrize("model", [Model, lambda: nn.Linear(4, 4, bias=False)], ids=["both groups", "nothing kept"])
 def test_any_optimizer_takes_them(make, model):

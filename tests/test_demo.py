@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.comparing import assert_same
 
-from fusedopt import cli, demo, demo_checkpoint, demo_report
+from fusedopt import cli, demo, demo_report
 from fusedopt.demo import Settings, train
 from fusedopt.demo_model import GPT
 from fusedopt.demo_text import DEFAULT_BYTES, Text, read_text
@@ -54,24 +55,7 @@ def metrics(settings):
 
 
 def weights(settings):
-    return demo_checkpoint.load(Path(settings.out) / demo.CHECKPOINT)["runs"]
-
-
-def assert_same_states(one, other):
-    """Every tensor and number of two nested states is equal to the bit."""
-    if isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for name in one:
-            assert_same_states(one[name], other[name])
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other)
-        for left, right in zip(one, other):
-            assert_same_states(left, right)
-    elif isinstance(one, torch.Tensor):
-        assert one.dtype == other.dtype
-        assert torch.equal(one, other)
-    else:
-        assert one == other
+    return demo.read_checkpoint(settings.out)["runs"]
 
 
 class Killed(BaseException):
@@ -179,7 +163,7 @@ def test_resumes_bit_for_bit(tiny, tmp_path, monkeypatch, changes):
 
     assert without_times(metrics(stopped)) == without_times(metrics(straight))
     assert outcome.records == metrics(stopped)
-    assert_same_states(weights(stopped), weights(straight))
+    assert_same(weights(stopped), weights(straight))
 
 
 def test_survives_sigkill(tiny, tmp_path):
@@ -203,7 +187,7 @@ def test_survives_sigkill(tiny, tmp_path):
     train(stopped, resume=True)
     train(straight)
     assert without_times(metrics(stopped)) == without_times(metrics(straight))
-    assert_same_states(weights(stopped), weights(straight))
+    assert_same(weights(stopped), weights(straight))
 
 
 def test_a_longer_run_continues_a_shorter(tiny, tmp_path):
@@ -211,7 +195,7 @@ def test_a_longer_run_continues_a_shorter(tiny, tmp_path):
     train(long)
     train(replace(long, steps=4, out=tiny.out))
     train(replace(long, out=tiny.out), resume=True)
-    assert_same_states(weights(tiny), weights(long))
+    assert_same(weights(tiny), weights(long))
 
 
 def test_a_longer_run_follows_its_own_schedule(tiny, tmp_path):
@@ -386,7 +370,7 @@ class TestText:
     def test_targets_follow_tokens(self):
         text = Text(bytes(range(250)), context=16)
         tokens, targets = text.batch(32, torch.Generator().manual_seed(0))
-        assert torch.equal(targets, tokens + 1)
+        assert_same(targets, tokens + 1)
         assert len(tokens[:, 0].unique()) > 10
 
     def test_places_in_a_text_longer_than_float32_can_count(self):
@@ -425,7 +409,7 @@ def test_the_model_does_not_look_ahead():
     changed = tokens.clone()
     changed[0, 7:] = torch.randint(256, (5,))
     before, after = model(tokens), model(changed)
-    assert torch.equal(before[:, :7], after[:, :7])
+    assert_same(before[:, :7], after[:, :7])
     assert not torch.equal(before[:, 7:], after[:, 7:])
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 import pytest
 import torch
-from schedule_cases import sgd
+from helpers.schedules import sgd
 
 import fusedopt
 from fusedopt import LRRecorder, schedules, verify_schedule
@@ -197,3 +197,70 @@ def test_rates_that_no_rule_explains_stay_unexplained() -> None:
         optimizer.param_groups[0]["lr"] = 0.1 * factor
         optimizer.step()
     assert "used another rate: first at step" in finding(recorder, "cosine")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_resumed_with_another_length_begins_with_the_rate_of_its_checkpoint(way: str) -> None:
+    """As in transformers: the optimizer's state has the rate of the next step, worked out with the old arguments."""
+    make = getattr(schedules, f"get_{way}_schedule_with_warmup")
+    before = sgd(0.1)
+    first = make(before, 4, 10)
+    for _ in range(6):
+        before.step()
+        first.step()
+    optimizer = sgd(0.1)
+    scheduler = make(optimizer, 4, 60)
+    optimizer.load_state_dict(before.state_dict())
+    scheduler.load_state_dict(first.state_dict())
+    recorder = LRRecorder(optimizer, first_step=6)
+    for _ in range(10):
+        optimizer.step()
+        scheduler.step()
+    assert "1 of 10 steps used another rate: only the first one after the resume" in finding(recorder, way)
+    # The way out that the sentence names.
+    optimizer = sgd(0.1)
+    optimizer.load_state_dict(before.state_dict())
+    scheduler, recorder = make(optimizer, 4, 60, last_epoch=5), LRRecorder(optimizer, first_step=6)
+    for _ in range(10):
+        optimizer.step()
+        scheduler.step()
+    assert finding(recorder, way).startswith("all 10 ")
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of")
+@pytest.mark.parametrize("way", WAYS)
+def test_a_scheduler_stepped_twice_from_some_step_on_is_no_window(way: str) -> None:
+    optimizer = sgd(0.1)
+    scheduler, recorder = scheduler_for(optimizer, way), LRRecorder(optimizer)
+    for step in range(24):
+        optimizer.step()
+        for _ in range(1 if step < 9 else 2):
+            scheduler.step()
+    assert "from step 10 on the scheduler is stepped 2 times per optimizer step; step it once" in finding(recorder, way)
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of")
+@pytest.mark.parametrize("way", ["linear", "polynomial_decay"])
+def test_windows_are_seen_though_the_rate_has_long_been_at_its_end(way: str) -> None:
+    """The length was counted in optimizer steps, as it should be, so the rate ends at a third of the run."""
+    optimizer = sgd(0.1)
+    make = getattr(schedules, f"get_{way}_schedule_with_warmup")
+    scheduler, recorder = make(optimizer, 4, 40), LRRecorder(optimizer)
+    for micro_batch in range(1, 101):
+        scheduler.step()
+        if micro_batch % 3 == 0 or micro_batch in (20, 100):
+            optimizer.step()
+    found = verify_schedule(recorder, scheduler).finding
+    assert "stepped 3 times per optimizer step, and 1, 2 in shorter windows, as if once per micro-batch" in found
+
+
+@pytest.mark.parametrize("value", ["3", 1.5, -1, None, True])
+def test_what_is_no_step_or_no_tolerance_is_refused_by_name(value: object) -> None:
+    with pytest.raises(ValueError, match="first_step must be"):
+        LRRecorder(sgd(0.1), first_step=value)  # type: ignore[arg-type]
+    recorder = LRRecorder(sgd(0.1), first_step=torch.tensor(3.0))  # type: ignore[arg-type]
+    recorder.optimizer.step()
+    assert recorder.steps.tolist() == [3]
+    if value != 1.5 and value is not None:
+        with pytest.raises(ValueError, match="tolerance must be"):
+            verify_schedule(recorder, WAYS["linear"], tolerance=value)  # type: ignore[arg-type]

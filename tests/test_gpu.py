@@ -4,13 +4,15 @@
 """
 
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
-from test_kernels_adamw import gradients, parameters
-from test_triton_adamw import RATES, run
+from helpers.adamw import RATES, gradients, parameters, run
+from helpers.comparing import assert_near, assert_same
+from helpers.optimizers import OPTIMIZERS
 
-from fusedopt import Adafactor, AdamW, get_cosine_schedule_with_warmup
+from fusedopt import AdamW, get_cosine_schedule_with_warmup
 
 pytestmark = pytest.mark.gpu
 
@@ -35,17 +37,14 @@ def matrices(params):
     return [torch.nn.Parameter(p.detach().reshape(shape)) for p, shape in zip(params, shapes, strict=True)]
 
 
+GUARD = {"max_grad_norm": 0.5, "skip_nonfinite": True}
 MAKERS = {
-    "AdamW": lambda params, lr: (params, AdamW(params, lr=lr, backend="triton", **OPTIONS)),
-    "AdamW-guarded": lambda params, lr: (
-        params,
-        AdamW(params, lr=lr, backend="triton", max_grad_norm=0.5, skip_nonfinite=True, **OPTIONS),
-    ),
-    "Adafactor": lambda params, lr: (
-        params := matrices(params),
-        Adafactor(params, lr=lr, relative_step=False, beta1=0.9, weight_decay=0.1, backend="triton"),
-    ),
+    **{name: row.at for name, row in OPTIMIZERS.items()},
+    "AdamW-amsgrad": partial(OPTIMIZERS["AdamW"].at, **OPTIONS),
+    "AdamW-guarded": partial(OPTIMIZERS["AdamW"].at, **OPTIONS, **GUARD),
+    "Adafactor-beta1": partial(OPTIMIZERS["Adafactor"].at, beta1=0.9, weight_decay=0.1),
 }
+"""Each takes a learning rate, parameters and `backend=`."""
 
 
 @pytest.fixture(params=MAKERS)
@@ -54,7 +53,8 @@ def two(device, request):
     pairs = []
     for _ in range(2):
         lr = torch.tensor(0.1, device=device)
-        params, optimizer = MAKERS[request.param](parameters(device, SIZES), lr)
+        params = matrices(parameters(device, SIZES))
+        optimizer = MAKERS[request.param](lr, params, backend="triton")
         step(optimizer, params, gradients(params, 0))
         pairs.append((optimizer, params, lr))
     return pairs
@@ -77,10 +77,8 @@ def capture(optimizer, params, grads):
 
 def assert_equal(two):
     (ours, params, _), (theirs, expected, _) = two
-    for p, q in zip(params, expected):
-        assert torch.equal(p, q)
-        for name, value in theirs.state[q].items():
-            assert torch.equal(ours.state[p][name], value), name
+    assert_same(params, expected)
+    assert_same([ours.state[p] for p in params], [theirs.state[p] for p in expected])
 
 
 def test_a_gpu_gets_the_kernels(device):
@@ -190,8 +188,7 @@ def test_a_whole_iteration_in_a_graph(device):
         batch.copy_(torch.randn(4, 8))
         graph.replay()
         iteration(theirs, optimizers[1])
-    for p, q in zip(ours.parameters(), theirs.parameters()):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)  # cuBLAS may choose other kernels in a graph.
+    assert_near(ours, theirs, rtol=1e-5, atol=1e-6)  # cuBLAS may choose other kernels in a graph.
 
 
 def test_capture_without_a_step_before_it(device):
@@ -201,7 +198,8 @@ def test_capture_without_a_step_before_it(device):
     with pytest.raises(RuntimeError, match=r"before the optimizer has state.*take one step"):
         capture(optimizer, params, gradients(params, 0))
     torch.cuda.synchronize()
-    assert not optimizer.state and all(torch.equal(p, q) for p, q in zip(params, before))
+    assert not optimizer.state
+    assert_same(params, before)
 
 
 def test_a_learning_rate_on_the_cpu_cannot_be_captured(device):
@@ -212,7 +210,7 @@ def test_a_learning_rate_on_the_cpu_cannot_be_captured(device):
     with pytest.raises(RuntimeError, match=r"lr is a tensor on cpu.*make it a tensor on cuda:0"):
         capture(optimizer, params, gradients(params, 0))
     torch.cuda.synchronize()
-    assert all(torch.equal(p, q) for p, q in zip(params, before))
+    assert_same(params, before)
 
 
 def test_the_host_may_run_far_ahead(two):
@@ -270,7 +268,7 @@ def test_gradients_anywhere_in_a_bucket(device):
             start += sizes[row]
         step(optimizers[0], ours, views)
         step(optimizers[1], theirs, grads)
-    assert all(torch.equal(p, q) for p, q in zip(ours, theirs))
+    assert_same(ours, theirs)
 
 
 def test_more_than_2_31_elements(device):
@@ -298,7 +296,8 @@ def test_parameters_on_two_gpus():
         step(optimizers[0], params, gradients(params[: len(SIZES)], seed) + gradients(params[len(SIZES) :], seed))
         step(optimizers[1], alone, gradients(alone, seed))
     for i, q in enumerate(alone):
-        assert torch.equal(params[i].cpu(), q.cpu()) and torch.equal(params[i + len(SIZES)].cpu(), q.cpu())
+        assert_same(params[i].cpu(), q.cpu())
+        assert_same(params[i + len(SIZES)].cpu(), q.cpu())
 
 
 def test_a_gradient_on_another_device(device):
@@ -306,7 +305,7 @@ def test_a_gradient_on_another_device(device):
     optimizer = AdamW([p], backend="triton")
     with pytest.raises(RuntimeError, match=r"on cpu does not fit its parameter .* on cuda:0"):
         optimizer.apply_gradients([(torch.ones(16), p)])
-    assert torch.equal(p, torch.ones_like(p))
+    assert_same(p, torch.ones_like(p))
 
 
 def test_a_scaler_clipping_and_skipping_wait_for_nothing(device):
@@ -322,4 +321,5 @@ def test_a_scaler_clipping_and_skipping_wait_for_nothing(device):
         for p, g in zip(params, bad):
             p.grad = g
         scaler.step(optimizer)
-    assert optimizer.skipped_steps == 1 and all(torch.equal(p, q) for p, q in zip(params, before))
+    assert optimizer.skipped_steps == 1
+    assert_same(params, before)

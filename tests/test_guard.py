@@ -2,23 +2,20 @@
 
 import copy
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from helpers.comparing import assert_near, assert_same, same
+from helpers.optimizers import BACKENDS, OPTIMIZERS, VARIANTS
 
-from fusedopt import Adafactor, AdamW, AdamWeightDecay, register_step_in_backward
-
-BACKENDS = ["eager", "triton"]
+from fusedopt import AdamW, AdamWeightDecay, register_step_in_backward
 
 MAKERS = {
-    "AdamW": lambda params, **options: AdamW(params, lr=0.1, weight_decay=0.1, **options),
-    "AdamW-torch-bfloat16": lambda params, **options: AdamW(params, lr=0.1, convention="torch", **options),
-    "AdamWeightDecay": lambda params, **options: AdamWeightDecay(params, 0.1, weight_decay_rate=0.1, **options),
-    "Adafactor": lambda params, **options: Adafactor(params, **options),
-    "Adafactor-momentum": lambda params, **options: Adafactor(
-        params, lr=0.1, relative_step=False, beta1=0.9, weight_decay=0.1, **options
-    ),
+    **OPTIMIZERS,
+    "AdamW-torch-bfloat16": partial(OPTIMIZERS["AdamW"].at, 0.1, convention="torch"),
+    "Adafactor-lr-beta1": VARIANTS["Adafactor-lr-beta1"],
 }
 
 
@@ -47,14 +44,6 @@ def snapshot(optimizer, params):
     return copy.deepcopy(([p.detach() for p in params], optimizer.state_dict()["state"]))
 
 
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    return all(map(same, a, b))
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("maker", MAKERS)
 @pytest.mark.parametrize("max_grad_norm", [1.0, 1e6])
@@ -71,10 +60,10 @@ def test_clipping_is_that_of_torch(maker, backend, max_grad_norm):
         norm = norm_of(grads)
         factor = min(1.0, max_grad_norm / (norm.item() + 1e-6))
         b.apply_gradients([(g.float() * factor, p) for g, p in zip(grads, theirs)])
-        torch.testing.assert_close(a.grad_norm, norm, rtol=1e-6, atol=0)
-        assert same(grads, kept), "gradients must not be written"
+        assert_near(a.grad_norm, norm, rtol=1e-6, atol=0)
+        assert_same(grads, kept, "gradients, which are only read")
     for p, q in zip(ours, theirs):
-        torch.testing.assert_close(p, q, rtol=2**-7 if p.dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+        assert_near(p, q, rtol=2**-7 if p.dtype == torch.bfloat16 else 1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -90,7 +79,7 @@ def test_a_bad_gradient_anywhere_skips_the_step_as_a_whole(maker, backend, bad):
     grads[0][1, 2] = bad
     give(params, grads)
     optimizer.step()
-    assert same(snapshot(optimizer, params), before)
+    assert_same(snapshot(optimizer, params), before)
     assert optimizer.skipped_steps == 1
     give(params, gradients(params, 2))
     optimizer.step()
@@ -116,14 +105,13 @@ def test_grad_scaler(maker, backend, unscale):
         scaler.step(a)
         scaler.update()
         if seed == 1:
-            assert same(snapshot(a, ours), before), "an overflow changes nothing, step counts neither"
+            assert_same(snapshot(a, ours), before)  # an overflow changes nothing, step counts neither
         else:
             give(theirs, grads)
             b.step()
     assert scaler.get_scale() == 1024.0  # twice 2 good steps, once halved in between
     assert not hasattr(a, "grad_scale") and not hasattr(a, "found_inf")
-    for p, q in zip(ours, theirs):
-        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+    assert_near(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -142,11 +130,10 @@ def test_all_at_once(backend):
         scaler.step(a)
         scaler.update()
         if seed != 1:
-            torch.testing.assert_close(a.grad_norm, norm_of(grads), rtol=1e-6, atol=0)
+            assert_near(a.grad_norm, norm_of(grads), rtol=1e-6, atol=0)
             b.apply_gradients([(g * (0.5 / (norm_of(grads).item() + 1e-6)), p) for g, p in zip(grads, theirs)])
     assert a.skipped_steps == 1
-    for p, q in zip(ours, theirs):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    assert_near(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_a_scaled_step_given_by_hand_is_clipped_after_scaling():
@@ -165,7 +152,7 @@ def test_two_runs_give_the_same_bits(backend):
         give(params, gradients(params, 0))
         optimizer.step()
         results.append([optimizer.grad_norm, *(p.detach() for p in params)])
-    assert same(*results)
+    assert_same(*results)
 
 
 def test_copies_keep_the_options_and_the_counts():
@@ -257,9 +244,9 @@ def test_a_clipped_step_of_tensors_larger_than_what_is_scaled_at_a_time(amsgrad)
         a.apply_gradients(zip(grads, ours))
         b.apply_gradients([((g.double() * factor).float(), p) for g, p in zip(grads, theirs)])
     for p, q in zip(ours, theirs):
-        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+        assert_near(p, q, rtol=1e-6, atol=1e-7)
         for name, value in b.state[q].items():
-            torch.testing.assert_close(a.state[p][name], value, rtol=1e-6, atol=1e-6 * value.abs().max().item())
+            assert_near(a.state[p][name], value, rtol=1e-6, atol=1e-6 * value.abs().max().item())
 
 
 def test_numbers_of_one_element_may_have_any_shape():
@@ -285,7 +272,8 @@ def test_a_bad_scale_is_refused_before_anything_changes(scale, message):
     optimizer = AdamW([p])
     with pytest.raises(ValueError, match=message):
         optimizer.apply_gradients([(torch.ones(2), p)], scale=scale)
-    assert not optimizer.state and torch.equal(p, torch.ones(2))
+    assert not optimizer.state
+    assert_same(p, torch.ones(2))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -326,13 +314,14 @@ def test_gradients_with_the_negative_bit(maker, backend):
     params = parameters(maker)
     grads = gradients(params, 0)
     negative = [torch._neg_view(-g) for g in grads]
-    assert all(g.is_neg() for g in negative) and same(negative, grads)
+    assert all(g.is_neg() for g in negative)
+    assert_same(negative, grads)
     others = parameters(maker)
     for own, given in ((params, grads), (others, negative)):
         optimizer = MAKERS[maker](own, backend=backend, max_grad_norm=1.0)
         give(own, given)
         optimizer.step()
-    assert same(params, others)
+    assert_same(params, others)
 
 
 @pytest.mark.parametrize("option", ["clipnorm", "global_clipnorm"])

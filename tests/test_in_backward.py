@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
-from loop_cases import OPTIMIZERS, ROWS, Net, same, same_weights, scheduler_for, sharded, train, whole
+from helpers.comparing import assert_same, same
+from helpers.loops import Net, sharded, train, whole
+from helpers.optimizers import ROWS, VARIANTS, scheduler_for
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.optim.lr_scheduler import LambdaLR
@@ -15,7 +17,7 @@ from fusedopt import Adafactor, AdamW, AdamWeightDecay, register_step_in_backwar
 
 def run(name, backend, device, steps=6, in_backward=True, dtype=torch.float32):
     model = Net().to(device, dtype)
-    optimizer = OPTIMIZERS[name](model, backend=backend)
+    optimizer = VARIANTS[name](model, backend=backend)
     scheduler = scheduler_for(name, optimizer)
     if in_backward:
         register_step_in_backward(optimizer, model)
@@ -29,15 +31,15 @@ def test_the_numbers_are_those_of_step(name, backend, device):
     steps = 6 if backend == "eager" else 3
     plain_model, plain = run(name, backend, device, steps, in_backward=False)
     model, optimizer = run(name, backend, device, steps)
-    assert same_weights(model, plain_model)
-    assert same(optimizer.state_dict(), plain.state_dict())
+    assert_same(model, plain_model)
+    assert_same(optimizer.state_dict(), plain.state_dict())
 
 
 @pytest.mark.parametrize("name", ["AdamW", "AdamWeightDecay-function", "Adafactor"])
 def test_the_numbers_are_those_of_step_in_bfloat16(name):
     plain_model, _ = run(name, "eager", "cpu", in_backward=False, dtype=torch.bfloat16)
     model, _ = run(name, "eager", "cpu", dtype=torch.bfloat16)
-    assert same_weights(model, plain_model)
+    assert_same(model, plain_model)
 
 
 class Gradients:
@@ -116,7 +118,7 @@ def test_a_closure_runs_backward_inside_of_step():
             register_step_in_backward(optimizer, model)
         for _ in range(3):
             assert optimizer.step(lambda m=model, o=optimizer: loss(m, o)) > 0
-    assert same_weights(*models)
+    assert_same(*models)
 
 
 def test_remove_gives_the_gradients_back():
@@ -127,7 +129,8 @@ def test_remove_gives_the_gradients_back():
     handle.remove()
     before = copy.deepcopy(model)
     model(torch.ones(2, 5)).sum().backward()
-    assert all(p.grad is not None for p in model.parameters()) and same_weights(model, before)
+    assert all(p.grad is not None for p in model.parameters())
+    assert_same(model, before)
     optimizer.step()
     assert {state["step"].item() for state in optimizer.state.values()} == {3.0}
 
@@ -137,17 +140,17 @@ def test_resuming(name):
     """Also from a checkpoint in which a parameter has no state yet."""
     model = Net()
     model.sometimes.requires_grad_(False)
-    optimizer = OPTIMIZERS[name](model)
+    optimizer = VARIANTS[name](model)
     train(model, optimizer, 2)
     model.sometimes.requires_grad_(True)
     other_model = copy.deepcopy(model)
-    other = OPTIMIZERS[name](other_model)
+    other = VARIANTS[name](other_model)
     register_step_in_backward(other, other_model)
     other.load_state_dict(optimizer.state_dict())
     train(model, optimizer, 4, seed=2)
     train(other_model, other, 4, seed=2)
-    assert same_weights(model, other_model)
-    assert same(other.state_dict(), optimizer.state_dict())
+    assert_same(model, other_model)
+    assert_same(other.state_dict(), optimizer.state_dict())
 
 
 def test_distributed_checkpoint_sees_the_state():
@@ -157,7 +160,7 @@ def test_distributed_checkpoint_sees_the_state():
     before = copy.deepcopy(model)
     assert len(dcp.get_optimizer_state_dict(model, optimizer)["state"]) == 5
     train(model, optimizer, 2)
-    assert not same_weights(model, before)
+    assert not same(model, before)
 
 
 def test_a_parameter_thawed_later_is_updated_by_step():
@@ -170,7 +173,7 @@ def test_a_parameter_thawed_later_is_updated_by_step():
         train(model, optimizer, 2)
         model.sometimes.requires_grad_(True)
         train(model, optimizer, 3)
-    assert same_weights(*models)
+    assert_same(*models)
 
 
 def test_losses_with_parameters_of_their_own_may_each_go_backward():
@@ -193,17 +196,17 @@ def test_a_weight_used_twice_is_updated_once():
         model.last(hidden).sum().backward()
         optimizer.step()
         assert {state["step"].item() for state in optimizer.state.values()} == {1.0}
-    assert same_weights(*models)
+    assert_same(*models)
 
 
 @pytest.mark.parametrize("name", ["AdamW", "AdamWeightDecay", "Adafactor"])
 def test_fsdp2_sums_the_gradients_before(name):
     plain, _ = run(name, "eager", "cpu", in_backward=False)
     with sharded(Net()) as model:
-        optimizer = OPTIMIZERS[name](model)
+        optimizer = VARIANTS[name](model)
         register_step_in_backward(optimizer, model)
         train(model, optimizer, 6, scheduler_for(name, optimizer))
-        assert same(whole(model), whole(plain))
+        assert_same(whole(model), whole(plain))
 
 
 def refusal(error, sentence):
@@ -240,7 +243,7 @@ def test_refuses_a_second_gradient_before_the_step_and_has_not_applied_it():
     after_one = copy.deepcopy(model)
     with refusal(RuntimeError, r"last.weight got a second gradient before step\(\)"):
         model(x).sum().backward()
-    assert same_weights(model, after_one)
+    assert_same(model, after_one)
 
 
 def test_refuses_a_weight_that_two_checkpointed_parts_share():

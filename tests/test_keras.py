@@ -5,8 +5,9 @@ import weakref
 
 import pytest
 import torch
-from golden_cases import assert_close, replay
-from keras_cases import BACKENDS, STATE_64, TOLERANCES, device_of, keras_cases, parameter, recorded, step
+from helpers.comparing import assert_near, assert_same
+from helpers.golden import assert_close, replay
+from helpers.keras import BACKENDS, STATE_64, TOLERANCES, device_of, keras_cases, parameter, recorded, step
 
 from fusedopt.batch import Control
 from fusedopt.keras import AdamWeightDecay
@@ -116,7 +117,7 @@ def test_all_parameters_of_a_group_excluded():
     p = parameter()
     before = p.detach().clone()
     step(AdamWeightDecay([("bias", p)], weight_decay_rate=0.5, exclude_from_weight_decay=["bias"]), 0.0)
-    assert torch.equal(p, before)
+    assert_same(p, before)
 
 
 # Clipping.
@@ -148,10 +149,9 @@ def test_clipped_is_clipped_by_hand(clipping, dtype, backend):
         optimizer = AdamWeightDecay(params, 0.1, epsilon=0.1, backend=backend, **options)
         before = [g.clone() for g in given]
         optimizer.apply_gradients(zip(given, params), scale=scale)
-        assert all(map(torch.equal, given, before))
+        assert_same(given, before)
         results.append(params)
-    for ours, reference in zip(*results):
-        torch.testing.assert_close(ours, reference, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    assert_near(*results, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
 def test_clip_of_many_layouts():
@@ -183,7 +183,8 @@ def test_norm_and_skipping_are_of_the_gradients_before_clipping(clipping, backen
     optimizer = AdamWeightDecay([p], skip_nonfinite=True, backend=backend, **clipping)
     before = p.detach().clone()
     step(optimizer, math.inf)
-    assert torch.equal(p, before) and optimizer.skipped_steps == 1
+    assert_same(p, before)
+    assert optimizer.skipped_steps == 1
     assert optimizer.iterations == 0 and optimizer.state[p]["step"] == 0
     step(optimizer, 3.0)
     assert optimizer.grad_norm.item() == pytest.approx(3 * 2**0.5)

@@ -6,8 +6,8 @@ import warnings
 
 import pytest
 import torch
-from golden_cases import assert_close, replay
-from keras_cases import TOLERANCES, keras_cases, parameter, recorded, schedule, step
+from helpers.golden import assert_close, replay
+from helpers.keras import TOLERANCES, keras_cases, parameter, recorded, schedule, step
 
 from fusedopt.keras import AdamWeightDecay
 

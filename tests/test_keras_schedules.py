@@ -7,7 +7,8 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from keras_cases import BACKENDS, device_of, parameter, recorded, schedule, step
+from helpers.comparing import assert_same
+from helpers.keras import BACKENDS, device_of, parameter, recorded, schedule, step
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from fusedopt import AdamW
@@ -101,7 +102,7 @@ def test_the_function_counts_calls_and_the_correction_counts_updates(backend):
         optimizer.step()
         other.step()
         assert optimizer.param_groups[0]["lr"] == rates[i]
-    assert torch.equal(p, plain)
+    assert_same(p, plain)
     assert optimizer.iterations == 3
     assert optimizer.state[p]["step"].item() == 2
 
@@ -130,7 +131,7 @@ def test_calls_are_counted_across_checkpoints_copies_and_late_groups():
         assert [group["iterations"] for group in other.param_groups] == [3] * len(other.param_groups)
         assert [group["lr"] for group in other.param_groups] == [pytest.approx(0.2)] * len(other.param_groups)
     step(optimizer)
-    assert torch.equal(copied.param_groups[0]["params"][0], p)
+    assert_same(copied.param_groups[0]["params"][0], p)
 
 
 def test_recorded_rates_are_those_of_their_steps():
@@ -192,7 +193,8 @@ def test_torch_scheduler_on_a_function_is_refused():
     before = p.detach().clone()
     with pytest.raises(ValueError, match=r"was set to 0\.25, by a torch scheduler or by hand, but learning_rate is"):
         step(optimizer)
-    assert torch.equal(p, before) and optimizer.iterations == 1
+    assert_same(p, before)
+    assert optimizer.iterations == 1
 
 
 @pytest.mark.parametrize("bad", [math.nan, -0.1, math.inf])
@@ -203,7 +205,7 @@ def test_a_function_that_returns_no_rate_is_refused(bad):
     before = p.detach().clone()
     with pytest.raises(ValueError, match=f"gives {bad} at step 1"):
         step(optimizer)
-    assert torch.equal(p, before)
+    assert_same(p, before)
 
 
 @pytest.mark.parametrize("options", [{"learning_rate": lambda i: 0.1}, {"decay": 0.5}], ids=["function", "decay"])
@@ -226,5 +228,5 @@ def test_rate_as_a_tensor(backend):
         other.param_groups[0]["lr"] = value
         step(optimizer)
         step(other)
-    assert torch.equal(p, q)
+    assert_same(p, q)
     assert optimizer.get_config()["learning_rate"] == 0.25

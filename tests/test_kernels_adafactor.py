@@ -2,48 +2,35 @@
 
 import dataclasses
 import math
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from golden_cases import Tolerance, assert_close, replay
-from test_adafactor import GOLDEN, HARD_GRADIENTS, LAYOUTS, by_the_rules, normal, parameters, run, uses_rms
-from triton.runtime.interpreter import interpreter_builder
+from helpers.adafactor import (
+    GOLDEN,
+    HARD_GRADIENTS,
+    LAYOUTS,
+    TritonAdafactor,
+    after,
+    by_the_rules,
+    normal,
+    parameters,
+    run,
+    uses_rms,
+)
+from helpers.comparing import Tolerance, assert_near, assert_same
+from helpers.golden import assert_close, replay
+from helpers.kernels import TINY, set_constants
 
-from fusedopt import Adafactor
 from fusedopt.reference import ReferenceAdafactor
 from fusedopt_kernels import rules
-from fusedopt_kernels.adafactor import averages, plan, shards
-from fusedopt_kernels.adafactor import step as kernels
 
 # The interpreter computes with numpy, which warns about what it is given here on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-TritonAdafactor = partial(Adafactor, backend="triton")
-
 ONE_PROGRAM = {"LINES": 16, "STRIP": 16, "SHARE": 256}
-TINY = {
-    **{"BLOCK": 16, "TILE_BYTES": 16, "TILE_HEIGHT": 8, "ENTRIES": 4, "PARTIALS": 2, "MEANS": 2, "SQUARES": 4},
-    **{"LINES": 4, "STRIP": 2, "SHARE": 8},
-}
 CUTS = {"as on a GPU": {}, "small matrices in pieces": TINY, "tiles of 4 columns": {**TINY, "SMALL_SIDE": 2}}
 """Constants that send tensors of a few elements through every kind of piece, and across borders of pieces."""
-
-
-def set_constants(monkeypatch, constants):
-    for name, value in constants.items():
-        for module in (plan, averages, shards, kernels):
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, value)
-
-
-@pytest.fixture(autouse=True)
-def unchecked(device, monkeypatch):
-    """Without the interpreter's checks for overflow, which take as long again: nothing here is that large."""
-    if device.type == "cpu":
-        unchecked = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
-        monkeypatch.setattr(interpreter_builder, "options", unchecked)
 
 
 @pytest.fixture
@@ -52,15 +39,6 @@ def cut(monkeypatch, request):
 
 
 every_cut = pytest.mark.parametrize("cut", CUTS, indirect=True)
-
-
-def after(make, start, steps, device, **options):
-    """Parameters and states, on the CPU, after `steps` of `make(params, **options)` from `start`."""
-    params = parameters([p.to(device) for p in start])
-    optimizer = make(params, **options)
-    run(optimizer, [[None if g is None else g.to(device) for g in grads] for grads in steps])
-    states = [{name: torch.as_tensor(value).cpu() for name, value in optimizer.state[p].items()} for p in params]
-    return [p.detach().cpu() for p in params], states
 
 
 IN_FULL = ("grad_none", "lr_schedule", "bfloat16_manual")
@@ -105,6 +83,8 @@ TOLERANCES = {
 }
 
 
+STATE_TOLERANCE = Tolerance("sums of a few terms: relative to the largest", of_largest=2e-6)
+
 AS_ON_A_GPU, *IN_PIECES = CUTS
 RUNS = [
     *((AS_ON_A_GPU, options, torch.float32) for options in OPTIONS),
@@ -114,6 +94,7 @@ RUNS = [
 
 
 @pytest.mark.parametrize(("cut", "options", "dtype"), RUNS, indirect=["cut"], ids=str)
+@pytest.mark.usefixtures("checks_for_overflow")
 def test_the_kernels_do_what_the_rules_say(options, dtype, cut, device):
     start = normal(*SHAPES, dtype=dtype)
     steps = [normal(*SHAPES, seed=k, dtype=dtype) for k in (1, 2)]
@@ -127,15 +108,12 @@ def test_the_kernels_do_what_the_rules_say(options, dtype, cut, device):
                 exact[i] = torch.from_numpy(exact[i]).to(dtype).double().numpy() if dtype.itemsize == 2 else exact[i]
     ours, kept = after(TritonAdafactor, start, steps, device, relative_step="lr" not in options, **options)
     for actual, expected in zip(ours, exact):
-        expected = torch.from_numpy(expected).to(dtype)
-        error = (actual.double() - expected.double()).abs()
-        assert (error <= TOLERANCES[dtype].allowed(expected)).all(), (actual.shape, error.max())
+        assert_near(actual, torch.from_numpy(expected).to(dtype), TOLERANCES[dtype])
     for state, expected in zip(kept, states):
         for name, letter in (("exp_avg_sq_row", "r"), ("exp_avg_sq_col", "c"), ("exp_avg_sq", "v"), ("exp_avg", "m")):
             if letter in expected:
                 exact_state = torch.from_numpy(np.asarray(expected[letter]))
-                error = (state[name].double() - exact_state).abs()
-                assert (error <= 2e-6 * exact_state.abs().max()).all(), (name, state[name].shape)
+                assert_near(state[name], exact_state, STATE_TOLERANCE, name=name, check_dtype=False)
 
 
 @every_cut
@@ -144,7 +122,7 @@ def test_a_matrix_and_its_transpose_agree(shape, cut, device):
     (w,), (g,) = normal(shape), normal(shape, seed=1)
     (ours, turned), _ = after(TritonAdafactor, [w, w.t().contiguous()], [[g, g.t().contiguous()]], device, beta1=0.9)
     # The factors of rows and of columns change places, and with them the order of roundings.
-    torch.testing.assert_close(ours, turned.t(), rtol=2e-6, atol=2e-6)
+    assert_near(ours, turned.t(), rtol=2e-6, atol=2e-6)
 
 
 NEIGHBOURS = [((7, 9), torch.float32), ((3, 2, 3), torch.bfloat16), ((19,), torch.float32), ((6, 4), torch.float64)]
@@ -156,22 +134,22 @@ def test_a_tensor_neither_sees_its_neighbours_nor_their_order_or_dtype(cut, devi
     grads = [normal(shape, seed=i + 9, dtype=dtype)[0] for i, (shape, dtype) in enumerate(NEIGHBOURS)]
     together, states = after(TritonAdafactor, start, [grads], device, beta1=0.9)
     turned, _ = after(TritonAdafactor, start[::-1], [grads[::-1]], device, beta1=0.9)
-    assert all(torch.equal(p, q) for p, q in zip(together, turned[::-1]))
+    assert_same(together, turned[::-1])
     for i, (p, g) in enumerate(zip(start, grads)):
         (alone,), (state,) = after(TritonAdafactor, [p], [[g]], device, beta1=0.9)
-        assert torch.equal(alone, together[i])
-        assert all(torch.equal(value, states[i][name]) for name, value in state.items())
+        assert_same(alone, together[i])
+        assert_same(state, states[i])
 
 
 def test_two_runs_give_the_same_bits(device):
     shapes = [(300, 130), (2100,), (50, 9, 3, 3)]
     start, steps = normal(*shapes), [normal(*shapes, seed=1)]
     one, other = (after(TritonAdafactor, start, steps, device, beta1=0.9) for _ in range(2))
-    assert all(torch.equal(p, q) for p, q in zip(one[0], other[0]))
-    assert all(torch.equal(s[name], t[name]) for s, t in zip(one[1], other[1]) for name in s)
+    assert_same(one[0], other[0])
+    assert_same(one[1], other[1])
     for p, g, new in zip(start, steps[0], one[0]):
         expected = by_the_rules(p.double().numpy(), g.double().numpy(), {}, 1, beta1=0.9)
-        torch.testing.assert_close(new.double(), torch.from_numpy(np.asarray(expected)), rtol=1e-6, atol=1e-7)
+        assert_near(new.double(), torch.from_numpy(np.asarray(expected)), rtol=1e-6, atol=1e-7)
 
 
 HARD_IN_TILES = ("denormal", "spike", "nan", "inf")
@@ -191,12 +169,12 @@ def test_hard_gradients_do_what_they_do_in_the_original(kind, cut, device):
     ours, states = after(TritonAdafactor, start, steps, device, **options)
     theirs, original = after(ReferenceAdafactor, start, steps, torch.device("cpu"), **options)
     for p, q, s, t in zip(ours, theirs, states, original):
-        torch.testing.assert_close(p, q, rtol=2e-5, atol=2e-6, equal_nan=True)
+        assert_near(p, q, rtol=2e-5, atol=2e-6, equal_nan=True)
         for name in t.keys() - {"step"}:
             expected = torch.as_tensor(t[name])
             # Sums of products that may nearly cancel: relative to the largest.
             atol = 5e-5 * float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max())
-            torch.testing.assert_close(s[name], expected, rtol=5e-5, atol=atol, equal_nan=True)
+            assert_near(s[name], expected, rtol=5e-5, atol=atol, equal_nan=True)
 
 
 @pytest.mark.parametrize("cut", [AS_ON_A_GPU, IN_PIECES[1]], indirect=True)
@@ -207,7 +185,7 @@ def test_the_mean_square_of_an_update_whose_squared_gradient_underflows(cut, dev
     (w,) = normal((16, 16), seed=2)
     (ours,), _ = after(TritonAdafactor, [w], [[g]], device)
     expected = by_the_rules(w.double().numpy(), g.double().numpy(), {}, 1)
-    torch.testing.assert_close(ours.double(), torch.from_numpy(expected), rtol=1e-6, atol=1e-7)
+    assert_near(ours.double(), torch.from_numpy(expected), rtol=1e-6, atol=1e-7)
     changed = (ours - w)[8:, 8:].double()
     rate = 0.01 * w.double().square().mean().sqrt()
     assert float((changed.square().sum() / g.numel()).sqrt() / rate) == pytest.approx(1.0, rel=1e-4)
@@ -233,10 +211,10 @@ def test_layouts_give_the_same_numbers(shape, lay_out, device):
     strides = p.stride()
     optimizer = TritonAdafactor([p], beta1=0.9)
     run(optimizer, [[first.to(device)], [lay_out(second.to(device))]])
-    torch.testing.assert_close(p.detach().cpu(), expected, rtol=1e-6, atol=1e-6)
+    assert_near(p.detach().cpu(), expected, rtol=1e-6, atol=1e-6)
     assert p.stride() == strides
     for name, value in state.items():
-        torch.testing.assert_close(optimizer.state[p][name].cpu(), value, rtol=1e-6, atol=1e-6)
+        assert_near(optimizer.state[p][name].cpu(), value, rtol=1e-6, atol=1e-6)
 
 
 @every_cut
@@ -264,9 +242,9 @@ def test_nothing_beside_the_tensors_is_read_or_written(offset, cut, device):
         assert not part.isnan().any()
     for p, q, state in zip(params, expected, expected_states):
         # On a GPU, what is read 128 bits at a time is added up in another order.
-        torch.testing.assert_close(p.detach().cpu(), q, rtol=1e-6, atol=1e-6)
+        assert_near(p.detach().cpu(), q, rtol=1e-6, atol=1e-6)
         for name, value in state.items():
-            torch.testing.assert_close(optimizer.state[p][name].cpu(), value, rtol=1e-6, atol=1e-6)
+            assert_near(optimizer.state[p][name].cpu(), value, rtol=1e-6, atol=1e-6)
 
 
 def test_the_scalars_of_a_step_are_right_in_float64(device):

@@ -5,8 +5,17 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from golden_cases import ROUNDED_TWICE_PER_STEP, Tolerance, assert_close, replay
-from test_adamw import GOLDEN, SIXTEEN_BITS, STATES, RoundedOnce, rounding_spoils_nothing
+from helpers.adamw import (
+    GOLDEN,
+    SIXTEEN_BITS,
+    STATES,
+    RoundedOnce,
+    gradients,
+    parameters,
+    rounding_spoils_nothing,
+)
+from helpers.comparing import Tolerance, assert_near, assert_same
+from helpers.golden import ROUNDED_TWICE_PER_STEP, assert_close, replay
 
 from fusedopt import AdamW
 from fusedopt.backends.triton.adamw import TritonAdamW as TritonStepper
@@ -28,32 +37,9 @@ def test_golden_in_16_bits_is_exact_arithmetic_rounded_once(case, device):
     """As for the eager backend; what the original's own rounding does not spoil is near its recording as well."""
     allowed = Tolerance("a tie may fall to the other side, and move the moments for some steps", ulps=2)
     ours, expected = replay(case, TritonAdamW, device=device), replay(case, RoundedOnce)
-    for actual, rounded in zip(ours.parameters, expected.parameters):
-        error = (actual.double() - rounded.double()).abs()
-        assert (error <= allowed.allowed(rounded)).all(), error.max()
+    assert_near(ours.parameters, expected.parameters, allowed)
     if rounding_spoils_nothing(case):
         assert_close(case, ours, parameters=ROUNDED_TWICE_PER_STEP[case.dtype], skip_state=STATES)
-
-
-SIZES = (1, 7, 1024, 1025, 3000, 0, 2048)
-
-
-def parameters(device, sizes=SIZES, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.nn.Parameter(torch.randn(n, generator=generator, dtype=torch.float64).to(device, dtype)) for n in sizes
-    ]
-
-
-def gradients(params, seed, dtype=None):
-    """Of magnitudes from 1e-24 to 1e6, and some zeros."""
-    generator = torch.Generator().manual_seed(seed)
-    grads = []
-    for p in params:
-        noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
-        size = 10.0 ** torch.randint(-6, 2, p.shape, generator=generator).double()
-        grads.append((noise * size * (noise.abs() > 0.1)).to(p.device, dtype or p.dtype))
-    return grads
 
 
 class OnNumpy:
@@ -110,14 +96,6 @@ def device_scalars(optimizer):
     return stepper._tables._eager._scratch["scalars"][:, 4:7].cpu().numpy()
 
 
-def assert_same_bits(actual, expected, what):
-    """Equal bits; any NaN equals any NaN."""
-    actual = actual.detach().cpu()
-    assert actual.dtype == expected.dtype, what
-    same = (actual == expected) & (torch.signbit(actual) == torch.signbit(expected)) | actual.isnan() & expected.isnan()
-    assert same.all(), f"{what}: {int((~same).sum())} differ, {actual[~same][:3]} instead of {expected[~same][:3]}"
-
-
 DTYPES = {  # parameter, gradient, moments
     "float32": (torch.float32, torch.float32, torch.float32),
     "float64": (torch.float64, torch.float64, torch.float64),
@@ -140,11 +118,15 @@ DEFAULTS = {
 }  # fmt: skip
 
 
+SIZES = (1, 7, 1024, 1025, 3000, 0, 2048)
+
+
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.usefixtures("checks_for_overflow")
 def test_equals_the_rules_on_numpy_bit_for_bit(options, dtypes, device):
     dtype, grad_dtype, moment_dtype = dtypes
-    params = parameters(device, dtype=dtype)
+    params = parameters(device, SIZES, dtype)
     options = {**DEFAULTS, **options}
     convention = options.pop("convention")
     optimizer = AdamW(params, convention=convention, backend="triton", **options)
@@ -168,6 +150,6 @@ def test_equals_the_rules_on_numpy_bit_for_bit(options, dtypes, device):
                 rtol = 1e-12 if device.type == "cuda" else 0.0
                 np.testing.assert_allclose(scalars[i], expected, rtol=rtol, atol=0.0)
         for i, p in enumerate(params):
-            assert_same_bits(p, reference.params[i], f"parameter {i} after step {step + 1}")
-            for name, value in reference.states[i].items():
-                assert_same_bits(optimizer.state[p][name], value, f"{name} of parameter {i} after step {step + 1}")
+            name = f"parameter {i} after step {step + 1}"
+            assert_same(p, reference.params[i], name, equal_nan=True)
+            assert_same(optimizer.state[p], reference.states[i], f"state of {name}", equal_nan=True)

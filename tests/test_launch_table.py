@@ -6,6 +6,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from helpers.comparing import assert_same
 from hypothesis import given, settings
 
 from fusedopt.backends.triton.rows import Rows
@@ -72,7 +73,7 @@ def test_tables_on_the_device_hold_what_was_given():
     rows, numbers = np.arange(130 * 3).reshape(130, 3), [[0.1, float("-inf")], [2.0**-1000, 3.0]]
     table.update(rows, np.array(numbers))
     assert table.rows.shape == (256, 3)
-    assert torch.equal(table.rows[:130], torch.from_numpy(rows))
+    assert_same(table.rows[:130], torch.from_numpy(rows))
     assert not table.rows[130:].any()
     assert table.hyper.view(torch.float64).tolist() == numbers
     assert table.rows.data_ptr() % 16 == 0

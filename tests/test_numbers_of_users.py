@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from keras_cases import parameter, step
+from helpers.keras import parameter, step
+from helpers.optimizers import OPTIMIZERS
 
-from fusedopt import Adafactor, AdamW, AdamWeightDecay, PolynomialDecay, WarmUp, create_optimizer
-from fusedopt.schedules import GreedyLR, ReduceLROnPlateau, get_scheduler
+from fusedopt import Adafactor, AdafactorSchedule, AdamW, AdamWeightDecay, PolynomialDecay, WarmUp, create_optimizer
+from fusedopt.schedules import GreedyLR, ReduceLROnPlateau, get_linear_schedule_with_warmup, get_scheduler
 
 
 def sgd(lr=0.1):
@@ -110,23 +111,15 @@ def test_a_config_of_keras_that_means_something_else_is_refused(config, message)
 
 TEXT = "1e-4"
 
-OPTIMIZERS = {
-    AdamW: ["lr", "eps", "weight_decay", "max_grad_norm"],
-    AdamWeightDecay: [
-        *("learning_rate", "beta_1", "beta_2", "epsilon", "weight_decay_rate", "clipvalue", "clipnorm"),
-        *("global_clipnorm", "decay", "max_grad_norm"),
-    ],
-    Adafactor: ["lr", "clip_threshold", "decay_rate", "beta1", "weight_decay", "max_grad_norm"],
-}
-
 
 @pytest.mark.parametrize(
-    ("optimizer", "option"), [(one, option) for one, options in OPTIMIZERS.items() for option in options]
+    ("name", "option"), [(name, option) for name, row in OPTIMIZERS.items() for option in row.numbers]
 )
-def test_an_option_that_is_a_string_is_refused_by_name(optimizer, option):
-    options = {"relative_step": False} if optimizer is Adafactor and option == "lr" else {}
+def test_an_option_that_is_a_string_is_refused_by_name(name, option):
+    row = OPTIMIZERS[name]
+    options = row.fixed_rate if option == row.rate else {}
     with pytest.raises(ValueError, match=f"{option} must be .* got '1e-4' .a string: YAML"):
-        optimizer([parameter()], **options, **{option: TEXT})
+        row.cls([parameter()], **options, **{option: TEXT})
 
 
 @pytest.mark.parametrize(
@@ -230,6 +223,37 @@ def test_a_minimum_at_the_rate_and_below_that_before_a_warm_up_is_taken():
     get_scheduler("linear", optimizer, 5, 10)
     assert optimizer.param_groups[0]["lr"] == 0.0
     ReduceLROnPlateau(optimizer, min_lr=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_minimum_at_a_rate_that_is_a_tensor_is_taken_as_its_dtype_has_it(dtype):
+    """float32 has 1e-4 as 9.9999997e-5."""
+    for low in (1e-4, 1e-3, 0.3):
+        ReduceLROnPlateau(sgd(torch.tensor(low, dtype=dtype)), min_lr=low)
+        get_scheduler("cosine_with_min_lr", sgd(torch.tensor(low, dtype=dtype)), 0, 10, {"min_lr": low})
+        with pytest.raises(ValueError, match="min_lr must not be above the rate"):
+            ReduceLROnPlateau(sgd(torch.tensor(low, dtype=dtype)), min_lr=1.01 * low)
+        with pytest.raises(ValueError, match="min_lr must not be above the initial"):
+            get_scheduler("cosine_with_min_lr", sgd(torch.tensor(low, dtype=dtype)), 0, 10, {"min_lr": 1.01 * low})
+
+
+@pytest.mark.parametrize(
+    "kind", [np.int64, np.float32, np.array, torch.tensor], ids=["int64", "float32", "0-d", "tensor"]
+)
+def test_the_state_of_a_scheduler_holds_plain_numbers_whatever_it_was_made_of(kind):
+    optimizer = sgd()
+    optimizer.param_groups[0]["initial_lr"] = 0.1
+    schedulers = [
+        get_linear_schedule_with_warmup(optimizer, kind(1), kind(9), last_epoch=kind(2)),
+        get_scheduler("greedy", sgd(), scheduler_specific_kwargs={"patience": kind(1), "max_lr": kind(1)}),
+        get_scheduler(
+            "reduce_lr_on_plateau", sgd(), scheduler_specific_kwargs={"patience": kind(1), "min_lr": kind(0)}
+        ),
+        AdafactorSchedule(Adafactor([parameter()]), initial_lr=kind(1)),
+    ]
+    for scheduler in schedulers:
+        json.dumps(scheduler.state_dict())
+    assert schedulers[0].last_epoch == 3 and type(schedulers[0].last_epoch) is int
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from helpers.comparing import assert_near, assert_same
+from helpers.optimizers import BACKENDS, OPTIMIZERS, every_optimizer
 
 from fusedopt import AdamW
 from fusedopt.reference import ReferenceAdamW
@@ -26,10 +28,6 @@ def train(m, optimizer, steps, seed=1):
         optimizer.step()
 
 
-def same_weights(a, b):
-    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
-
-
 def test_groups_have_their_own_options_and_later_ones_join():
     a, b, c = (torch.nn.Parameter(torch.ones(3)) for _ in range(3))
     optimizer = AdamW([{"params": [a], "lr": 0.1}, {"params": [b]}], lr=0.01)
@@ -38,7 +36,7 @@ def test_groups_have_their_own_options_and_later_ones_join():
         p.grad = torch.ones(3)
     optimizer.step()
     for p, lr in ((a, 0.1), (b, 0.01), (c, 0.2)):
-        torch.testing.assert_close(p.detach(), torch.full((3,), 1 - lr), rtol=1e-4, atol=0)
+        assert_near(p.detach(), torch.full((3,), 1 - lr), rtol=1e-4, atol=0)
 
 
 def test_named_parameters():
@@ -70,7 +68,8 @@ def test_step_without_closure_returns_none_and_without_gradients_does_nothing():
     p = torch.nn.Parameter(torch.ones(2))
     optimizer = AdamW([p], weight_decay=0.5)
     assert optimizer.step() is None
-    assert torch.equal(p.detach(), torch.ones(2)) and not optimizer.state and not optimizer.state_dict()["state"]
+    assert_same(p.detach(), torch.ones(2))
+    assert not optimizer.state and not optimizer.state_dict()["state"]
 
 
 def test_a_parameter_without_gradient_keeps_its_own_step_count():
@@ -118,7 +117,7 @@ def test_copies_go_on_like_the_original(duplicate):
     assert other.convention == "keras" and other.backend == "eager"
     train(m, optimizer, 2, seed=2)
     train(other_model, other, 2, seed=2)
-    assert same_weights(m, other_model)
+    assert_same(m, other_model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -137,7 +136,7 @@ def test_resuming_from_a_file_is_bit_for_bit_the_uninterrupted_run(convention, d
     other.load_state_dict(saved["optimizer"])
     train(m, optimizer, 3, seed=2)
     train(resumed, other, 3, seed=2)
-    assert same_weights(m, resumed)
+    assert_same(m, resumed)
 
 
 def test_saved_step_counts_are_tensors_of_their_own():
@@ -171,8 +170,7 @@ def test_goes_on_from_torch_and_back(theirs):
     assert ours.param_groups[0]["correct_bias"] is True
     train(m, reference, 3, seed=2)
     train(ours_model, ours, 3, seed=2)
-    for p, q in zip(m.parameters(), ours_model.parameters()):
-        torch.testing.assert_close(p, q, rtol=1e-11, atol=1e-13)
+    assert_near(m, ours_model, rtol=1e-11, atol=1e-13)
     back = theirs(m.parameters())
     back.load_state_dict(ours.state_dict())
     train(m, back, 1, seed=3)
@@ -193,8 +191,7 @@ def test_goes_on_from_transformers():
     ours.load_state_dict(saved)
     train(m, theirs, 3, seed=2)
     train(ours_model, ours, 3, seed=2)
-    for p, q in zip(m.parameters(), ours_model.parameters()):
-        torch.testing.assert_close(p, q, rtol=1e-11, atol=1e-13)
+    assert_near(m, ours_model, rtol=1e-11, atol=1e-13)
 
 
 def test_loaded_moments_keep_their_dtype_and_take_the_parameters_layout():
@@ -256,10 +253,11 @@ def test_init_state_changes_no_parameter_and_is_what_the_first_step_starts_from(
     a, b = model(), model()
     early, late = AdamW(a.parameters(), lr=0.1), AdamW(b.parameters(), lr=0.1)
     early.init_state()
-    assert same_weights(a, b) and all(s["step"] == 0 for s in early.state.values())
+    assert_same(a, b)
+    assert all(s["step"] == 0 for s in early.state.values())
     train(a, early, 2)
     train(b, late, 2)
-    assert same_weights(a, b)
+    assert_same(a, b)
 
 
 def test_apply_gradients_equals_a_step_and_leaves_grad_alone():
@@ -271,9 +269,9 @@ def test_apply_gradients_equals_a_step_and_leaves_grad_alone():
     theirs.step()
     given = [g.clone() for g in grads]
     ours.apply_gradients(zip(given, a.parameters()))
-    assert same_weights(a, b)
+    assert_same(a, b)
     assert all(p.grad is None for p in a.parameters())
-    assert all(torch.equal(g, h) for g, h in zip(given, grads))
+    assert_same(given, grads)
 
 
 @pytest.mark.parametrize("scale", [0.5, torch.tensor(0.5)], ids=["float", "tensor"])
@@ -284,14 +282,14 @@ def test_apply_gradients_scales_on_the_way(scale):
         grads = [torch.randn_like(p) for p in a.parameters()]
         ours.apply_gradients(zip(grads, a.parameters()), scale=scale)
         theirs.apply_gradients(zip([0.5 * g for g in grads], b.parameters()))
-    for p, q in zip(a.parameters(), b.parameters()):
-        torch.testing.assert_close(p, q, rtol=1e-12, atol=0)
+    assert_near(a, b, rtol=1e-12, atol=0)
 
 
 def test_apply_gradients_takes_another_dtype_and_skips_none():
     p, q = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
     AdamW([p, q], lr=0.1).apply_gradients([(torch.ones(3, dtype=torch.bfloat16), p), (None, q)])
-    assert p.detach().tolist() == pytest.approx([0.9] * 3, abs=1e-5) and torch.equal(q.detach(), torch.ones(3))
+    assert p.detach().tolist() == pytest.approx([0.9] * 3, abs=1e-5)
+    assert_same(q.detach(), torch.ones(3))
 
 
 def test_parameters_swapped_for_others_are_noticed():
@@ -301,7 +299,7 @@ def test_parameters_swapped_for_others_are_noticed():
     optimizer.step()
     p.data = torch.zeros(6, 4).T  # same shape, another place, another layout
     optimizer.step()
-    torch.testing.assert_close(p.detach(), torch.full((4, 6), -0.1), rtol=1e-4, atol=0)
+    assert_near(p.detach(), torch.full((4, 6), -0.1), rtol=1e-4, atol=0)
 
 
 def test_a_model_moved_to_another_dtype_goes_on():
@@ -327,3 +325,14 @@ def test_training_bumps_version_counters():
 def test_repr_shows_the_options():
     text = repr(AdamW([torch.nn.Parameter(torch.ones(1))], lr=0.25))
     assert text.startswith("AdamW") and "lr: 0.25" in text
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@every_optimizer
+def test_a_step_makes_the_states_that_an_optimizer_says_and_no_others(name, backend, device):
+    row = OPTIMIZERS[name]
+    p = torch.nn.Parameter(torch.ones(40, 3, device=device))
+    optimizer = row([p], backend=backend)
+    optimizer.apply_gradients([(torch.ones_like(p), p)])
+    assert optimizer.state[p].keys() == row.states and type(optimizer) is row.cls
+    assert (p < 1).all()

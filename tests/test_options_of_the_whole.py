@@ -6,6 +6,8 @@ import re
 
 import pytest
 import torch
+from helpers.comparing import assert_same
+from helpers.optimizers import OPTIMIZERS
 
 from fusedopt import Adafactor, AdamW, AdamWeightDecay, PolynomialDecay, WarmUp
 
@@ -22,17 +24,15 @@ def updated(optimizer):
 
 
 MAKE = {
-    "AdamW": lambda ps: AdamW(ps, lr=0.1),
+    **OPTIMIZERS,
     "AdamW in all options": lambda ps: AdamW(
         ps, 0.1, (0.8, 0.9), 0.5, 0.3, amsgrad=True, maximize=True, convention="torch", backend="eager",
         max_grad_norm=0.1, skip_nonfinite=True
     ),
     "AdamW without correction": lambda ps: AdamW(ps, 0.1, correct_bias=False),
-    "Adafactor": lambda ps: Adafactor(ps),
     "Adafactor in all options": lambda ps: Adafactor(
         ps, 0.1, (1e-20, 1e-2), 0.5, -0.7, 0.9, 0.1, False, False, maximize=True, backend="eager", max_grad_norm=0.1
     ),
-    "Keras": lambda ps: AdamWeightDecay(ps, 0.1),
     "Keras, epsilon 0": lambda ps: AdamWeightDecay.from_config({"epsilon": 0.0}, ps),
     "Keras in all options": lambda ps: AdamWeightDecay(
         ps, 0.1, 0.8, 0.9, 0.5, True, 0.3, ["weight"], ["bias"], "own name", backend="eager", clipnorm=0.5,
@@ -60,8 +60,7 @@ def test_the_defaults_of_an_optimizer_make_the_same_one_again(make, after):
     new = type(old)(weights(), **old.defaults)
     assert new.defaults == old.defaults
     assert new.whole_options() == old.whole_options()
-    for a, b in zip(updated(new), updated(make(weights()))):
-        assert torch.equal(a, b)
+    assert_same(updated(new), updated(make(weights())))
 
 
 @pytest.mark.parametrize("after", AFTER)
@@ -86,8 +85,7 @@ def test_a_group_may_repeat_what_goes_for_the_whole_optimizer(make):
         else type(optimizer)([{**optimizer.whole_options(), "params": weights()}], **optimizer.defaults)
     )
     assert set(wrapped.param_groups[0]) == set(group)
-    for a, b in zip(updated(wrapped), updated(optimizer)):
-        assert torch.equal(a, b)
+    assert_same(updated(wrapped), updated(optimizer))
 
 
 def test_a_group_that_contradicts_the_whole_optimizer_is_refused_with_both_values():

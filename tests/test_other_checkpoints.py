@@ -3,20 +3,19 @@
 import copy
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from loop_cases import Net, same, same_weights, train
-from test_checkpoints import through_a_file
+from helpers.comparing import assert_same, same
+from helpers.files import through_a_file
+from helpers.loops import Net, train
+from helpers.optimizers import OPTIMIZERS
 
 from fusedopt import Adafactor, AdamW, AdamWeightDecay
 
-MAKE = {
-    "AdamW": lambda m, **kw: AdamW(m.parameters(), lr=0.01, **kw),
-    "AdamWeightDecay": lambda m, **kw: AdamWeightDecay(m.named_parameters(), 0.01, **kw),
-    "Adafactor": lambda m, **kw: Adafactor(m.parameters(), lr=0.01, relative_step=False, **kw),
-}
+MAKE = {name: partial(row, **row.fixed_rate) for name, row in OPTIMIZERS.items()}
 every_optimizer = pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
 
 
@@ -75,10 +74,10 @@ def test_a_run_goes_on_from_its_checkpoint_in_the_form_that_another_tool_gave_it
     other_model = copy.deepcopy(model)
     other = make(other_model)
     other.load_state_dict(form(copy.deepcopy(optimizer.state_dict())))
-    assert same(other.state_dict()["state"], optimizer.state_dict()["state"])
+    assert_same(other.state_dict()["state"], optimizer.state_dict()["state"])
     train(model, optimizer, 2, seed=2)
     train(other_model, other, 2, seed=2)
-    assert same_weights(model, other_model)
+    assert_same(model, other_model)
 
 
 def test_goes_on_from_torch_with_betas_that_are_tensors():
@@ -87,6 +86,18 @@ def test_goes_on_from_torch_with_betas_that_are_tensors():
     train(model, theirs, 1)
     ours = AdamW(model.parameters(), convention="torch")
     ours.load_state_dict(theirs.state_dict())
+    assert ours.param_groups[0]["betas"] == (0.9, 0.999)
+
+
+@pytest.mark.parametrize(
+    "pair", [np.array([0.9, 0.999], np.float32), torch.tensor([0.9, 0.999])], ids=["numpy", "torch"]
+)
+def test_goes_on_from_betas_that_are_one_array(pair):
+    model = Net()
+    ours = AdamW(model.parameters(), betas=(0.5, 0.5))
+    saved = ours.state_dict()
+    saved["param_groups"][0]["betas"] = pair
+    ours.load_state_dict(saved)
     assert ours.param_groups[0]["betas"] == (0.9, 0.999)
 
 
@@ -257,10 +268,10 @@ def test_an_optimizer_loads_its_own_checkpoint_after_an_option_was_switched(name
     other_model = copy.deepcopy(model)
     other = MAKE[name](other_model)
     other.load_state_dict(saved)
-    assert same(other.state_dict(), saved)
+    assert_same(other.state_dict(), saved)
     train(model, optimizer, 2, seed=2)
     train(other_model, other, 2, seed=2)
-    assert same_weights(model, other_model)
+    assert_same(model, other_model)
 
 
 OTHERS = {
@@ -326,7 +337,7 @@ def test_a_run_does_not_write_into_the_checkpoint_it_came_from(make):
     optimizer.load_state_dict(saved)
     optimizer.param_groups[0]["lr"].fill_(0.5)
     train(model, optimizer, 1)
-    assert same(saved, kept)
+    assert_same(saved, kept)
 
 
 def test_a_checkpoint_loaded_in_inference_mode_goes_on_outside_of_it():
@@ -372,9 +383,10 @@ def test_hooks_on_saving_hand_out_whatever_they_like(make):
     _, optimizer = trained(make)
     own = optimizer.state_dict()
     handles = [optimizer.register_state_dict_post_hook(lambda o, saved: {"format": 2, "optimizer": saved})]
-    assert optimizer.state_dict().keys() == {"format", "optimizer"} and same(optimizer.state_dict()["optimizer"], own)
+    assert optimizer.state_dict().keys() == {"format", "optimizer"}
+    assert_same(optimizer.state_dict()["optimizer"], own)
     handles.append(optimizer.register_state_dict_post_hook(lambda o, saved: {"groups": saved["optimizer"]}))
-    assert same(optimizer.state_dict(), {"groups": own})
+    assert_same(optimizer.state_dict(), {"groups": own})
     for handle in handles:
         handle.remove()
 

@@ -6,41 +6,26 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.comparing import assert_near
 
 import fusedopt
 from fusedopt.reference import ReferenceAdamW
-from perf import (
-    gate,
-    goals,
-    interpreted,
-    measure,
-    pictures,
-    providers,
-    report,
-    results,
-    roofline,
-    static_report,
-    traffic,
-    workloads,
-)
+from perf import gate, goals, measure, providers, report, results, static_report, traffic, workloads
 from perf.providers import Provider
 
 CPU = torch.device("cpu")
 SMOKE = workloads.get("smoke")
 
 
-def provider(make, reference="torch adamw", **kwargs):
-    return Provider("under test", "adamw", make, reference, **kwargs)
+def provider(make, **kwargs):
+    return Provider("under test", "adamw", make, like_torch=True, **kwargs)
 
 
 def loop(**changes):
-    options = dict(
-        lr=providers.LR, betas=providers.BETAS, eps=providers.EPS, weight_decay=providers.DECAY, foreach=False
-    )
-    return lambda params: torch.optim.AdamW(params, **{**options, **changes})
+    return lambda params: torch.optim.AdamW(params, **{**providers.ADAM, "foreach": False, **changes})
 
 
-DOCUMENTED = [goals, measure, pictures, providers, report, results, roofline, traffic, workloads]
+DOCUMENTED = [goals, measure, providers, report, results, traffic, workloads]
 
 
 @pytest.mark.parametrize("module", DOCUMENTED, ids=lambda module: module.__name__)
@@ -70,10 +55,10 @@ def test_workloads_are_the_models_they_are_named_after(name, tensors, params):
 
 
 def test_a_workload_gives_its_layout_and_dtype():
-    conv = workloads.get("resnet50").empty_like((8, 4, 3, 3), CPU)
+    conv = workloads.get("resnet50").empty((8, 4, 3, 3), CPU)
     assert conv.is_contiguous(memory_format=torch.channels_last)
-    assert workloads.get("llama2_7b").empty_like((2, 2), CPU).dtype == torch.bfloat16
-    assert workloads.get("gpt2:bfloat16").empty_like((2, 2), CPU).dtype == torch.bfloat16
+    assert workloads.get("llama2_7b").empty((2, 2), CPU).dtype == torch.bfloat16
+    assert workloads.get("gpt2:bfloat16").empty((2, 2), CPU).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", ["gpt3", "gpt2:bfloat17", "gpt2:nn"])
@@ -109,7 +94,7 @@ WRONG = {
     "a rate 1 % too high": loop(lr=1.01 * providers.LR),
     "eps in the other place": lambda params: ReferenceAdamW(params, lr=providers.LR, eps=1e-4, weight_decay=0.0),
     "no bias correction": lambda params: ReferenceAdamW(params, lr=providers.LR, correct_bias=False),
-    "the last element left out": lambda params: SkipsTheTail(params, lr=providers.LR, eps=providers.EPS),
+    "the last element left out": lambda params: SkipsTheTail(params, **providers.ADAM),
     "beta2 a little off": loop(betas=(0.9, 0.995)),
 }
 
@@ -136,19 +121,19 @@ def test_the_gate_sees_every_distinct_shape_of_a_workload():
 
 def test_gradients_are_new_tensors_at_new_addresses_at_every_step():
     problem = measure.Problem(SMOKE, CPU, sets=2)
-    problem.hand_out()
+    problem.set_grads()
     first = [p.grad for p in problem.params]
-    problem.hand_out()
+    problem.set_grads()
     assert all(p.grad is not g and p.grad.data_ptr() != g.data_ptr() for p, g in zip(problem.params, first))
 
 
 def test_a_clipped_gradient_has_its_norm_again_for_the_next_provider():
     problem = measure.Problem(SMOKE, CPU, sets=2)
-    problem.hand_out()
+    problem.set_grads()
     before = torch.nn.utils.clip_grad_norm_(problem.params, 1e-3)
-    problem.restore()
+    problem.restore_norm()
     after = torch.nn.utils.get_total_norm([p.grad for p in problem.params])
-    torch.testing.assert_close(after, before, rtol=1e-3, atol=0.0)
+    assert_near(after, before, rtol=1e-3, atol=0.0)
 
 
 def test_providers_take_turns_and_each_leads_a_round(monkeypatch):
@@ -159,13 +144,14 @@ def test_providers_take_turns_and_each_leads_a_round(monkeypatch):
         def step(self, closure=None):
             order.append(self.param_groups[0]["lr"])
 
-    monkeypatch.setattr(measure, "_gate", lambda *args: None)
+    monkeypatch.setattr(measure, "_gate", lambda *args: {"status": "measured"})
     monkeypatch.setattr(measure, "_cpu_facts", lambda *args: {})
     rows = [provider(lambda params, lr=lr: Noted(params, lr=lr)) for lr in (1.0, 2.0)]
     rows = [Provider(**{**vars(row), "name": str(i)}) for i, row in enumerate(rows)]
-    measure.compare(SMOKE, rows, CPU, seconds=0.05)
+    Noted([torch.zeros(1)], lr=0.0)  # the first optimizer of a process imports a compiler, which takes long
+    measure.compare(SMOKE, rows, CPU, seconds=0.5)
     turns = [lr for lr, before in zip(order, [None, *order]) if lr != before]
-    assert turns[:5] == [1.0, 2.0, 1.0, 2.0, 1.0] or turns[:3] == [1.0, 2.0, 1.0]
+    assert turns[:3] == [1.0, 2.0, 1.0]
     warm_up_and_first = order[: order.index(2.0)]
     assert len(warm_up_and_first) == 1 + measure.MIN_STEPS
 
@@ -175,35 +161,36 @@ def test_what_is_missing_or_fails_is_listed_with_its_reason():
         raise RuntimeError("no such device")
 
     rows = [
-        Provider("absent", "adamw", loop(), "torch adamw", needs=("no_such_package",)),
-        Provider("elsewhere", "adamw", loop(), "torch adamw", devices=("cuda",)),
-        Provider("fails", "adamw", refuses, "torch adamw"),
-        Provider("there", "adamw", loop(), "torch adamw"),
+        Provider("absent", "adamw", "no_such_package.AdamW"),
+        Provider("removed", "adamw", "torch.optim.NoSuchAdamW"),
+        Provider("elsewhere", "adamw", loop(), devices=("cuda",)),
+        Provider("fails", "adamw", refuses),
+        Provider("there", "adamw", "torch.optim.AdamW", providers.ADAM, like_torch=True),
     ]
     records = measure.compare(SMOKE, rows, CPU, seconds=0.0)
     assert [r["status"] for r in records] == [
         "missing: no_such_package is not there",
+        "missing: torch.optim.NoSuchAdamW is not there",
         "missing: does not run on cpu",
         "failed: RuntimeError: no such device",
         "measured",
     ]
-    table = report.table(records, None)
-    assert all(f"({row.name})" in table for row in rows[:3])
+    table = report.steps_table(records, None)
+    assert all(f"({row.name})" in table for row in rows[:4])
 
 
-@pytest.mark.parametrize(
-    ("need", "there"),
-    [
-        ("torch", True),
-        ("torch.optim.AdamW", True),
-        ("torch.optim.AdamW(fused)", True),
-        ("torch.optim.AdamW(warp)", False),
-        ("torch.optim.Nothing", False),
-        ("nothing.optim", False),
-    ],
-)
-def test_what_a_provider_needs(need, there):
-    assert providers.exists(need) == there
+def test_constants_hold_during_a_step_and_not_after_it():
+    constants = (("perf.gate", "BUDGET", 7),)
+    seen = []
+
+    class Notes(torch.optim.SGD):
+        def step(self, closure=None):
+            seen.append(gate.BUDGET)
+
+    step, _ = provider(Notes, constants=constants).start([torch.ones(1, requires_grad=True)])
+    before = gate.BUDGET
+    step()
+    assert (seen, gate.BUDGET) == ([7], before)
 
 
 class FakeCuda:
@@ -267,9 +254,7 @@ def test_a_captured_step_passes_the_gate_from_its_start(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", capture)
 
     def make(params):
-        optimizer = torch.optim.AdamW(
-            params, lr=providers.LR, betas=providers.BETAS, eps=providers.EPS, weight_decay=providers.DECAY
-        )
+        optimizer = torch.optim.AdamW(params, **providers.ADAM)
         Graph.step = staticmethod(optimizer.step)
         return optimizer
 
@@ -312,35 +297,26 @@ def test_temporaries_are_those_alive_at_once():
 
 
 @pytest.mark.parametrize(
-    ("rule", "dtype", "storage", "bytes_"),
+    ("rule", "dtype", "bytes_"),
     [
-        ("adamw", torch.float32, "native", 28),
-        ("adamw", torch.bfloat16, "native", 14),
-        ("adamw", torch.bfloat16, "stochastic", 14),
-        ("adamw", torch.bfloat16, "master", 26),
-        ("adamw, clipped", torch.float32, "native", 32),
-        ("adafactor", torch.float32, "native", 24),
-        ("adafactor", torch.bfloat16, "native", 12),
+        ("adamw", torch.float32, 28),
+        ("adamw", torch.bfloat16, 14),
+        ("adamw, clipped", torch.float32, 32),
+        ("adafactor", torch.float32, 24),
+        ("adafactor", torch.bfloat16, 12),
     ],
 )
-def test_the_roofline_of_every_update(rule, dtype, storage, bytes_):
-    assert roofline.floor(rule, dtype, storage).total == bytes_
-
-
-def test_the_roofline_of_no_update():
-    with pytest.raises(ValueError, match="no floor is known for the rule 'sgd'"):
-        roofline.floor("sgd", torch.float32)
+def test_the_roofline_of_every_update(rule, dtype, bytes_):
+    assert providers.RULES[rule].floor(dtype) == bytes_
 
 
 # What kernels move.
-
-COUNTABLE = [case for case in static_report.CASES if static_report.missing(case) is None]
 
 
 @pytest.mark.skipif(
     torch.cuda.is_available(), reason="counted in Triton's interpreter, which is off where there is a GPU"
 )
-@pytest.mark.parametrize("case", COUNTABLE, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", static_report.CASES, ids=lambda case: case.name)
 def test_a_kernel_moves_no_more_than_it_must(case):
     row = static_report.count(case)
     assert row["ok"], f"moves {row['moved']:.2f} bytes per parameter where {row['floor']} are enough: {row['bytes']}"
@@ -356,20 +332,14 @@ def test_a_step_that_goes_over_its_tensors_twice_is_caught():
             super().step()
             super().step()
 
-    books = interpreted.count(lambda params: Twice(params, backend="triton"), [(32, 16)], torch.float32)
-    assert [launch.kernel for launch in books.launches] == ["prologue", "update"] * 2
-    assert books.total("gradient") == (2 * 4 * 512, 0)
-    assert books.total("state") == (2 * 8 * 512, 2 * 8 * 512)
+    traced = traffic.trace(lambda params: Twice(params, backend="triton"), [(32, 16)], torch.float32)
+    assert traced.kernels == ["prologue", "update"] * 2
+    assert (traced.read["gradient"], traced.written["gradient"]) == (2 * 4 * 512, 0)
+    assert (traced.read["state"], traced.written["state"]) == (2 * 8 * 512, 2 * 8 * 512)
 
 
-def test_tables_of_the_static_report():
-    moved = {kind: [4.0, 4.0] for kind in interpreted.KINDS}
-    rows = [
-        {"case": "a", "launches": ["x"], "bytes": moved, "moved": 24.0, "floor": 12.0, "ok": False},
-        {"case": "b", "missing": "fusedopt.B is not there"},
-    ]
-    table = static_report.traffic_table(rows)
-    assert "MOVES TOO MUCH" in table
-    assert "missing: fusedopt.B is not there" in table
-    assert static_report.moved(rows, "a") == roofline.Traffic(12.0, 12.0)
-    assert static_report.moved(rows, "b") is None
+def test_a_kernel_that_moves_too_much_is_marked_in_the_table():
+    moved = {kind: [4.0, 4.0] for kind in static_report.OWNERS}
+    row = {"case": "a", "launches": ["x"], "bytes": moved, "moved": 24.0, "floor": 12.0, "ok": False}
+    assert "MOVES TOO MUCH" in static_report.traffic_table([row])
+    assert static_report.moved(row) == (12.0, 12.0)

@@ -6,24 +6,13 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
-from perf import (
-    bench,
-    evidence,
-    goals,
-    measure,
-    one_step,
-    pictures,
-    providers,
-    report,
-    results,
-    sweeps,
-    workloads,
-)
+from perf import bench, evidence, goals, measure, providers, report, results, workloads
 from perf.providers import Provider
 
 CPU = torch.device("cpu")
@@ -40,12 +29,12 @@ def step_record(name, times, **more):
 
 
 def outcome(goal, *records):
-    steps = {(r["workload"], r["rule"], r["provider"]): r for r in records if r["kind"] == "step"}
-    return goals._outcome(goal, steps, [r["bytes_per_second"] for r in records if r["kind"] == "copy"])
+    (result,) = goals.judge(records, "cpu", [goal])
+    return result
 
 
 def goal(limit, kind="speedup", theirs="torch fused", clock="step"):
-    return goals.Goal("cpu", "gpt_50m", "adamw", "fusedopt", theirs, limit, kind, clock)
+    return goals.Goal("cpu", "gpt_50m", "adamw", theirs, limit, kind, clock)
 
 
 OURS = step_record("fusedopt", [10.0, 20.0, 30.0, 10.0, 20.0])
@@ -76,7 +65,7 @@ def test_rounds_that_one_sat_out_are_not_compared():
 
 
 def test_who_is_slow_takes_part_more_rarely(monkeypatch):
-    monkeypatch.setattr(measure, "_gate", lambda *args: None)
+    monkeypatch.setattr(measure, "_gate", lambda *args: {"status": "measured"})
     monkeypatch.setattr(measure, "_cpu_facts", lambda *args: {})
     monkeypatch.setattr(measure, "ROUND_SECONDS", 0.0)
 
@@ -91,7 +80,7 @@ def test_who_is_slow_takes_part_more_rarely(monkeypatch):
         return measure.Sample(milliseconds, milliseconds)
 
     Fast([torch.zeros(1)])  # the first optimizer of a process imports a compiler, which takes longer than the rounds
-    rows = [Provider(make.__name__, "adamw", make, "torch adamw") for make in (Fast, Slow)]
+    rows = [Provider(make.__name__, "adamw", make) for make in (Fast, Slow)]
     fast, slow = measure.compare(SMOKE, rows, CPU, seconds=0.5, clock=clock)
     assert None not in fast["rounds_ms"]
     present = [i for i, ms in enumerate(slow["rounds_ms"]) if ms is not None]
@@ -137,16 +126,16 @@ def test_every_goal_is_in_a_plan_of_its_device():
         "cuda": [c for name in bench.PLANS if name.startswith("cuda") for c in bench.PLANS[name]],
     }
     for g in goals.GOALS:
-        contests = [c for c in plans[g.device] if (c.workload, c.rule) == (g.workload, g.rule)]
-        assert contests, g
-        assert any(c.names is None or {g.ours, g.theirs} - {"copy"} <= set(c.names) for c in contests), g
+        compared = [c for c in plans[g.device] if (c.workload, c.rule) == (g.workload, g.rule)]
+        assert compared, g
+        assert any(c.names is None or {g.ours, g.theirs} - {"copy"} <= set(c.names) for c in compared), g
 
 
 @pytest.mark.parametrize("plan", bench.PLANS)
 def test_plans_name_what_exists(plan):
-    for contest in bench.PLANS[plan]:
-        workloads.get(contest.workload)
-        providers.of(contest.rule, list(contest.names) if contest.names else None)
+    for comparison in bench.PLANS[plan]:
+        workloads.get(comparison.workload)
+        assert comparison.providers()
 
 
 # The commands.
@@ -168,7 +157,7 @@ def test_the_benchmark_writes_what_it_prints(tmp_path, capsys, monkeypatch):
     assert steps[0]["error"] <= steps[0]["error_allowed"]
     assert "missing: does not run on cpu (torch fused, captured)" in printed
     assert "roofline:" in printed
-    pictures.steps([head, *records]).savefig(tmp_path / "bars.png")
+    report.steps_picture([head, *records]).savefig(tmp_path / "bars.png")
     assert "| fusedopt |" in report.text([head, *records], markdown=True)
 
 
@@ -180,10 +169,9 @@ def test_the_benchmark_refuses_what_it_does_not_know(arguments, capsys):
     assert "must be one of" in capsys.readouterr().err
 
 
-def test_one_step_for_a_profiler(capsys, monkeypatch):
-    monkeypatch.setattr(providers, "BACKEND", "auto")
-    assert one_step.main(["smoke", "adamw"]) == 0
-    assert "finite" in capsys.readouterr().out
+def test_one_step_for_a_profiler(capsys):
+    assert bench.main(["--once", "--workloads", "smoke", "--device", "cpu"]) == 0
+    assert "fusedopt, adamw, smoke on cpu: finite" in capsys.readouterr().out
 
 
 def test_results_survive_a_line_that_was_cut_off(tmp_path):
@@ -199,27 +187,31 @@ def test_committed_results_can_be_shown():
         assert report.text(rows)
 
 
-@pytest.mark.parametrize("sweep", sweeps.SWEEPS, ids=lambda sweep: sweep.name)
+SWEEPS = {c.title: c for c in bench.PLANS["sweeps"]}
+
+
+@pytest.mark.parametrize("sweep", SWEEPS.values(), ids=SWEEPS)
 def test_sweeps_turn_knobs_that_exist(sweep, monkeypatch):
     monkeypatch.setattr(providers, "BACKEND", "auto" if torch.cuda.is_available() else "triton")
-    for knob in sweep.knobs:  # puts them back after the test
-        monkeypatch.setattr(f"{knob.module}.{knob.name}", knob.all_values()[0])
-    rows = sweeps.configurations(sweep)
+    rows = sweep.providers()
     assert len({row.name for row in rows}) == len(rows) > 1
+    own = [getattr(import_module(module), name) for module, name, _ in sweep.sweep]
+    assert [value for _, _, value in rows[0].constants] == own, "the code as it stands comes first"
     p = torch.ones(33, 17, requires_grad=True)
     p.grad = torch.ones_like(p)
     step, _ = replace(rows[-1], mode="eager").start([p])
     step()
     assert (p < 1).all()
-    assert [knob.all_values()[0] for knob in sweep.knobs] == [value for _, _, value in rows[-1].knobs]
+    assert [getattr(import_module(module), name) for module, name, _ in sweep.sweep] == own
 
 
-def test_a_sweep_leaves_the_constants_as_they_were(monkeypatch):
-    monkeypatch.setattr(measure, "compare", lambda *args: args[1][-1].start([torch.ones(2, requires_grad=True)]) and [])
-    (sweep, *_) = sweeps.SWEEPS
-    before = [knob.all_values()[0] for knob in sweep.knobs]
-    sweeps.run(sweep, CPU, 0.0)
-    assert [knob.all_values()[0] for knob in sweep.knobs] == before
+def test_a_sweep_is_a_comparison_of_its_own_in_the_report(capsys, monkeypatch):
+    monkeypatch.setattr(measure, "ROUND_SECONDS", 0.0)
+    records = []
+    bench.run(bench.PLANS["smoke-sweeps"], CPU, 0.0, records)
+    ((workload, title),) = report.comparisons(records)
+    assert (workload, title) == ("smoke", "adamw x BLOCK")
+    assert "BLOCK=1024" in capsys.readouterr().out
 
 
 def test_evidence_goes_on_after_a_fault_and_ends_in_time(tmp_path, capsys):
@@ -229,9 +221,9 @@ def test_evidence_goes_on_after_a_fault_and_ends_in_time(tmp_path, capsys):
     )
     parts = [
         evidence.Part("works", "echo measured > {out}/first", 10, enough=0),
-        evidence.Part("faults", "exit 3", 10, enough=0),
+        evidence.Part("faults", "sh -c 'exit 3'", 10, enough=0),
         evidence.Part("hangs", f"{{python}} {script}", 0.5, enough=0),
-        evidence.Part("needs a tool", "no-such-tool", 10, "no-such-tool", enough=0),
+        evidence.Part("needs a tool", "no-such-tool {python}", 10, enough=0),
         evidence.Part("too late", "echo", 10, enough=1e6),
     ]
     start = time.monotonic()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from schedule_cases import CLOSED_FORMS, EVERY_NAME, METRIC_DRIVEN, advance, by_name, sgd
+from helpers.schedules import CLOSED_FORMS, EVERY_NAME, METRIC_DRIVEN, advance, by_name, sgd
 
 from fusedopt import schedules
 from fusedopt.curves import example_metric
@@ -477,7 +477,7 @@ def test_other_formats(tmp_path: Path) -> None:
         (["cosine", "--verify", "--set", "num_warmup_steps=5"], "give num_warmup_steps as --warmup-steps"),
         (["greedy", "--set", "factor=abc"], "factor must be a number, got 'abc'"),
         (["greedy", "--set", "factor=nan"], "factor must be a number, got nan"),
-        (["greedy", "--set", "factor=0"], "division by zero"),
+        (["greedy", "--set", "factor=0"], "factor must be > 0, got 0"),
         (["linear", "--warmup-steps", "-3"], "--warmup-steps must be >= 0, got -3"),
         (["linear", "--training-steps", "nan"], "--training-steps must be a finite number, got nan"),
         (["linear", "--lr", "-1"], "--lr must be finite and >= 0, got -1"),

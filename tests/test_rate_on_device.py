@@ -6,9 +6,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from keras_cases import BACKENDS, device_of, parameter, step
-from schedule_cases import CLOSED_FORMS
-from test_capture import capture  # noqa: F401  (a fixture)
+from helpers.comparing import assert_near, assert_same
+from helpers.keras import BACKENDS, device_of, parameter, step
+from helpers.schedules import CLOSED_FORMS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedopt import create_optimizer, register_step_in_backward
@@ -118,8 +118,7 @@ def test_a_skipped_step_does_not_move_the_schedule_on(backend, skip_nonfinite):
     for number in range(len(FOUND)):
         scaled_step(optimizer, number)
     by_hand(expected, backend)
-    for p, q in zip(values(ours), values(expected)):
-        torch.testing.assert_close(p, q, rtol=1e-6, atol=0.0)
+    assert_near(values(ours), values(expected), rtol=1e-6, atol=0.0)
     assert optimizer.iterations == FOUND.count(0.0) == 4
     assert recorder.rates[:, 0].tolist() == pytest.approx([RATE(n) for n in (0, 0, 1, 2, 2, 2, 3)], rel=1e-13)
     assert [group["iterations"] for group in optimizer.param_groups] == [4, 4]
@@ -214,8 +213,7 @@ def test_a_run_goes_on_after_a_skipped_step(how, backend):
         other.load_state_dict(saved)
     for number in range(4, len(FOUND)):
         scaled_step(other, number)
-    for p, q in zip(values(other.param_groups), values(expected)):
-        torch.testing.assert_close(p, q, rtol=1e-6, atol=0.0)
+    assert_near(values(other.param_groups), values(expected), rtol=1e-6, atol=0.0)
     assert other.iterations == 4 and optimizer.iterations == 2
 
 
@@ -235,7 +233,8 @@ def test_a_second_hand_on_a_rate_on_the_device_is_refused(hand, backend):
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 0.5)
     with pytest.raises(ValueError, match="by a torch scheduler or by hand, but learning_rate is a function"):
         scaled_step(optimizer, 5)
-    assert torch.equal(p, before) and optimizer.iterations == 2
+    assert_same(p, before)
+    assert optimizer.iterations == 2
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -271,8 +270,7 @@ def test_a_step_in_backward_uses_the_rate_of_the_applied_steps(backend):
             one(torch.ones(2, 3, device=device)).square().sum().backward()
             own.step()
             own.zero_grad()
-    for p, q in zip(model.parameters(), other.parameters()):
-        torch.testing.assert_close(p, q, rtol=1e-6, atol=0.0)
+    assert_near(model, other, rtol=1e-6, atol=0.0)
     assert optimizer.iterations == expected.iterations == 4
     assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(RATE(3), rel=1e-13)
 
@@ -314,13 +312,13 @@ class Recorded(TorchDispatchMode):
 
 
 @contextmanager
-def captured(capture):  # noqa: F811
+def captured(capture):
     with capture() as graph, Recorded(graph):
         yield graph
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU")
-def test_a_captured_schedule_goes_on_with_every_replay_that_counts(capture):  # noqa: F811
+def test_a_captured_schedule_goes_on_with_every_replay_that_counts(capture):
     """And with the steps between replays; a step that a GradScaler's overflow skips does not count."""
     ours, expected = [parameter(1.0, -2.0, 3.0)], [parameter(1.0, -2.0, 3.0)]
     optimizer = AdamWeightDecay(ours, RATE, backend="triton", **OPTIONS)
@@ -346,13 +344,13 @@ def test_a_captured_schedule_goes_on_with_every_replay_that_counts(capture):  # 
             graph.replay()
         take(eager, expected[0], static.clone())
         rates.append(float(optimizer.param_groups[0]["lr"]))
-        torch.testing.assert_close(ours[0], expected[0], rtol=1e-6, atol=0.0)
+        assert_near(ours[0], expected[0], rtol=1e-6, atol=0.0)
     assert rates == pytest.approx([RATE(n) for n in (1, 2, 3, 3, 4)], rel=1e-13)
     assert optimizer.iterations == eager.iterations == 5
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU")
-def test_a_capture_before_the_first_step_is_refused(capture):  # noqa: F811
+def test_a_capture_before_the_first_step_is_refused(capture):
     p = parameter()
     optimizer = AdamWeightDecay([p], RATE, backend="triton")
     optimizer.init_state()

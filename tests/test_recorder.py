@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from schedule_cases import CLOSED_FORMS, advance, by_name, sgd
+from helpers.schedules import CLOSED_FORMS, NoReading, advance, by_name, sgd
 
 from fusedopt import schedules
 from fusedopt.recorder import LRRecorder
@@ -244,8 +244,6 @@ def test_a_function_per_param_group() -> None:
 
 
 def test_tensors_are_not_read_before_the_rates_are_asked_for() -> None:
-    from test_scheduler_runs import NoReading
-
     optimizer = two_groups(as_tensor=True)
     scheduler = linear(optimizer)
     with NoReading():

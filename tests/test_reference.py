@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from golden_cases import assert_close, cases, replay
-from keras_cases import STATE_64, TOLERANCES, keras_cases
+from helpers.golden import assert_close, cases, replay
+from helpers.keras import STATE_64, TOLERANCES, keras_cases
 
 from fusedopt.reference import ReferenceAdafactor, ReferenceAdamW, ReferenceAdamWeightDecay
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from schedule_cases import CLOSED_FORMS, EVERY_NAME, METRIC_DRIVEN, advance, by_name, rates, sgd
-from test_scheduler_runs import through_a_file
+from helpers.files import through_a_file
+from helpers.schedules import CLOSED_FORMS, EVERY_NAME, METRIC_DRIVEN, advance, by_name, rates, sgd
 from torch.optim.lr_scheduler import LambdaLR, StepLR
 
 from fusedopt import Adafactor, AdafactorSchedule, AdamWeightDecay, WarmUp, create_optimizer, get_scheduler, schedules

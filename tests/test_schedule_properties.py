@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers.schedules import sgd
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from schedule_cases import sgd
 
 from fusedopt import schedules
 from fusedopt.schedules import example_arguments, get_scheduler, needs_metric
@@ -107,7 +108,7 @@ def test_peaks_after_the_warm_up_and_ends_where_its_parameters_say(
     changes: dict[str, Any] = {"num_warmup_steps": warm_up, "num_training_steps": warm_up + decay}
     if schedule.name == "warmup_stable_decay":
         changes |= {"num_decay_steps": decay, "num_stable_steps": None}
-    arguments = {name: changes.get(name, value) for name, value in vars(schedule).items()}
+    arguments = {name: changes.get(name, value) for name, value in asdict(schedule).items()}
     schedule = type(schedule)(**arguments)
     end = getattr(schedule, "num_training_steps", None)
     if schedule.name == "cosine_warmup_with_min_lr":  # one step further on
@@ -120,7 +121,10 @@ def test_peaks_after_the_warm_up_and_ends_where_its_parameters_say(
 
 
 BAD = {
-    "unknown name": (lambda o: get_scheduler("lineal", o, 1, 2), "'lineal'; choose one of linear, cosine, .*greedy"),
+    "unknown name": (
+        lambda o: get_scheduler("lineal", o, 1, 2),
+        "'lineal', did you mean 'linear'. choose one of linear, cosine, .*greedy",
+    ),
     "no name": (lambda o: get_scheduler(None, o, 1, 2), "None; choose one of"),  # type: ignore[arg-type]
     "no warm-up": (lambda o: get_scheduler("linear", o, None, 10), "needs num_warmup_steps; give it"),
     "no total": (lambda o: get_scheduler("linear", o, 1), "needs num_training_steps; give"),

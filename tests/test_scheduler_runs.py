@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import io
 from typing import Any
 
 import pytest
 import torch
-from schedule_cases import CLOSED_FORMS, EVERY_NAME, RTOL, advance, by_name, rates, sgd
-from torch.utils._python_dispatch import TorchDispatchMode
+from helpers.comparing import assert_near
+from helpers.files import through_a_file
+from helpers.schedules import CLOSED_FORMS, EVERY_NAME, RTOL, NoReading, advance, by_name, rates, sgd
 
 from fusedopt import AdamW, schedules
 from fusedopt.recorder import LRRecorder
@@ -66,13 +66,6 @@ def test_our_own_optimizer_with_a_tensor_rate() -> None:
         scheduler.step()
     assert optimizer.param_groups[0]["lr"] is lr
     assert verify_schedule(recorder, scheduler).ok and len(recorder) == 6
-
-
-def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @pytest.mark.parametrize("as_tensor", [False, True], ids=["float_lr", "tensor_lr"])
@@ -141,15 +134,6 @@ def test_resume_with_last_epoch(name: str, last_epoch: int) -> None:
         factor = CLOSED_FORMS[name](step)
         assert rates(optimizer) == pytest.approx([0.1 * factor, 0.02 * factor], rel=RTOL, abs=0)
         advance(scheduler)
-
-
-class NoReading(TorchDispatchMode):
-    """Fails on whatever copies a tensor's value to the host: item(), float(), bool(), tolist(), to(device)."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func is not torch.ops.aten._local_scalar_dense.default, "a tensor was read"
-        assert func is not torch.ops.aten._to_copy.default or "device" not in (kwargs or {}), "a tensor was moved"
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -239,5 +223,5 @@ def test_a_captured_step_follows_the_schedule(name: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
     # Constant gradients: every step of AdamW moves each weight by the learning rate.
     steps = torch.stack(moved[:-1]) - torch.stack(moved[1:])
-    torch.testing.assert_close(steps[:, 0], torch.stack(expected), rtol=1e-3, atol=1e-6)
+    assert_near(steps[:, 0], torch.stack(expected), rtol=1e-3, atol=1e-6)
     assert optimizer.param_groups[0]["lr"] is lr

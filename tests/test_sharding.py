@@ -7,8 +7,9 @@ import pytest
 import sharded_on_four_processes as four
 import torch
 from filelock import FileLock
-from loop_cases import Net, same, sharded, train, whole
-from processes import run_together
+from helpers.comparing import assert_near, assert_same
+from helpers.loops import Net, sharded, train, whole
+from helpers.processes import run_together
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.tensor import DTensor, Partial
 
@@ -36,9 +37,9 @@ def test_four_processes_have_the_numbers_of_one(results, name, layout, backend):
     for result in (each[name, layout, backend] for each in results):
         assert result["skipped_steps"] == expected["skipped_steps"]
         for key in ("params", "states", "grad_norm"):
-            torch.testing.assert_close(result[key], expected[key], rtol=1e-5, atol=1e-6, equal_nan=True)
+            assert_near(result[key], expected[key], rtol=1e-5, atol=1e-6, equal_nan=True)
         # To the bit, also where each process has worked it out by itself.
-        assert same([result["params"], result["states"]], [results[0][name, layout, backend][k] for k in FINAL])
+        assert_same([result["params"], result["states"]], [results[0][name, layout, backend][k] for k in FINAL])
 
 
 @pytest.mark.parametrize("backend", four.BACKENDS)
@@ -63,9 +64,9 @@ def test_a_sharded_model_trains_saves_and_resumes(results, how, name):
     assert ("_StridedShard" in results[0][how, name]["placements"]) == (how != "fully_shard")
     for rank, result in enumerate(each[how, name] for each in results):
         if rank == 0:  # where torch gathers it
-            torch.testing.assert_close(result["saved"]["optimizer"]["state"], saved, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(result["params"], [p.detach() for p in model.parameters()], rtol=1e-4, atol=1e-5)
-        assert same(result["resumed"], result["params"])
+            assert_near(result["saved"]["optimizer"]["state"], saved, rtol=1e-4, atol=1e-6)
+        assert_near(result["params"], [p.detach() for p in model.parameters()], rtol=1e-4, atol=1e-5)
+        assert_same(result["resumed"], result["params"])
 
 
 @pytest.mark.parametrize("backend", four.BACKENDS)
@@ -76,8 +77,7 @@ def test_a_sharded_model_trains_like_a_whole_one(backend, convention):
     with sharded(Net()) as model:
         optimizer = AdamW(model.parameters(), lr=0.1, convention=convention, backend=backend)
         train(model, optimizer, 3)
-        for p, q in zip(whole(model), plain.parameters()):
-            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+        assert_near(whole(model), list(plain.parameters()), rtol=1e-5, atol=1e-6)
         assert {state["step"].item() for state in optimizer.state.values()} <= {1.0, 2.0, 3.0}
         assert all(hasattr(state["exp_avg"], "placements") for state in optimizer.state.values())
 
@@ -87,7 +87,7 @@ def test_a_checkpoint_of_whole_tensors_loads_into_a_sharded_optimizer(results, l
     params = [torch.nn.Parameter(t) for t in four.tensors(0)]
     optimizer = four.run("Adafactor-beta1", params, lambda g: g, "eager")
     for loaded, placements in (each["loaded", layout] for each in results):
-        assert same(loaded, [optimizer.state[p] for p in params])
+        assert_same(loaded, [optimizer.state[p] for p in params])
         assert placements == results[0]["Adafactor-beta1", layout, "eager"]["placements"]
 
 
@@ -119,7 +119,7 @@ def test_states_of_another_dtype_go_on(backend):
         for p, q in zip(model.parameters(), plain.parameters()):
             state = optimizer.state[p]["exp_avg"]
             assert state.dtype == other.state[q]["exp_avg"].dtype and state.placements == p.placements
-            torch.testing.assert_close(p.full_tensor(), q, rtol=1e-5, atol=1e-6)
+            assert_near(p.full_tensor(), q, rtol=1e-5, atol=1e-6)
 
 
 def test_scaled_gradients_of_shards():
@@ -128,20 +128,20 @@ def test_scaled_gradients_of_shards():
         before = [p.clone() for p in whole(model)]
         AdamW(params, lr=0.1).apply_gradients([(torch.ones_like(p), p) for p in params], scale=0.5)
         for p, q in zip(whole(model), before):
-            torch.testing.assert_close(p, q - 0.1, rtol=1e-4, atol=1e-5)
+            assert_near(p, q - 0.1, rtol=1e-4, atol=1e-5)
 
 
 def test_what_an_overflow_in_one_process_stops_in_all(results):
     """Whatever meshes the gradients are on: processes that go on would wait for the others for ever."""
     for result in (each["overflow in the last process"] for each in results):
         for name, (before, after) in result.items():
-            assert same(before, after), name
+            assert_same(before, after, name)
 
 
 def test_states_of_another_layout_are_laid_out_anew(results):
     for result in (each["from one layout to another"] for each in results):
         for names, (loaded, expected, placements, expected_placements) in result.items():
-            assert same(loaded, expected), names
+            assert_same(loaded, expected, names)
             assert placements == expected_placements, names
 
 

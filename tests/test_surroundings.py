@@ -7,35 +7,34 @@ import threading
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.comparing import assert_same
+from helpers.optimizers import OPTIMIZERS, VARIANTS
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusedopt
 import fusedopt_kernels
-from fusedopt import Adafactor, AdamW, AdamWeightDecay, GradientAccumulator
+from fusedopt import Adafactor, AdamW, GradientAccumulator
 from fusedopt.backends import scratch
 from fusedopt.backends.triton import capture
 from fusedopt.in_backward import register_step_in_backward
 from fusedopt.metric_schedules import ReduceLROnPlateau
 from fusedopt.schedules import SchedulerType, example_arguments, get_scheduler
 
-OPTIMIZERS: dict[str, Callable[..., Any]] = {
-    "AdamW": lambda params, **options: AdamW(params, **{"lr": 0.1, **options}),
-    "AdamW guarded": lambda params, **options: AdamW(
-        params, **{"lr": 0.1, "amsgrad": True, "max_grad_norm": 0.5, "skip_nonfinite": True, **options}
-    ),
-    "Adafactor": lambda params, **options: Adafactor(params, beta1=0.9, **options),
-    "Adafactor guarded": lambda params, **options: Adafactor(params, max_grad_norm=0.5, skip_nonfinite=True, **options),
-    "AdamWeightDecay": lambda params, **options: AdamWeightDecay(
-        params, options.pop("lr", 0.1), clipnorm=0.5, decay=0.1, weight_decay_rate=0.1, **options
-    ),
+GUARD = {"max_grad_norm": 0.5, "skip_nonfinite": True}
+MAKE: dict[str, Callable[..., Any]] = {
+    **OPTIMIZERS,
+    "AdamW guarded": partial(OPTIMIZERS["AdamW"], amsgrad=True, **GUARD),
+    "Adafactor guarded": partial(OPTIMIZERS["Adafactor"], **GUARD),
+    **{name: VARIANTS[name] for name in ("AdamWeightDecay-clipnorm", "Adafactor-lr-beta1")},
 }
-every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+every_optimizer = pytest.mark.parametrize("name", MAKE)
 both_backends = pytest.mark.parametrize("backend", ["eager", "triton"])
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = ((4, 3), (7,), (190, 200), (2, 3, 5), (), (0, 3))
@@ -60,16 +59,6 @@ def step(optimizer: Any, number: int, dtype: torch.dtype = torch.float32) -> Non
 def outcome(optimizer: Any) -> list[Tensor]:
     params = [p.detach() for group in optimizer.param_groups for p in group["params"]]
     return params + [t for state in optimizer.state.values() for t in state.values()]
-
-
-def assert_same(got: Any, expected: Any) -> None:
-    assert len(got) == len(expected) > 0
-    for one, other in zip(got, expected):
-        if isinstance(other, Tensor):
-            assert (one.device, one.dtype) == (other.device, other.dtype)
-            assert torch.equal(one, other)
-        else:
-            assert one == other
 
 
 def in_a_thread(work: Callable[[], Any]) -> Any:
@@ -159,11 +148,11 @@ every_foreign_default = pytest.mark.parametrize(
 
 
 def steps_and_checkpoint(name: str, backend: str) -> list[Any]:
-    optimizer = OPTIMIZERS[name](parameters(), backend=backend)
+    optimizer = MAKE[name](parameters(), backend=backend)
     step(optimizer, 1)
     saved = copy.deepcopy(optimizer.state_dict())
     optimizer.load_state_dict(saved)
-    resumed = OPTIMIZERS[name](parameters(), backend=backend)
+    resumed = MAKE[name](parameters(), backend=backend)
     resumed.load_state_dict(saved)
     (group,) = optimizer.param_groups
     optimizer.apply_gradients([(drawn(9, tuple(p.shape)), p) for p in group["params"]], scale=0.5)
@@ -184,7 +173,7 @@ def steps_in_backward(name: str, backend: str) -> list[Any]:
     with torch.no_grad():
         model.weight.copy_(drawn(0, (4, 6)))
         model.bias.copy_(drawn(1, (4,)))
-    optimizer = OPTIMIZERS[name](model.parameters(), backend=backend)
+    optimizer = MAKE[name](model.parameters(), backend=backend)
     register_step_in_backward(optimizer, model)
     for seed in (2, 3):
         model(drawn(seed, (3, 6))).square().sum().backward()
@@ -247,7 +236,7 @@ def pictures() -> list[Any]:
 
 
 ENTRIES: dict[str, Callable[[], list[Any]]] = {
-    **{f"{n}, {b}": lambda n=n, b=b: steps_and_checkpoint(n, b) for n in OPTIMIZERS for b in ("eager", "triton")},
+    **{f"{n}, {b}": lambda n=n, b=b: steps_and_checkpoint(n, b) for n in MAKE for b in ("eager", "triton")},
     **{
         f"{n} in backward, {b}": lambda n=n, b=b: steps_in_backward(n, b)
         for n in ("AdamW", "Adafactor")
@@ -314,7 +303,7 @@ def reachable(*roots: Any) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_steps_in_inference_mode_and_outside_of_it_follow_each_other(name, backend, dtype):
     def run(modes: list[bool]) -> list[Tensor]:
-        optimizer = OPTIMIZERS[name](parameters(dtype), backend=backend)
+        optimizer = MAKE[name](parameters(dtype), backend=backend)
         for number, mode in enumerate(modes):
             with torch.inference_mode(mode):
                 step(optimizer, number, dtype)
@@ -350,9 +339,9 @@ def test_a_state_loaded_in_inference_mode_can_be_updated_outside_of_it(backend):
 @both_backends
 def test_parameters_made_in_inference_mode_are_updated_there_and_refused_elsewhere(name, backend):
     with torch.inference_mode():
-        optimizer = OPTIMIZERS[name](parameters(), backend=backend)
+        optimizer = MAKE[name](parameters(), backend=backend)
         step(optimizer, 1)
-    expected = OPTIMIZERS[name](parameters(), backend=backend)
+    expected = MAKE[name](parameters(), backend=backend)
     step(expected, 1)
     assert_same(outcome(optimizer), outcome(expected))
     for _ in range(2):
@@ -402,7 +391,7 @@ def test_a_launch_table_that_could_not_be_copied_is_copied_at_the_next_step():
 def test_lazy_layers_train_from_their_first_forward_pass_on_and_are_left_alone_before(name, backend):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.LazyLinear(3), torch.nn.Linear(5, 2)).to(DEVICE)
-    optimizer = OPTIMIZERS[name](model.parameters(), backend=backend)
+    optimizer = MAKE[name](model.parameters(), backend=backend)
     with pytest.raises(RuntimeError, match="forward pass"):
         optimizer.init_state()
     lazy, other = model[0], model[1]
@@ -434,12 +423,12 @@ def test_a_checkpoint_for_a_lazy_layer_is_refused_until_its_shape_is_known():
 @pytest.mark.parametrize("kind", ["meta", "fake"])
 def test_a_step_without_data_makes_the_state_and_nothing_else(name, backend, kind):
     options = {"device": "meta"} if kind == "meta" else {}
-    expected = OPTIMIZERS[name](torch.nn.Linear(4, 3).parameters(), backend=backend)
+    expected = MAKE[name](torch.nn.Linear(4, 3).parameters(), backend=backend)
     expected.init_state()
     shapes = [{k: (t.shape, t.dtype) for k, t in state.items()} for state in expected.state.values()]
     with FakeTensorMode() if kind == "fake" else torch.device("cpu"):
         model = torch.nn.Linear(4, 3, **options)
-        optimizer = OPTIMIZERS[name](model.parameters(), backend=backend)
+        optimizer = MAKE[name](model.parameters(), backend=backend)
         for _ in range(2):
             model(torch.ones(2, 4, **options)).sum().backward()
             optimizer.step()
@@ -451,8 +440,8 @@ def test_a_step_without_data_makes_the_state_and_nothing_else(name, backend, kin
 @both_backends
 def test_parameters_beside_one_on_meta_are_updated(name, backend):
     beside = torch.nn.Parameter(torch.empty(3, 4, device="meta"))
-    optimizer = OPTIMIZERS[name]([beside, *parameters()], backend=backend)
-    expected = OPTIMIZERS[name](parameters(), backend=backend)
+    optimizer = MAKE[name]([beside, *parameters()], backend=backend)
+    expected = MAKE[name](parameters(), backend=backend)
     for number in (1, 2):
         for seed, (p, q) in enumerate(zip(optimizer.param_groups[0]["params"][1:], expected.param_groups[0]["params"])):
             p.grad, q.grad = drawn(seed + number, tuple(p.shape)), drawn(seed + number, tuple(p.shape))
@@ -470,13 +459,14 @@ LR_DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 @pytest.mark.parametrize("dtype", LR_DTYPES, ids=str)
 @both_backends
-@pytest.mark.parametrize("name", ["AdamW", "Adafactor", "AdamWeightDecay"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_rate_in_a_tensor_is_the_number_that_it_holds_whatever_its_dtype(name, backend, dtype):
     lr = torch.tensor(3e-3, dtype=dtype)
-    options = {"relative_step": False, "weight_decay": 0.3} if name == "Adafactor" else {}
+    row = OPTIMIZERS[name]
+    options = {"relative_step": False} if row.cls is Adafactor else {}
     updated = []
     for rate in (lr, lr.item()):
-        optimizer = OPTIMIZERS[name](parameters(), lr=rate, backend=backend, **options)
+        optimizer = row(parameters(), **{row.rate: rate}, backend=backend, **options)
         for number in range(3):
             step(optimizer, number)
         shown = [optimizer.effective_lr(p) for p in optimizer.param_groups[0]["params"]] if options else []

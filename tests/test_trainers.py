@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from loop_cases import OPTIMIZERS, Net, rate_of_the_step, same, same_weights
+from helpers.comparing import assert_near, assert_same, same
+from helpers.loops import Net
+from helpers.optimizers import VARIANTS
 
 from fusedopt import (
     Adafactor,
@@ -60,7 +62,8 @@ def test_plain_pytorch(example, capsys):
     model, losses = main(["--save-every", "15"])
     assert losses[-1] < losses[0] / 5
     resumed, same_losses = main(["--resume", "runs/plain/step_15.pt"])
-    assert same_weights(model, resumed) and losses == same_losses
+    assert_same(model, resumed)
+    assert losses == same_losses
     assert capsys.readouterr().out.count("in 40 steps") == 2
 
 
@@ -75,7 +78,7 @@ def test_transformers_trainer(example, optimizer):
     losses = [entry["loss"] for entry in history if "loss" in entry]
     assert losses[-1] < losses[0] - 0.2
     resumed, _ = trainer_run(example, "--optimizer", optimizer, "--resume", "runs/trainer/checkpoint-15")
-    assert same_weights(model, resumed)
+    assert_same(model, resumed)
 
 
 def counting_trainer(example, folder, model=None, **options):
@@ -125,8 +128,8 @@ def test_optimizer_cls_and_kwargs(example, tmp_path, cls, options):
     assert type(optimizer) is cls and [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
     resumed = counting_trainer(example, tmp_path, optimizer_cls_and_kwargs=(cls, dict(options)))
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert same_weights(trainer.model, resumed.model)
-    assert same(optimizer.state_dict(), resumed.optimizer.optimizer.state_dict())
+    assert_same(trainer.model, resumed.model)
+    assert_same(optimizer.state_dict(), resumed.optimizer.optimizer.state_dict())
 
 
 def test_our_adamw_is_the_trainers_own(example, tmp_path):
@@ -136,8 +139,7 @@ def test_our_adamw_is_the_trainers_own(example, tmp_path):
     ours.train()
     theirs = counting_trainer(example, tmp_path)
     theirs.train()
-    for p, q in zip(ours.model.parameters(), theirs.model.parameters()):
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)  # six steps of 0.01; Adam's first ones amplify
+    assert_near(ours.model, theirs.model, rtol=1e-4, atol=1e-5)  # six steps of 0.01; Adam's first ones amplify
 
 
 def test_a_step_in_backward_in_the_transformers_trainer(example, tmp_path):
@@ -153,8 +155,8 @@ def test_a_step_in_backward_in_the_transformers_trainer(example, tmp_path):
         optimizers = (optimizer, scheduler)
         counting_trainer(example, tmp_path, model, optimizers=optimizers, settings={"max_grad_norm": 0.0}).train()
         runs.append((model, optimizer))
-    assert same_weights(runs[0][0], runs[1][0])
-    assert same(runs[0][1].state_dict(), runs[1][1].state_dict())
+    assert_same(runs[0][0], runs[1][0])
+    assert_same(runs[0][1].state_dict(), runs[1][1].state_dict())
 
 
 def test_accumulation_with_a_step_in_backward_is_refused_in_the_transformers_trainer(example, tmp_path):
@@ -178,12 +180,12 @@ def loss_of(model, x):
     return model(x).square().mean()
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_accelerate_does_what_a_plain_loop_does(name):
     """Two micro-batches per step, clipped by their common norm."""
     accelerate = pytest.importorskip("accelerate")
     plain = Net()
-    optimizer = OPTIMIZERS[name](plain)
+    optimizer = VARIANTS[name](plain)
     for pair in batches(6).split(2):
         for x in pair:
             (loss_of(plain, x) / 2).backward()
@@ -193,7 +195,7 @@ def test_accelerate_does_what_a_plain_loop_does(name):
 
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
     net = Net()
-    other = OPTIMIZERS[name](net)
+    other = VARIANTS[name](net)
     model, wrapped = accelerator.prepare(net, other)
     for x in batches(6):
         with accelerator.accumulate(model):
@@ -202,8 +204,8 @@ def test_accelerate_does_what_a_plain_loop_does(name):
                 accelerator.clip_grad_norm_(model.parameters(), 0.1)
             wrapped.step()
             wrapped.zero_grad()
-    assert same_weights(plain, net)
-    assert same(optimizer.state_dict(), other.state_dict())
+    assert_same(plain, net)
+    assert_same(optimizer.state_dict(), other.state_dict())
 
 
 def test_accelerate(example):
@@ -211,7 +213,7 @@ def test_accelerate(example):
     model, losses = main([])
     assert losses[-1] < losses[0] / 5
     resumed, _ = main(["--resume", "runs/accelerate/epoch_2"])
-    assert same_weights(model, resumed)
+    assert_same(model, resumed)
 
 
 @pytest.mark.parametrize("wrapper", ["accelerate", "lightning"])
@@ -238,15 +240,15 @@ def test_lightning(example, manual):
     checkpoint = "runs/lightning/epoch=1.ckpt"
     assert torch.load(checkpoint, weights_only=True)["optimizer_states"]
     resumed, _ = main([*manual, "--resume", checkpoint])
-    assert same_weights(model, resumed)
+    assert_same(model, resumed)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_lightning_does_what_a_plain_loop_does(name, tmp_path):
     """Clipped by value; its closure computes the gradients inside of step()."""
     pl = pytest.importorskip("pytorch_lightning")
     plain = Net()
-    optimizer = OPTIMIZERS[name](plain)
+    optimizer = VARIANTS[name](plain)
     for x in batches(4):
         loss_of(plain, x).backward()
         torch.nn.utils.clip_grad_value_(plain.parameters(), 0.01)
@@ -262,7 +264,7 @@ def test_lightning_does_what_a_plain_loop_does(name, tmp_path):
             return loss_of(self.net, x)
 
         def configure_optimizers(self):
-            return OPTIMIZERS[name](self.net)
+            return VARIANTS[name](self.net)
 
     module = Module()
     trainer = pl.Trainer(
@@ -277,8 +279,8 @@ def test_lightning_does_what_a_plain_loop_does(name, tmp_path):
         enable_model_summary=False,
     )
     trainer.fit(module, torch.utils.data.DataLoader(batches(4), batch_size=None))
-    assert same_weights(plain, module.net)
-    assert same(optimizer.state_dict(), trainer.optimizers[0].state_dict())
+    assert_same(plain, module.net)
+    assert_same(optimizer.state_dict(), trainer.optimizers[0].state_dict())
 
 
 # AdamWeightDecay without Keras' clippings, which `max_grad_norm` excludes.
@@ -309,7 +311,7 @@ def lightning_in_16_bits(folder, name, **options):
             return loss_of_batch(index, self.net, x)
 
         def configure_optimizers(self):
-            return OPTIMIZERS[name](self.net, max_grad_norm=BOUND)
+            return VARIANTS[name](self.net, max_grad_norm=BOUND)
 
         def on_train_batch_end(self, *_):
             optimizer, scaler = self.optimizers().optimizer, self.trainer.precision_plugin.scaler
@@ -337,8 +339,8 @@ def test_lightning_in_16_bits_does_what_a_plain_loop_does(name, tmp_path):
     trainer.fit(module, torch.utils.data.DataLoader(batches(5), batch_size=None))
 
     plain, outside = Net(), Net()
-    optimizer = OPTIMIZERS[name](plain, max_grad_norm=BOUND)
-    unclipped = OPTIMIZERS[name](outside)
+    optimizer = VARIANTS[name](plain, max_grad_norm=BOUND)
+    unclipped = VARIANTS[name](outside)
     expected_norms = []
     for model, stepping in ((plain, optimizer), (outside, unclipped)):
         scaler = scaler_of_the_cpu()
@@ -354,15 +356,14 @@ def test_lightning_in_16_bits_does_what_a_plain_loop_does(name, tmp_path):
             stepping.zero_grad()
 
     weights, states, scales, norms = zip(*module.seen)
-    assert same_weights(plain, module.net)
-    assert same(optimizer.state_dict(), trainer.optimizers[0].state_dict())
-    for p, q in zip(module.net.parameters(), outside.parameters()):
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)  # 5e-8 apart; without clipping more than 5e-4
+    assert_same(plain, module.net)
+    assert_same(optimizer.state_dict(), trainer.optimizers[0].state_dict())
+    assert_near(module.net, outside, rtol=1e-4, atol=1e-5)  # 5e-8 apart; without clipping more than 5e-4
     assert [same(*pair) for pair in itertools.pairwise(weights)] == [True, False, False, False]
     assert [same(*pair) for pair in itertools.pairwise(states)] == [True, False, False, False]
     assert scales == (1024.0, 512.0, 512.0, 1024.0, 1024.0)
     assert [bool(norm > BOUND) for norm in norms] == [True, False, True, False, True]
-    torch.testing.assert_close(torch.stack(norms).float(), torch.stack(expected_norms), equal_nan=True)
+    assert_near(torch.stack(norms).float(), torch.stack(expected_norms), rtol=1.3e-6, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
@@ -371,13 +372,13 @@ def test_lightning_in_16_bits_refuses_to_clip_for_optimizers_that_unscale_by_the
     trainer, module = lightning_in_16_bits(tmp_path, name, gradient_clip_val=BOUND, gradient_clip_algorithm=algorithm)
     with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
         trainer.fit(module, torch.utils.data.DataLoader(batches(1), batch_size=None))
-    assert same_weights(module.net, Net())
+    assert_same(module.net, Net())
 
 
 def test_a_rate_that_is_a_function_of_the_step_and_the_trainers_schedule_exclude_each_other(example, tmp_path):
     """The Trainer makes a schedule where it gets none."""
     model = counting_trainer(example, tmp_path).model
-    optimizer = AdamWeightDecay(model.named_parameters(), rate_of_the_step())
+    optimizer = VARIANTS["AdamWeightDecay-function"](model, decay=0.0)
     with pytest.raises(ValueError, match="learning_rate is a function of the step"):
         counting_trainer(example, tmp_path, model, optimizers=(optimizer, None)).train()
 
@@ -427,7 +428,8 @@ def test_schedulers_driven_by_a_metric_in_the_transformers_trainer(example, tmp_
     model, scheduler = run()
     assert scheduler.last_epoch == 2 and scheduler.get_last_lr() != [0.001]
     resumed, again = run(str(tmp_path / "checkpoint-3"))
-    assert same_weights(model, resumed) and again.state_dict() == scheduler.state_dict()
+    assert_same(model, resumed)
+    assert again.state_dict() == scheduler.state_dict()
 
 
 def test_create_optimizers_pair_in_the_transformers_trainer(example, tmp_path):
@@ -442,7 +444,8 @@ def test_create_optimizers_pair_in_the_transformers_trainer(example, tmp_path):
 
     model, optimizer = run()
     resumed, again = run(str(tmp_path / "checkpoint-3"))
-    assert same_weights(model, resumed) and same(optimizer.state_dict(), again.state_dict())
+    assert_same(model, resumed)
+    assert_same(optimizer.state_dict(), again.state_dict())
 
 
 @pytest.mark.parametrize("in_epochs", [False, True], ids=["per step", "per epoch"])

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from helpers.adafactor import TritonAdafactor, after, normal, parameters, run
+from helpers.comparing import assert_near, assert_same
+from helpers.kernels import KERNELS, TINY, set_constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_adafactor import normal, parameters, run
-from test_capture import KERNELS, capture  # noqa: F401
-from test_kernels_adafactor import TINY, TritonAdafactor, after, set_constants, unchecked  # noqa: F401
 
 from fusedopt import Adafactor
 from fusedopt_kernels import adamw
@@ -89,8 +89,8 @@ def test_batches_for_the_cache_change_no_bit(monkeypatch, device):
     expected, states = after(TritonAdafactor, start, steps, device, beta1=0.9)
     monkeypatch.setattr(adafactor_plan, "CACHE_BATCH_BYTES", 600)
     ours, others = after(TritonAdafactor, start, steps, device, beta1=0.9)
-    assert all(torch.equal(p, q) for p, q in zip(ours, expected))
-    assert all(torch.equal(s[name], t[name]) for s, t in zip(others, states) for name in t)
+    assert_same(ours, expected)
+    assert_same(others, states)
     # The first three tensors, and the fourth.
     assert launches(monkeypatch, start, device) == SIX + SIX - Counter(prologue=1)
 
@@ -272,7 +272,7 @@ def test_a_model_that_changes_its_dtype_between_two_steps(dtypes, device):
         results[-1] += [optimizer.state[p][name].double() for p in model.parameters() for name in optimizer.state[p]]
     # As exact as bfloat16 where that was on the way.
     tolerance = 2**-7 if torch.bfloat16 in dtypes else 1e-5
-    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
+    assert_near(*results, rtol=tolerance, atol=tolerance)
 
 
 # What a step reads, and what it leaves alone.
@@ -280,10 +280,6 @@ def test_a_model_that_changes_its_dtype_between_two_steps(dtypes, device):
 
 def state_of(optimizer):
     return copy.deepcopy(optimizer.state_dict()["state"])
-
-
-def assert_same(states, others):
-    assert all(torch.equal(others[i][name], value) for i, state in states.items() for name, value in state.items())
 
 
 @pytest.mark.parametrize("found", [0.0, 1.0, math.nan])
@@ -299,9 +295,9 @@ def test_a_step_with_found_inf_changes_nothing_and_is_not_counted(found, device)
     run(optimizer, [[8.0 * g.to(device) for g in second]])
     if found == 0.0:
         expected, _ = after(TritonAdafactor, start, [first, second], device, **options)
-        assert all(torch.equal(p.detach().cpu(), q) for p, q in zip(params, expected))
+        assert_same(params, expected)
     else:
-        assert all(torch.equal(p.detach(), q) for p, q in zip(params, weights))
+        assert_same(params, weights)
         assert_same(before, state_of(optimizer))
 
 
@@ -315,7 +311,7 @@ def test_learning_rate_on_the_device_is_read_at_every_step(device):
         by_value.param_groups[0]["lr"] = rate
         for optimizer in (by_tensor, by_value):
             run(optimizer, [[g.to(device) for g in normal(*SHAPES, seed=k)]])
-        assert all(torch.equal(p, q) for p, q in zip(params, others))
+        assert_same(params, others)
 
 
 def test_groups_and_missing_gradients_are_as_on_the_eager_backend(device):
@@ -334,10 +330,10 @@ def test_groups_and_missing_gradients_are_as_on_the_eager_backend(device):
     expected, others = after(make, start, steps, torch.device("cpu"), backend="eager")
     assert [int(s["step"]) for s in states] == [2, 1, 2, 2]
     for p, q, s, t in zip(ours, expected, states, others):
-        torch.testing.assert_close(p, q, rtol=2e-6, atol=2e-6)
+        assert_near(p, q, rtol=2e-6, atol=2e-6)
         assert s.keys() == t.keys()
         for name, value in t.items():
-            torch.testing.assert_close(s[name], value, rtol=2e-6, atol=2e-6 * float(value.abs().max()))
+            assert_near(s[name], value, rtol=2e-6, atol=2e-6 * float(value.abs().max()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
@@ -346,8 +342,7 @@ def test_gradients_of_another_dtype(dtype, device):
     expected, _ = after(TritonAdafactor, start, [[g.float() for g in grads]], device)
     params = parameters([p.to(device) for p in start])
     TritonAdafactor(params).apply_gradients([(g.to(device, dtype), p) for p, g in zip(params, grads)])
-    for p, q in zip(params, expected):
-        torch.testing.assert_close(p.detach().cpu(), q, rtol=1e-6, atol=1e-7)
+    assert_near(params, expected, rtol=1e-6, atol=1e-7)
 
 
 # Checkpoints.
@@ -369,7 +364,7 @@ def test_a_checkpoint_moves_between_the_backends(in_turn, dtype, device):
     run(second, steps[2:])
     for p, q in zip(params, stayed):
         tolerance = {"rtol": 2e-6, "atol": 2e-6} if dtype is torch.float32 else {"rtol": 2**-7, "atol": 0.0}
-        torch.testing.assert_close(p.detach().cpu(), q, **tolerance)
+        assert_near(p.detach().cpu(), q, **tolerance)
 
 
 def test_states_of_another_dtype_or_layout_are_converted(device):
@@ -385,7 +380,7 @@ def test_states_of_another_dtype_or_layout_are_converted(device):
             if state[name].dim() == 2:
                 state[name] = state[name].t().contiguous().t()
     run(optimizer, [[g.to(device) for g in steps[1]]])
-    assert all(torch.equal(p.detach().cpu(), q) for p, q in zip(params, expected))
+    assert_same(params, expected)
     assert {value.dtype for state in optimizer.state.values() for value in state.values()} == {torch.float32}
 
 
@@ -393,7 +388,7 @@ def test_states_of_another_dtype_or_layout_are_converted(device):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU; see test_gpu.py")
-def test_captured_steps_and_eager_ones_in_turn(capture, device):  # noqa: F811
+def test_captured_steps_and_eager_ones_in_turn(capture, device):
     """The rate changes between replays; eager steps in between have other gradients, at other addresses."""
     start = [p.to(device) for p in normal(*SHAPES)]
     steps = [[g.to(device) for g in normal(*SHAPES, seed=k)] for k in range(3)]
@@ -416,12 +411,12 @@ def test_captured_steps_and_eager_ones_in_turn(capture, device):  # noqa: F811
         run(theirs, [steps[1]])
         run(ours, [[g.clone() for g in steps[2]]])
         run(theirs, [steps[2]])
-        assert all(torch.equal(p, q) for p, q in zip(params, others))
+        assert_same(params, others)
         assert_same(state_of(ours), state_of(theirs))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU; see test_gpu.py")
-def test_a_capture_of_kernels_that_never_ran_is_refused(capture, device):  # noqa: F811
+def test_a_capture_of_kernels_that_never_ran_is_refused(capture, device):
     params = parameters([p.to(device) for p in normal((40, 3), (7,))])
     optimizer = TritonAdafactor(params)
     run(optimizer, [[torch.ones_like(p) for p in params]])
@@ -429,4 +424,5 @@ def test_a_capture_of_kernels_that_never_ran_is_refused(capture, device):  # noq
     message = "take one step like the captured one before the capture"
     with capture() as graph, pytest.raises(RuntimeError, match=message):
         optimizer.apply_gradients([(torch.ones_like(p).bfloat16(), p) for p in params])
-    assert graph.launches == 0 and all(torch.equal(p.detach(), q) for p, q in zip(params, before))
+    assert graph.launches == 0
+    assert_same(params, before)

@@ -4,19 +4,13 @@ import copy
 
 import pytest
 import torch
-from test_kernels_adamw import gradients, parameters
+from helpers.adamw import RATES, gradients, parameters, run
+from helpers.comparing import assert_near, assert_same
 
 from fusedopt import AdamW, backends
 from fusedopt.batch import Control
 
 SIZES = (7, 48, 1025, 2048)
-
-
-def run(optimizer, params, steps):
-    for grads in steps:
-        for p, g in zip(params, grads):
-            p.grad = None if g is None else g.clone()
-        optimizer.step()
 
 
 def assert_like_eager(make, device, steps, params=None):
@@ -28,12 +22,12 @@ def assert_like_eager(make, device, steps, params=None):
         run(optimizer, own, steps)
     for p, q in zip(ours, theirs):
         # The order of operations differs, both round once per operation; moments are sums that may nearly cancel.
-        torch.testing.assert_close(p, q, rtol=2e-6, atol=2e-6)
+        assert_near(p, q, rtol=2e-6, atol=2e-6)
         expected = optimizers[1].state[q]
         assert optimizers[0].state[p].keys() == expected.keys()
         for name, value in expected.items():
             atol = 1e-6 * float(value.abs().max())
-            torch.testing.assert_close(optimizers[0].state[p][name], value, rtol=1e-6, atol=atol)
+            assert_near(optimizers[0].state[p][name], value, rtol=1e-6, atol=atol)
             assert optimizers[0].state[p][name].stride() == value.stride()
     return optimizers
 
@@ -74,9 +68,6 @@ def test_hyper_parameters_are_those_of_the_group(device):
     assert_like_eager(make, device, [gradients(params, seed) for seed in range(3)])
 
 
-RATES = (0.5, 0.0, 0.25)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_learning_rate_on_the_device_is_read_at_every_step(dtype, device):
     ours, theirs = parameters(device, SIZES), parameters(device, SIZES)
@@ -88,7 +79,7 @@ def test_learning_rate_on_the_device_is_read_at_every_step(dtype, device):
         by_value.param_groups[0]["lr"] = rate
         for optimizer, params in ((by_tensor, ours), (by_value, theirs)):
             run(optimizer, params, [gradients(params, step)])
-        assert all(torch.equal(p, q) for p, q in zip(ours, theirs))
+        assert_same(ours, theirs)
 
 
 @pytest.mark.parametrize("scale", [0.5, torch.tensor(0.5), torch.tensor([0.5], dtype=torch.float64)], ids=str)
@@ -99,8 +90,8 @@ def test_gradients_are_scaled_on_the_way(scale, device):
     scale = scale.to(device) if isinstance(scale, torch.Tensor) else scale
     AdamW(ours, maximize=True, backend="triton").apply_gradients(zip(grads, ours), scale=scale)
     AdamW(theirs, backend="triton").apply_gradients(zip([-0.5 * g for g in grads], theirs))
-    assert all(torch.equal(p, q) for p, q in zip(ours, theirs))
-    assert all(torch.equal(g, k) for g, k in zip(grads, kept))
+    assert_same(ours, theirs)
+    assert_same(grads, kept)
 
 
 @pytest.mark.parametrize("found", [0.0, 1.0, torch.nan])
@@ -111,13 +102,13 @@ def test_a_step_with_found_inf_changes_nothing_and_is_not_counted(found, device)
     grads = gradients(ours, 0)
     optimizer.init_state()
     stepper(
-        optimizer.batches([[1024.0 * g for g in grads]]),
+        optimizer._engine.batches(optimizer, optimizer.param_groups, [[1024.0 * g for g in grads]]),
         Control(grad_scale=torch.tensor([1024.0], device=device), found_inf=torch.tensor([found], device=device)),
     )
     if found == 0.0:
         expected.apply_gradients(zip(grads, theirs))
     for p, q in zip(ours, theirs):
-        assert torch.equal(p, q)
+        assert_same(p, q)
         assert float(optimizer.state[p]["step"]) == (found == 0.0)
 
 
@@ -153,7 +144,7 @@ def test_any_layout(name, device):
         optimizer = AdamW([own], lr=0.1, weight_decay=0.1, backend=backend)
         for _ in range(2):
             optimizer.apply_gradients([(g, own)])
-    torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-6)
+    assert_near(ours, theirs, rtol=2e-6, atol=2e-6)
 
 
 def in_the_middle(tensor, offset):
@@ -184,7 +175,7 @@ def test_nothing_beside_the_tensors_is_read_or_written(offset, dtype, device):
             wholes.append((state[name], whole))
     expected.step()
     optimizer.apply_gradients(zip(grads, params))
-    assert all(torch.equal(p, q) for p, q in zip(params, plain))
+    assert_same(params, plain)
     for part, whole in wholes:
         beside = torch.cat([whole[:offset], whole[offset + part.numel() :]])
         assert beside.isnan().all()
@@ -205,8 +196,7 @@ def test_a_checkpoint_moves_between_the_backends(backends_in_turn, dtype, device
     second.load_state_dict(first.state_dict())
     run(second, moved, steps[2:])
     tolerance = {"rtol": 2e-6, "atol": 2e-6} if dtype is torch.float32 else {"rtol": 2**-7, "atol": 2**-7}
-    for p, q in zip(moved, stayed):
-        torch.testing.assert_close(p, q, **tolerance)
+    assert_near(moved, stayed, **tolerance)
 
 
 def test_many_tiny_tensors(device):
@@ -223,7 +213,7 @@ def test_zero_gradients_move_weights_by_decay_alone(device):
     optimizer = AdamW(params, lr=0.125, weight_decay=0.5, backend="triton")
     optimizer.apply_gradients((torch.zeros_like(p), p) for p in params)
     for p, old in zip(params, before):
-        assert torch.equal(p, old - 0.0625 * old)
+        assert_same(p, old - 0.0625 * old)
 
 
 def test_parameters_that_share_memory_are_refused(device):
@@ -233,7 +223,7 @@ def test_parameters_that_share_memory_are_refused(device):
     grads = [torch.ones_like(one), torch.ones_like(other)]
     with pytest.raises(RuntimeError, match=r"of shapes \(20,\) and \(16,\), share memory"):
         optimizer.apply_gradients(zip(grads, [one, other]))
-    assert torch.equal(whole, torch.ones_like(whole))
+    assert_same(whole, torch.ones_like(whole))
     optimizer.apply_gradients([(grads[0], one)])
     assert (whole[:20] != 1.0).all() and (whole[20:] == 1.0).all()
 
@@ -244,7 +234,7 @@ def test_an_option_that_needs_more_state_gets_it(device):
     optimizer.init_state()
     optimizer.param_groups[0]["amsgrad"] = True
     optimizer.apply_gradients([(torch.ones_like(p), p)])
-    assert torch.equal(optimizer.state[p]["max_exp_avg_sq"], optimizer.state[p]["exp_avg_sq"])
+    assert_same(optimizer.state[p]["max_exp_avg_sq"], optimizer.state[p]["exp_avg_sq"])
 
 
 def test_a_state_of_an_unsupported_dtype_is_refused(device):
@@ -254,4 +244,5 @@ def test_a_state_of_an_unsupported_dtype_is_refused(device):
     optimizer.state[p]["exp_avg"] = optimizer.state[p]["exp_avg"].to(torch.int32)
     with pytest.raises(RuntimeError, match=r"torch\.int32 is no dtype that the kernels read"):
         optimizer.apply_gradients([(torch.ones_like(p), p)])
-    assert torch.equal(p, torch.ones_like(p)) and float(optimizer.state[p]["step"]) == 0.0
+    assert_same(p, torch.ones_like(p))
+    assert float(optimizer.state[p]["step"]) == 0.0

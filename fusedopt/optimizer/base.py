@@ -178,7 +178,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             ValueError: an option of a group was set to a value that the constructor refuses, or a parameter comes
                 twice; nothing was changed.
             RuntimeError: a gradient is sparse, or a gradient or a state does not fit its parameter, which has been
-                given another size, for instance; nothing was changed.
+                given another size or an expanded tensor, for instance; nothing was changed.
         """
         loss = None
         if closure is not None:

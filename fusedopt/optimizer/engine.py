@@ -19,6 +19,7 @@ from fusedopt.checks import FLOATS
 from fusedopt.optimizer.clipping import Gradients
 from fusedopt.optimizer.state import States, make_states
 from fusedopt.without_data import has_data
+from fusedopt_kernels.layout import overlaps_itself
 
 if TYPE_CHECKING:
     from fusedopt.optimizer.base import FusedOptimizer
@@ -193,7 +194,7 @@ def _leave_out(optimizer: "FusedOptimizer", groups: Groups, grads: Gradients) ->
 
 
 def _check_gradients(params: list[Tensor], grads: list[Tensor]) -> list[torch.Size]:
-    """Raises for a gradient that no backend can use, before anything has changed. Returns the shapes of the parameters.
+    """Raises for a pair that no backend can use, before anything has changed. Returns the shapes of the parameters.
 
     Whole lists: thousands are common.
     """
@@ -203,9 +204,15 @@ def _check_gradients(params: list[Tensor], grads: list[Tensor]) -> list[torch.Si
         and set(map(attrgetter("dtype"), grads)) <= FLOATS
         and list(map(attrgetter("device"), grads)) == list(map(attrgetter("device"), params))
         and list(map(attrgetter("shape"), grads)) == shapes
+        and all(map(Tensor.is_contiguous, params))
     ):
         return shapes
     for p, g in zip(params, grads):
+        if overlaps_itself(p):
+            raise RuntimeError(
+                f"a parameter of shape {tuple(p.shape)} with strides {p.stride()} has several elements in one place of "
+                "memory now (an expanded tensor?), where an update cannot be written: give it a clone"
+            )
         if g.layout is not torch.strided:
             raise RuntimeError(
                 f"the gradient of a parameter of shape {tuple(p.shape)} is sparse ({g.layout}): make it dense "

@@ -152,6 +152,8 @@ def _number(value: Any) -> Any:
     It is the shortest decimal that rounds to this element: 0.999 that was put into a float32 is 0.999 again, while
     1 - 0.99900001287 would be another weight by 1e-5.
     """
+    if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 1 and len(value) != 1:
+        value = tuple(value)
     if isinstance(value, (list, tuple)):
         return type(value)(map(_number, value))
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:

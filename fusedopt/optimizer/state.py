@@ -7,7 +7,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable
 from itertools import chain, repeat
-from operator import attrgetter, is_
+from operator import attrgetter, is_, is_not
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -96,7 +96,8 @@ class States:
 
     def _are_the_same(self, values: list[Any]) -> bool:
         known = [value() for value in self._values]
-        same = len(values) == len(known) and all(map(is_, values, known))
+        # What is gone is None, which may have been put in its place.
+        same = len(values) == len(known) and all(map(is_, values, known)) and all(map(is_not, known, repeat(None)))
         return same and list(map(Tensor.numel, values)) == self._sizes
 
     def _look_at(self, params: list[Tensor]) -> None:
@@ -162,10 +163,14 @@ def settle_states(optimizer: "FusedOptimizer", groups: list[dict[str, Any]]) -> 
 
 
 def _settled(t: Any, p: Tensor, dtype: torch.dtype | None) -> Any:
-    """A tensor of a state on the device of `p`; in this dtype, and then without gaps unless it has the shape of `p`."""
+    """A tensor of a state, on the device of `p`, as this step can write to it, and in this dtype.
+
+    With a dtype, it is contiguous too, unless it has the shape of `p` and can have its layout.
+    """
     if not isinstance(t, Tensor):
         return t
-    t = t if t.device == p.device else t.to(p.device)
+    if t.device != p.device or (t.is_inference() and not torch.is_inference_mode_enabled()):
+        t = t.to(p.device, copy=True)
     mine = sharding.shard(t)
     if dtype is None or t.layout is not torch.strided or (t.dtype == dtype and mine.is_contiguous()):
         return t

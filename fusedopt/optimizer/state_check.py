@@ -7,6 +7,8 @@ from torch import Tensor
 
 from fusedopt import sharding
 from fusedopt.checks import FLOATS
+from fusedopt.without_data import has_data
+from fusedopt_kernels.layout import overlaps_itself
 
 if TYPE_CHECKING:
     from fusedopt.optimizer.base import FusedOptimizer
@@ -38,6 +40,8 @@ def all_fit(optimizer: "FusedOptimizer", groups: list[dict[str, Any]], grads: li
 def _wrong_count(p: Tensor, state: dict[str, Any]) -> str | None:
     step = state.get("step")
     if isinstance(step, Tensor) and step.dim() == 0 and step.dtype is torch.float32 and _has_data(step, p):
+        if step.device.type == "cpu" and has_data(step) and not step >= 0.0:  # Other devices are not waited for.
+            return f"the state step of a parameter of shape {tuple(p.shape)} is {step.item()}: a count must be >= 0"
         return None
     return (
         f"the state step of a parameter of shape {tuple(p.shape)} is {_described(step)}: it must be a 0-d float32 "
@@ -63,6 +67,8 @@ def _misfit(optimizer: "FusedOptimizer", p: Tensor, group: dict[str, Any], state
             wanted = f"on {p.device}"
         elif sharding.shard(t).shape != of_shard[name] or (sharding.is_sharded(t) and mine is p):
             wanted = f"sharded as its parameter is, which has {tuple(mine.shape)} of it here"
+        elif overlaps_itself(sharding.shard(t)):
+            wanted = f"without two elements in one place of memory; its strides are {t.stride()}"
         else:
             continue
         return f"the state {name} of a parameter of shape {tuple(p.shape)} is {_described(t)}, expected one {wanted}"

@@ -22,40 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 
-GOLDEN = Path(__file__).parent / "golden"
+from helpers.comparing import Tolerance, assert_near, assert_same
 
-
-@dataclass(frozen=True)
-class Tolerance:
-    """How far from the recording a value may be, and why that far. The parts add up."""
-
-    reason: str
-    rtol: float = 0.0
-    """Times the recorded element."""
-    atol: float = 0.0
-    of_largest: float = 0.0
-    """Times the largest finite element of the recorded tensor."""
-    ulps: int = 0
-    """Units in the last place of the recorded element, in the recorded dtype."""
-
-    def allowed(self, expected: torch.Tensor) -> torch.Tensor:
-        """Largest admissible difference for each element of `expected`, in float64."""
-        exact = expected.double()
-        size = torch.nan_to_num(exact.abs(), nan=0.0, posinf=0.0)
-        largest = size.max() if size.numel() else size.sum()
-        return self.rtol * size + self.atol + self.of_largest * largest + self.ulps * unit_in_last_place(expected)
-
-
-def unit_in_last_place(x: torch.Tensor) -> torch.Tensor:
-    """Distance in float64 from |x| to the next larger number of x's dtype.
-
-    Example: 1 + 2^-7 follows 1 in bfloat16.
-        >>> unit_in_last_place(torch.tensor([1.0], dtype=torch.bfloat16)).item() == 2**-7
-        True
-    """
-    limits = torch.finfo(x.dtype)
-    _, exponent = torch.frexp(torch.nan_to_num(x.double(), nan=1.0, posinf=1.0, neginf=1.0))
-    return (limits.eps * torch.exp2(exponent.double() - 1)).clamp_min(limits.smallest_normal * limits.eps)
+GOLDEN = Path(__file__).parent.parent / "golden"
 
 
 _SAME_FORMULA_64 = Tolerance("the same formula in float64; only the order of operations may differ", 1e-11, 1e-13)
@@ -277,9 +246,9 @@ def assert_close(
     recorded = case.parameters
     tolerance = parameters or _PARAMETERS[case.family][case.dtype]
     for i, (p, actual) in enumerate(zip(recorded, records.parameters, strict=True)):
-        assert actual.dtype == p.expected.dtype, f"{case}: parameter {i} became {actual.dtype}, was {p.expected.dtype}"
         for row, step in enumerate(case.record_steps):
-            _compare(f"{case}: parameter {i} after step {step}", actual[row], p.expected[row], tolerance)
+            name = f"{case}: parameter {i} after step {step}"
+            assert_near(actual[row], p.expected[row], tolerance, name=name, equal_nan=True)
 
     for i, (p, actual_state) in enumerate(zip(recorded, records.states, strict=True)):
         if p.state is None:
@@ -291,23 +260,8 @@ def assert_close(
             what = f"{case}: state {name!r} of parameter {i}"
             assert name in actual_state, f"{what} is missing; there is {sorted(actual_state)}"
             if isinstance(expected, int):
-                assert int(actual_state[name]) == expected, f"{what} is {actual_state[name]}, recorded {expected}"
+                assert_same(int(actual_state[name]), expected, what)
             else:
-                actual_value = torch.as_tensor(actual_state[name]).cpu()
-                _compare(what, actual_value, expected, state or _STATE[expected.dtype])
-
-
-def _compare(what: str, actual: torch.Tensor, expected: torch.Tensor, tolerance: Tolerance) -> None:
-    assert actual.shape == expected.shape, f"{what} has shape {tuple(actual.shape)}, recorded {tuple(expected.shape)}"
-    a, e = actual.double(), expected.double()
-    same = (a == e) | (a.isnan() & e.isnan())
-    error = torch.where(same, 0.0, (a - e).abs()).nan_to_num(nan=torch.inf)
-    allowed = tolerance.allowed(expected)
-    if bool((error <= allowed).all()):
-        return
-    excess = torch.where(allowed > 0, error / allowed, torch.where(error > 0, torch.inf, 0.0))
-    worst = int(excess.argmax())
-    raise AssertionError(
-        f"{what}: element {worst} is {a.flatten()[worst]:.9g}, recorded {e.flatten()[worst]:.9g}: "
-        f"{excess.flatten()[worst]:.3g} times the tolerance ({tolerance.reason})"
-    )
+                actual_value = torch.as_tensor(actual_state[name])
+                near = state or _STATE[expected.dtype]
+                assert_near(actual_value, expected, near, name=what, equal_nan=True, check_dtype=False)

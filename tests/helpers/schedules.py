@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedopt import schedules
 from fusedopt.schedules import example_arguments, get_scheduler
@@ -49,3 +50,12 @@ def advance(scheduler: Any, metric: float = 1.0) -> None:
 
 def rates(optimizer: torch.optim.Optimizer) -> list[float]:
     return [float(group["lr"]) for group in optimizer.param_groups]
+
+
+class NoReading(TorchDispatchMode):
+    """Fails on whatever copies a tensor's value to the host: item(), float(), bool(), tolist(), to(device)."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a tensor was read"
+        assert func is not torch.ops.aten._to_copy.default or "device" not in (kwargs or {}), "a tensor was moved"
+        return func(*args, **(kwargs or {}))

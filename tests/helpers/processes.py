@@ -1,11 +1,13 @@
-"""Several processes of one script, as a launcher of training would start them."""
+"""Scripts of this folder in processes of their own."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 def run_together(script: str, number: int, folder: Path, timeout: float, **environment: str) -> None:
@@ -23,3 +25,13 @@ def run_together(script: str, number: int, folder: Path, timeout: float, **envir
     finally:
         for process in processes:
             process.kill()
+
+
+def run_without_interpreter(script: str, *words: str) -> Any:
+    """Returns what a script of the tests prints as JSON, in a process where kernels are compiled, not interpreted."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *sys.path])}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, str(ROOT / "tests" / script), *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)

@@ -1,15 +1,16 @@
-"""The recorded runs of the TensorFlow half, in the terms of `golden_cases`, and what the tests of it share."""
+"""The recorded runs of the TensorFlow half, in the terms of `golden`, and what the tests of it share."""
 
 import json
 from typing import Any
 
 import pytest
 import torch
-from golden_cases import _SAME_FORMULA_32, GOLDEN, Case, Parameter, Tolerance, _arrays, _index, _state
 
 from fusedopt import backends
 from fusedopt.keras import AdamWeightDecay
 from fusedopt.keras_schedules import revive
+from helpers.comparing import Tolerance
+from helpers.golden import _SAME_FORMULA_32, GOLDEN, Case, Parameter, _arrays, _index, _state
 
 TOLERANCES = {
     torch.float32: _SAME_FORMULA_32,

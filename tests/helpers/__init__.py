@@ -1,0 +1,1 @@
+"""What several test files need: comparisons, the table of optimizers, recorded runs, tensors, small models."""

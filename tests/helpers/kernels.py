@@ -1,0 +1,117 @@
+"""The kernels under test: constants that cut tensors into small pieces, and CUDA graphs without a GPU.
+
+What a captured step queues is recorded, and run again at every replay. The stand-in graph keeps what a real one keeps:
+the copies from pinned memory and the launches, with their addresses.
+"""
+
+import weakref
+from contextlib import contextmanager
+
+import torch
+
+from fusedopt.backends.triton.capture import Tables
+from fusedopt_kernels import adamw
+from fusedopt_kernels.adafactor import averages as adafactor_averages
+from fusedopt_kernels.adafactor import plan, shards
+from fusedopt_kernels.adafactor import step as adafactor
+from helpers.comparing import assert_same
+
+KERNELS = {
+    adamw: ("prologue", "update"),
+    adafactor: ("prologue", "sums", "squares", "finish", "apply"),
+    adafactor_averages: ("averages",),
+}
+
+TINY = {
+    **{"BLOCK": 16, "TILE_BYTES": 16, "TILE_HEIGHT": 8, "ENTRIES": 4, "PARTIALS": 2, "MEANS": 2, "SQUARES": 4},
+    **{"LINES": 4, "STRIP": 2, "SHARE": 8},
+}
+"""Constants that send tensors of a few elements across borders of pieces."""
+
+
+def set_constants(monkeypatch, constants):
+    for name, value in constants.items():
+        for module in (plan, adafactor_averages, shards, adafactor):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
+
+
+class Graph:
+    def __init__(self):
+        self.queued = []
+        self.launches = 0
+
+    def replay(self):
+        for work in self.queued:
+            work()
+
+
+def by_address(arg):
+    """What a graph knows of an argument: nothing that would keep it alive."""
+    if not isinstance(arg, torch.Tensor):
+        return lambda: arg
+    reference = weakref.ref(arg)
+
+    def alive():
+        tensor = reference()
+        assert tensor is not None, "a graph was replayed whose memory is gone"
+        return tensor
+
+    return alive
+
+
+class Kernel:
+    """A kernel whose launches go into the graph while one is captured."""
+
+    def __init__(self, kernel, capturing):
+        self.kernel, self.capturing = kernel, capturing
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            if not self.capturing:
+                self.kernel[grid](*args, **kwargs)
+                return
+            kept = [by_address(arg) for arg in args]
+            self.capturing[-1].queued.append(lambda: self.kernel[grid](*(arg() for arg in kept), **kwargs))
+            self.capturing[-1].launches += 1
+
+        return launch
+
+
+def captures(monkeypatch):
+    """Returns a context manager like `torch.cuda.graph`, for a new `Graph`."""
+    capturing: list[Graph] = []
+    for module in (
+        "fusedopt.optimizer.engine",
+        "fusedopt.optimizer.state",
+        "fusedopt.backends.graphs",
+        "fusedopt.backends.triton.capture",
+        "fusedopt.backends.triton.scalars",
+    ):
+        monkeypatch.setattr(f"{module}.capturing", lambda device: bool(capturing))
+    monkeypatch.setattr("fusedopt.keras._capturing", lambda: bool(capturing))
+    for kernels, names in KERNELS.items():
+        for name in names:
+            monkeypatch.setattr(kernels, name, Kernel(getattr(kernels, name), capturing))
+    copy_at_every_replay = Tables._copy_at_every_replay
+
+    def copied(self, host, device):
+        table = copy_at_every_replay(self, host, device)
+        staging = self._kept[-1]
+        assert_same(staging, table)
+        table.fill_(-1)
+        kept_table, kept_staging = by_address(table), by_address(staging)
+        capturing[-1].queued.append(lambda: kept_table().copy_(kept_staging()))
+        return table
+
+    monkeypatch.setattr(Tables, "_copy_at_every_replay", copied)
+
+    @contextmanager
+    def capture():
+        capturing.append(Graph())
+        try:
+            yield capturing[-1]
+        finally:
+            capturing.pop()
+
+    return capture
