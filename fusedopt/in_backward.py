@@ -118,7 +118,7 @@ class StepInBackward:
         place = self._place(p)
         if place is None:
             return  # No group has it any more: its gradient stays, as it would without this.
-        self._optimizer.begin_step()
+        self._optimizer.before_step()
         group = self._group_of(p, *place)
         self._engines[p].step(self._optimizer, [group], [[p.grad]], Control())
         if self._optimizer.shares_steps():

@@ -284,7 +284,7 @@ class AdamWeightDecay(AdamW):
 
     # The step.
 
-    def begin_step(self) -> None:
+    def before_step(self) -> None:
         on_triton = self._where()[1]
         if (self.schedule is not None or self.decay) and (self._counts_calls or not on_triton) and _capturing():
             raise RuntimeError(
@@ -350,7 +350,7 @@ class AdamWeightDecay(AdamW):
         without = Part(self.rule, others, {"weight_decay": 0.0})
         return [Part(self.rule, decaying), without] if decaying else [without]
 
-    def end_step(self, control: Control) -> None:
+    def after_step(self, control: Control) -> None:
         skips = control.found_inf
         self._followed_for = None
         if not self._counts_calls:

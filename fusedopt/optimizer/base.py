@@ -117,10 +117,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         for name, check in self.checks.items():
             check(name, group[name])
 
-    def begin_step(self) -> None:
+    def before_step(self) -> None:
         """Called before each step, and before each update of a step in backward."""
 
-    def end_step(self, control: Control) -> None:
+    def after_step(self, control: Control) -> None:
         """Called after each step, with what was asked of the backends."""
 
     # Param groups.
@@ -204,10 +204,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not self.state and torch_looks_at_state():
             self.init_state()
             return
-        self.begin_step()
+        self.before_step()
         groups = self.param_groups
         grads = [[p.grad if given is None else values.get(p) for p in group["params"]] for group in groups]
-        self.end_step(self._engine.step(self, groups, grads, control))
+        self.after_step(self._engine.step(self, groups, grads, control))
 
     def apply_gradients(
         self, grads_and_params: Iterable[tuple[Tensor | None, Tensor]], scale: float | Tensor = 1.0
