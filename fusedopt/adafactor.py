@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from fusedopt import checks, sharding
-from fusedopt.base import FusedOptimizer
 from fusedopt.batch import AdafactorHyper, number_maximum
-from fusedopt.guard import Guard
+from fusedopt.optimizer.base import FusedOptimizer
+from fusedopt.optimizer.clipping import Guard
 
 
 def _eps(name: str, value: Any) -> None:
@@ -110,7 +110,6 @@ class Adafactor(FusedOptimizer):
 
     rule = "adafactor"
     state_options = {"beta1": (None, 0.0)}
-    optional_states = ("exp_avg",)
     checks = {
         "eps": _eps,
         "clip_threshold": _clip_threshold,
@@ -189,8 +188,7 @@ class Adafactor(FusedOptimizer):
         )
 
     def new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        dtype = torch.promote_types(p.dtype, torch.float32)
-
+        dtype = self.state_dtype(p)
         state = {"RMS": torch.zeros((), dtype=dtype, device=p.device)}
         if p.dim() >= 2:
             state["exp_avg_sq_row"] = sharding.zeros_without(p, p.dim() - 1, dtype)
@@ -209,12 +207,8 @@ class Adafactor(FusedOptimizer):
             shapes["exp_avg_sq"] = p.shape
         return shapes if group["beta1"] is None else {**shapes, "exp_avg": p.shape}
 
-    def foreign_state(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The original's state: what it loaded for 16-bit parameters is in 16 bits."""
-        return {
-            name: value.float() if getattr(value, "dtype", None) in (torch.float16, torch.bfloat16) else value
-            for name, value in state.items()
-        }
+    def state_dtype(self, p: Tensor) -> torch.dtype:
+        return torch.promote_types(p.dtype, torch.float32)
 
     def effective_lr(self, p: Tensor, before: float = 0.0) -> float | Tensor:
         """The learning rate that the last update of `p` used, parameter scale included.
@@ -255,7 +249,7 @@ class Adafactor(FusedOptimizer):
             >>> fusedopt.Adafactor([torch.nn.Parameter(torch.ones(2, 2))]).workspace_bytes()
             0
         """
-        return sum(s.workspace_bytes() for s in self._steppers.values() if hasattr(s, "workspace_bytes"))
+        return sum(s.workspace_bytes() for s in self._engine.steppers.values() if hasattr(s, "workspace_bytes"))
 
     def rate_in(self, group: dict[str, Any], p: Tensor, before: float) -> float | Tensor:
         """`effective_lr` of a parameter whose group is known."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from fusedopt import checks
 from fusedopt.batch import AdamWHyper
 from fusedopt.elementwise import ElementwiseOptimizer
-from fusedopt.guard import Guard
+from fusedopt.optimizer.clipping import Guard
 from fusedopt_kernels.rules import CONVENTIONS
 
 
@@ -72,7 +72,6 @@ class AdamW(ElementwiseOptimizer):
 
     rule = "adamw"
     state_options = {"amsgrad": (False, True)}
-    optional_states = ("max_exp_avg_sq",)
     checks = {
         "lr": checks.learning_rate,
         "betas": checks.betas,

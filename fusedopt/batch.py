@@ -84,6 +84,7 @@ class Batch(NamedTuple):
     """Parameters that one step updates with the same hyper-parameters.
 
     Attributes:
+        rule: which update the backends run.
         hyper: the hyper-parameters, a NamedTuple that the rule's backends know.
         params: all parameters of the batch, those without gradient included, so that their place does not change.
         grads: one gradient per parameter, or None: that parameter and its state are left alone.
@@ -91,6 +92,7 @@ class Batch(NamedTuple):
         splits: one per parameter, None for a whole one; None where all are whole. Tensors of a split one are shards.
     """
 
+    rule: str
     hyper: Any
     params: list[Tensor]
     grads: list[Tensor | None]
@@ -109,13 +111,16 @@ class Batch(NamedTuple):
 
     def only(self, wanted: Callable[[Tensor], bool]) -> "Batch":
         """The part of this batch whose parameters are wanted."""
-        which = [i for i, p in enumerate(self.params) if wanted(p)]
+        return self.at([i for i, p in enumerate(self.params) if wanted(p)])
+
+    def at(self, places: list[int]) -> "Batch":
+        """The part of this batch whose parameters are in these places."""
 
         def of(column: list[Any]) -> list[Any]:
-            return [column[i] for i in which]
+            return [column[i] for i in places]
 
         splits = None if self.splits is None else of(self.splits)
-        return Batch(self.hyper, of(self.params), of(self.grads), of(self.states), splits)
+        return Batch(self.rule, self.hyper, of(self.params), of(self.grads), of(self.states), splits)
 
 
 class Control(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt.base import FusedOptimizer
+from fusedopt.optimizer.base import FusedOptimizer
 
 
 class ElementwiseOptimizer(FusedOptimizer):

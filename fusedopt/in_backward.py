@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from fusedopt import checks
-from fusedopt.base import FusedOptimizer
 from fusedopt.batch import Control
+from fusedopt.optimizer.base import FusedOptimizer
+from fusedopt.optimizer.engine import Engine
 from fusedopt.wrappers import unwrapped_optimizer
 
 
@@ -87,8 +88,8 @@ class StepInBackward:
         self._updated: set[Tensor] = set()
         self._count: Tensor | None = None  # what shared step counts will be when the open step is closed
         self._places: dict[Tensor, tuple[int, int]] | None = None  # those of the open step
-        # A stepper keeps tables for the parameters of its last step, so each parameter has its own.
-        self._steppers: dict[Tensor, dict[Any, Any]] = {}
+        # An engine keeps tables for the parameters of its last step, so each parameter has its own.
+        self._engines: dict[Tensor, Engine] = {}
         self._handles = [
             optimizer.register_step_pre_hook(self._open),
             optimizer.register_step_post_hook(self._close),
@@ -96,7 +97,7 @@ class StepInBackward:
         for group in optimizer.param_groups:
             for p in group["params"]:
                 if p.requires_grad:
-                    self._steppers[p] = {}
+                    self._engines[p] = Engine()
                     self._handles.append(p.register_post_accumulate_grad_hook(self._update))
 
     def remove(self) -> None:
@@ -117,7 +118,9 @@ class StepInBackward:
         place = self._place(p)
         if place is None:
             return  # No group has it any more: its gradient stays, as it would without this.
-        self._part(p, *place)._update([[p.grad]], Control())
+        self._optimizer.before_step()
+        group = self._group_of(p, *place)
+        self._engines[p].step(self._optimizer, [group], [[p.grad]], Control())
         if self._optimizer.shares_steps():
             count = self._optimizer.state[p]["step"]
             self._count = count.clone()
@@ -135,16 +138,12 @@ class StepInBackward:
             place = self._places.get(p)
         return place
 
-    def _part(self, p: Tensor, number: int, index: int) -> FusedOptimizer:
-        """An optimizer of this parameter alone, with the state, the options and the rates that the whole has now."""
+    def _group_of(self, p: Tensor, number: int, index: int) -> dict[str, Any]:
+        """A group of this parameter alone, with the options and the rate that the whole group has now."""
         group = dict(self._optimizer.param_groups[number], params=[p])
         if "param_names" in group:
             group["param_names"] = [group["param_names"][index]]
-        part = object.__new__(type(self._optimizer))
-        part.__dict__.update(self._optimizer.__dict__, param_groups=[group])
-        part._forget()
-        part._steppers = self._steppers[p]
-        return part
+        return group
 
     def _open(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         for attribute in ("grad_scale", "found_inf"):

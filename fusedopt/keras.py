@@ -8,11 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fusedopt import backends, checkpoint, checks
+from fusedopt import backends, checks
 from fusedopt.adamw import AdamW
-from fusedopt.base import refuse_unknown
-from fusedopt.batch import AdamWHyper, Batch, Control
-from fusedopt.clipping import Clipping, Gradients
+from fusedopt.batch import AdamWHyper, Control
 from fusedopt.keras_config import from_keras
 from fusedopt.keras_schedules import (
     RateFunction,
@@ -23,6 +21,10 @@ from fusedopt.keras_schedules import (
     revive,
     takes_tensors,
 )
+from fusedopt.optimizer.base import refuse_unknown
+from fusedopt.optimizer.clipping import Clipping
+from fusedopt.optimizer.engine import Part
+from fusedopt.optimizer.state import torch_looks_at_state
 from fusedopt.step_count import StepCount
 
 _KERAS_EPSILON = 1e-7
@@ -88,9 +90,6 @@ class AdamWeightDecay(AdamW):
         (True, True)
     """
 
-    _decaying: list[tuple[list[int], list[int]]] | None
-    """For each group, the places of the parameters that decay and of the others; None until a step asks."""
-
     _followed: tuple[float | Tensor, int] | None
     """The rate that a function of the step last set, and a tensor's version then; None after a checkpoint."""
 
@@ -104,12 +103,6 @@ class AdamWeightDecay(AdamW):
 
     _home: tuple[torch.device, bool] | None
     """Where the first parameter is, and whether Triton updates it."""
-
-    _skips: Tensor | None
-    """Not 0 if the step that is going on is skipped."""
-
-    _prepared: bool
-    """Whether the step that is going on is one, and not a look at the state."""
 
     constructor_options: ClassVar[tuple[str, ...]] = (
         *AdamW.constructor_options,
@@ -291,7 +284,7 @@ class AdamWeightDecay(AdamW):
 
     # The step.
 
-    def prepare(self, grads: Gradients, control: Control) -> tuple[Gradients, Control]:
+    def before_step(self) -> None:
         on_triton = self._where()[1]
         if (self.schedule is not None or self.decay) and (self._counts_calls or not on_triton) and _capturing():
             raise RuntimeError(
@@ -302,12 +295,6 @@ class AdamWeightDecay(AdamW):
         self.follow_schedule()
         if on_triton and not self._counts_calls:
             self._device_count()
-        self._prepared, self._skips = True, control.found_inf
-        if all(bound is None for bound in self.clipping):
-            return grads, control
-        scale = control.scale if control.grad_scale is None else control.scale / control.grad_scale
-        grads, scale = self.clipping(grads, scale)
-        return grads, control._replace(scale=scale, grad_scale=None)
 
     def follow_schedule(self) -> None:
         """Sets the groups' rate to that of the coming step, if it is a function of the step; steps do so by themselves.
@@ -349,39 +336,22 @@ class AdamWeightDecay(AdamW):
         lr = hyper.lr.double() if isinstance(hyper.lr, Tensor) else hyper.lr
         return hyper._replace(lr=lr / (1.0 + self.decay * self._coming()))
 
-    def batches(self, grads: Gradients) -> list[Batch]:
-        if self._decaying is None or self._state_check.regrouped:
-            self._decaying = [self._who_decays(group) for group in self.param_groups]
-        batches: list[Batch] = []
-        for batch, (decaying, others) in zip(super().batches(grads), self._decaying):
-            if not others or batch.hyper.weight_decay == 0.0:
-                batches.append(batch)
-                continue
-            if decaying:
-                batches.append(_part(batch, decaying, batch.hyper))
-            batches.append(_part(batch, others, batch.hyper._replace(weight_decay=0.0)))
-        return batches
-
-    def _who_decays(self, group: dict[str, Any]) -> tuple[list[int], list[int]]:
-        """Places of the group's parameters whose names decay, and of the others."""
-        found: tuple[list[int], list[int]] = [], []
+    def parts(self, group: dict[str, Any]) -> list[Part]:
+        """Those of the parameters whose names decay, and of the others."""
+        decaying: list[int] = []
+        others: list[int] = []
         for i in range(len(group["params"])):
             name = group["param_names"][i] if "param_names" in group else ""
             included = any(re.search(pattern, name) for pattern in self.include_in_weight_decay or ())
             excluded = any(re.search(pattern, name) for pattern in self.exclude_from_weight_decay or ())
-            found[excluded and not included].append(i)
-        return found
+            (others if excluded and not included else decaying).append(i)
+        if not others:
+            return [Part(self.rule)]
+        without = Part(self.rule, others, {"weight_decay": 0.0})
+        return [Part(self.rule, decaying), without] if decaying else [without]
 
-    def _step(self) -> None:
-        self._prepared = False
-        try:
-            super()._step()
-            if self._prepared:
-                self._count_step(self._skips)
-        finally:
-            self._skips = None
-
-    def _count_step(self, skips: Tensor | None) -> None:
+    def after_step(self, control: Control) -> None:
+        skips = control.found_inf
         self._followed_for = None
         if not self._counts_calls:
             if self._where()[1]:
@@ -413,11 +383,9 @@ class AdamWeightDecay(AdamW):
 
     def _forget(self) -> None:
         super()._forget()
-        self._decaying = None
         self._followed = self._followed_for = None
         self._rate = None
         self._home = None
-        self._prepared, self._skips = False, None
 
     def state_dict(self) -> dict[str, Any]:
         """The state, with rates that a schedule set as Python numbers; see `FusedOptimizer.state_dict`."""
@@ -548,7 +516,7 @@ def _is_still(lr: Any, rate: float | Tensor, version: int) -> bool:
 def _follow(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Runs ahead of a step's other hooks, so that whoever records the rate sees that of this step, not of the last."""
     assert isinstance(optimizer, AdamWeightDecay)
-    if optimizer.state or not checkpoint.torch_looks_at_state():
+    if optimizer.state or not torch_looks_at_state():
         optimizer.follow_schedule()
 
 
@@ -558,12 +526,3 @@ def _keras_epsilon(epsilon: float) -> float:
 
 def _capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
-def _part(batch: Batch, which: list[int], hyper: AdamWHyper) -> Batch:
-    return Batch(
-        hyper,
-        [batch.params[i] for i in which],
-        [batch.grads[i] for i in which],
-        [batch.states[i] for i in which],
-    )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fusedopt import checks
 from fusedopt.elementwise import ElementwiseOptimizer
-from fusedopt.guard import Guard
+from fusedopt.optimizer.clipping import Guard
 
 
 class LionHyper(NamedTuple):

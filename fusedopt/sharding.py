@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fusedopt.batch import Batch, Split, Spread
-from fusedopt_kernels.memory import outside_inference_mode
 
 
 def is_sharded(t: Any) -> bool:
@@ -23,9 +22,15 @@ def any_sharded(tensors: Iterable[Tensor | None]) -> bool:
     return module is not None and any(issubclass(kind, module.DTensor) for kind in set(map(type, tensors)))
 
 
-def check(params: list[Tensor], grads: list[Tensor | None]) -> None:
-    """Raises RuntimeError where a gradient is not sharded as its parameter is, or a parameter is a sum to be made."""
-    for p, g in zip(params, grads):
+def check(groups: Sequence[dict[str, Any]], grads: Sequence[Sequence[Tensor | None]]) -> bool:
+    """Returns whether there are sharded parameters.
+
+    Raises:
+        RuntimeError: a gradient is not sharded as its parameter is, or a parameter is a sum to be made.
+    """
+    if not any(map(any_sharded, [*(group["params"] for group in groups), *grads])):
+        return False
+    for p, g in ((p, g) for group, row in zip(groups, grads) for p, g in zip(group["params"], row)):
         if any(placement.is_partial() for placement in getattr(p, "placements", ())):
             raise RuntimeError(
                 f"a parameter of shape {tuple(p.shape)} has placements {getattr(p, 'placements', None)}: what is a sum "
@@ -39,12 +44,14 @@ def check(params: list[Tensor], grads: list[Tensor | None]) -> None:
                 f"a gradient with placements {of_g} on {mesh_g} does not fit its parameter with placements {of_p} on "
                 f"{mesh_p}: redistribute the gradient first"
             )
+    return True
 
 
 def local(batch: Batch) -> Batch:
     """The same batch with the local shards of what is sharded."""
     splits = [_split(p) for p in batch.params]
     return Batch(
+        batch.rule,
         batch.hyper,
         [shard(p) for p in batch.params],
         [None if g is None else shard(g) for g in batch.grads],
@@ -53,16 +60,9 @@ def local(batch: Batch) -> Batch:
     )
 
 
-def put_back(states: list[dict[str, Tensor]], local_states: list[dict[str, Tensor]]) -> None:
-    """Takes over tensors that a backend put in the place of others: counts of its own, states in another dtype."""
-    for state, own in zip(states, local_states):
-        for name, t in own.items():
-            old: Any = state.get(name)
-            if not is_sharded(old):
-                state[name] = t
-            elif t.dtype != old.dtype or t.data_ptr() != old.to_local().data_ptr():
-                with outside_inference_mode():
-                    state[name] = _of_shard(old, t, old.shape, old.stride(), old.placements)
+def with_shard(t: Any, mine: Tensor) -> Tensor:
+    """Returns a tensor sharded as `t` is, of which this process has `mine`; `mine` itself if `t` is no DTensor."""
+    return _of_shard(t, mine, t.shape, t.stride(), t.placements) if is_sharded(t) else mine
 
 
 def _of_shard(like: Any, mine: Tensor, shape: Any, stride: Any, placements: Any) -> Tensor:

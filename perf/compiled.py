@@ -208,5 +208,5 @@ def shard_step(optimizer: Adafactor, params: list[torch.nn.Parameter], grads: li
     """Takes a step of the first group's parameters as shards, of processes that do not exist."""
     states = [optimizer.state[p] for p in params]
     shards: list[Split | None] = [Split(p.shape, (), (), ()) for p in params]
-    batch = Batch(optimizer.hyper(optimizer.param_groups[0]), list(params), list(grads), states, shards)
+    batch = Batch(optimizer.rule, optimizer.hyper(optimizer.param_groups[0]), list(params), list(grads), states, shards)
     TritonAdafactor(params[0].device)([batch], Control())

@@ -523,3 +523,17 @@ def test_names_go_with_their_parameters_when_groups_are_swapped():
         return [p.detach() for p in params.values()]
 
     assert_same(decayed(True), decayed(False))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_states_of_adafactor_put_there_in_another_dtype_are_brought_to_that_of_the_update(backend, device):
+    """bfloat16 by hand, to save memory, or float64 after `model.float()`."""
+    device = device if backend == "triton" else torch.device("cpu")
+    params = [torch.nn.Parameter(torch.ones(shape, device=device)) for shape in [(4, 6), (5,)]]
+    optimizer = Adafactor(params, lr=0.1, beta1=0.9, relative_step=False, backend=backend)
+    step(optimizer)
+    for state, dtype in zip(optimizer.state.values(), (torch.float64, torch.bfloat16)):
+        state.update({name: value.to(dtype) for name, value in state.items() if name != "step"})
+    step(optimizer)
+    dtypes = {value.dtype for state in optimizer.state.values() for value in state.values()}
+    assert dtypes == {torch.float32}

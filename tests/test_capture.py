@@ -89,8 +89,8 @@ def test_a_graph_outlives_what_the_optimizer_derived(capture, two):
         step(ours, params, grads)
     for optimizer, _, _ in two:
         optimizer.add_param_group({"params": parameters(CPU, (5,))})
-    (captured,) = ours._captured
-    assert captured.captured and not ours._steppers
+    (captured,) = ours._engine.captured
+    assert captured.captured and not ours._engine.steppers
     graph.replay()
     step(theirs, expected, grads)
     assert_equal(two)
@@ -171,7 +171,7 @@ def test_outside_of_captures_nothing_is_kept():
     optimizer = AdamW(params, backend="triton")
     for seed in range(3):
         step(optimizer, params, gradients(params, seed))
-    (stepper,) = optimizer._steppers.values()
+    (stepper,) = optimizer._engine.steppers.values()
     assert isinstance(stepper, TritonAdamW) and not stepper.captured
 
 

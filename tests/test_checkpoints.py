@@ -12,7 +12,8 @@ from helpers.optimizers import BACKENDS, ROWS, VARIANTS, scheduler_for
 from helpers.schedules import EVERY_NAME, advance, by_name
 from torch.distributed.checkpoint import state_dict as dcp
 
-from fusedopt import Adafactor, AdamW, AdamWeightDecay, checkpoint
+from fusedopt import Adafactor, AdamW, AdamWeightDecay
+from fusedopt.optimizer.state import settle_states
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
@@ -216,7 +217,7 @@ def test_states_follow_their_parameters_to_another_device():
     train(model, optimizer, 1)
     for p in model.parameters():
         torch.utils.swap_tensors(p, torch.nn.Parameter(p.to("meta")))
-    checkpoint.follow_parameters(optimizer)  # what the next step does; nothing can be stepped on "meta"
+    settle_states(optimizer, optimizer.param_groups)  # what the next step does; nothing can be stepped on "meta"
     assert {t.device.type for state in optimizer.state.values() for t in state.values()} == {"meta"}
 
 

@@ -9,7 +9,8 @@ from helpers.comparing import assert_same
 from helpers.loops import Net, train
 from helpers.optimizers import BACKENDS, VARIANTS
 
-from fusedopt import AdamW, outside_graphs, register_step_in_backward
+from fusedopt import AdamW, register_step_in_backward
+from fusedopt.optimizer import compile
 
 # Traces and checks everything that inductor gets, without the minute that a C++ compiler needs.
 COMPILER = "aot_eager"
@@ -126,7 +127,7 @@ def test_copies_stay_out_of_graphs_too(monkeypatch):
     """Where an optimizer was unpickled, in a process that made no other, no constructor ran."""
     optimizer = AdamW(Net().parameters())
     kept = []
-    monkeypatch.setattr(outside_graphs, "keep", kept.append)
+    monkeypatch.setattr(compile, "exclude_step", kept.append)
     pickle.loads(pickle.dumps(optimizer))
     assert kept == [AdamW]
 

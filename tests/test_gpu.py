@@ -85,7 +85,7 @@ def test_a_gpu_gets_the_kernels(device):
     params = parameters(device, SIZES)
     optimizer = AdamW(params)
     run(optimizer, params, [gradients(params, 0)])
-    assert {type(stepper).__name__ for stepper in optimizer._steppers.values()} == {"TritonAdamW"}
+    assert {type(stepper).__name__ for stepper in optimizer._engine.steppers.values()} == {"TritonAdamW"}
 
 
 @pytest.mark.parametrize("lr", ["float", "on the device"])

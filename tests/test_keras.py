@@ -10,8 +10,8 @@ from helpers.golden import assert_close, replay
 from helpers.keras import BACKENDS, STATE_64, TOLERANCES, device_of, keras_cases, parameter, recorded, step
 
 from fusedopt.batch import Control
-from fusedopt.clipping import Clipping
 from fusedopt.keras import AdamWeightDecay
+from fusedopt.optimizer.clipping import Clipping
 
 REFUSED = ("weight_decay_negative",)
 CASES = [case for case in keras_cases("tf_adam_weight_decay") if case.name not in REFUSED]
@@ -170,9 +170,9 @@ def test_clipping_sees_unscaled_gradients():
     p = parameter()
     optimizer = AdamWeightDecay([p], global_clipnorm=1.0)
     control = Control(scale=0.5, grad_scale=torch.tensor([1024.0]))
-    _, clipped = optimizer.prepare([[1024.0 * torch.tensor([3.0, 4.0])]], control)
+    _, clipped = optimizer.clipping.clip([[1024.0 * torch.tensor([3.0, 4.0])]], control)
     assert float(clipped.scale) * 1024.0 == pytest.approx(1 / 5) and clipped.grad_scale is None
-    _, unclipped = optimizer.prepare([[1024.0 * torch.tensor([0.3, 0.4])]], control)
+    _, unclipped = optimizer.clipping.clip([[1024.0 * torch.tensor([0.3, 0.4])]], control)
     assert float(unclipped.scale) * 1024.0 == 0.5
 
 

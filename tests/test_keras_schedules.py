@@ -111,7 +111,7 @@ def test_counts_go_on_where_all_gradients_are_on_another_device():
     p = parameter()
     optimizer = AdamWeightDecay([p], backend="eager")
     step(optimizer)
-    EagerAdamW(p.device)(optimizer.batches([[None]]), Control())
+    EagerAdamW(p.device)(optimizer._engine.batches(optimizer, optimizer.param_groups, [[None]]), Control())
     assert optimizer.state[p]["step"].item() == 2
 
 

@@ -258,7 +258,7 @@ def test_the_scalars_of_a_step_are_right_in_float64(device):
         for p, count in zip(params, counts):
             optimizer.state[p]["step"].fill_(count - 1)
         run(optimizer, [[torch.ones_like(p) for p in params]])
-        (stepper,) = optimizer._steppers.values()
+        (stepper,) = optimizer._engine.steppers.values()
         scalars = stepper._tables._eager.scratch("scalars", 128, 10, dtype=torch.float64)[: len(counts)].cpu().numpy()
         hyper = optimizer.hyper(optimizer.param_groups[0])._replace(scale_parameter=False)
         expected = [hyper.rate(float(count), 1.0) for count in counts]

@@ -92,7 +92,7 @@ class OnNumpy:
 
 def device_scalars(optimizer):
     """What the prologue of the last step worked out: (shrink, step_size, eps_hat) per row."""
-    (stepper,) = (stepper for stepper in optimizer._steppers.values() if isinstance(stepper, TritonStepper))
+    (stepper,) = (stepper for stepper in optimizer._engine.steppers.values() if isinstance(stepper, TritonStepper))
     return stepper._tables._eager._scratch["scalars"][:, 4:7].cpu().numpy()
 
 

@@ -51,7 +51,7 @@ for make, options in (
         for t in (p.detach(), *optimizer.state[p].values()):
             bits.update(t.numpy().tobytes())
     bits.update(repr(optimizer.grad_norm).encode())
-    lengths += [stepper.row.places.length for stepper in optimizer._steppers.values() if hasattr(stepper, "row")]
+    lengths += [stepper.row.places.length for stepper in optimizer._engine.steppers.values() if hasattr(stepper, "row")]
 print(bits.hexdigest(), *lengths)
 """
 

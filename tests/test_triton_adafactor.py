@@ -125,7 +125,7 @@ def test_the_workspace_is_reported_and_made_once(device):
     addresses = set()
     for seed in range(3):
         run(optimizer, [[g.to(device) for g in normal(*SHAPES, (300, 200), seed=seed)]])
-        (stepper,) = optimizer._steppers.values()
+        (stepper,) = optimizer._engine.steppers.values()
         addresses.add(tuple(t.data_ptr() for t in stepper._tables._eager._scratch.values()))
     assert len(addresses) == 1
     _, plan = plan_for(params)
@@ -243,7 +243,7 @@ def test_a_stepper_is_gone_as_soon_as_its_optimizer_lets_it_go(device):
     params = parameters([p.to(device) for p in normal((40, 3))])
     optimizer = TritonAdafactor(params)
     run(optimizer, [[torch.ones_like(p) for p in params]])
-    (stepper,) = optimizer._steppers.values()
+    (stepper,) = optimizer._engine.steppers.values()
     gone = weakref.ref(stepper)
     gc.disable()
     try:

@@ -50,7 +50,8 @@ def test_shared_counts_go_on_where_this_device_has_no_gradient(convention, count
     params = parameters(device, (7, 48))
     optimizer = AdamW(params, convention=convention, backend="triton")
     optimizer.init_state()
-    backends.create("adamw", device, "triton")(optimizer.batches([[None, None]]), Control())
+    batches = optimizer._engine.batches(optimizer, optimizer.param_groups, [[None, None]])
+    backends.create("adamw", device, "triton")(batches, Control())
     assert [float(optimizer.state[p]["step"]) for p in params] == counts
 
 
@@ -101,7 +102,7 @@ def test_a_step_with_found_inf_changes_nothing_and_is_not_counted(found, device)
     grads = gradients(ours, 0)
     optimizer.init_state()
     stepper(
-        optimizer.batches([[1024.0 * g for g in grads]]),
+        optimizer._engine.batches(optimizer, optimizer.param_groups, [[1024.0 * g for g in grads]]),
         Control(grad_scale=torch.tensor([1024.0], device=device), found_inf=torch.tensor([found], device=device)),
     )
     if found == 0.0:
@@ -241,7 +242,7 @@ def test_a_state_of_an_unsupported_dtype_is_refused(device):
     optimizer = AdamW([p], backend="triton")
     optimizer.init_state()
     optimizer.state[p]["exp_avg"] = optimizer.state[p]["exp_avg"].to(torch.int32)
-    with pytest.raises(RuntimeError, match=r"exp_avg .* torch\.int32.*, expected one of shape \(16,\) in a floating dtype"):
+    with pytest.raises(RuntimeError, match=r"exp_avg .*torch\.int32.*, expected one of shape \(16,\) in a floating"):
         optimizer.apply_gradients([(torch.ones_like(p), p)])
     assert_same(p, torch.ones_like(p))
     assert float(optimizer.state[p]["step"]) == 0.0

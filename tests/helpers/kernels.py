@@ -62,7 +62,8 @@ def captures(monkeypatch):
     """Returns a context manager like `torch.cuda.graph`, for a new `Graph`."""
     capturing: list[Graph] = []
     for module in (
-        "fusedopt.base",
+        "fusedopt.optimizer.engine",
+        "fusedopt.optimizer.state",
         "fusedopt.backends.graphs",
         "fusedopt.backends.triton.capture",
         "fusedopt.backends.triton.scalars",

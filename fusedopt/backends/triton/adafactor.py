@@ -1,13 +1,12 @@
 """Adafactor on the Triton backend: what is in its launch table at this step, and how its tensors are cut."""
 
 from collections.abc import Sequence
-from operator import is_
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fusedopt.backends.triton.rows import Column, Rows
+from fusedopt.backends.triton.rows import Rows
 from fusedopt.backends.triton.stepper import States, TritonStepper, gradients
 from fusedopt.batch import AdafactorHyper, Batch, Split
 from fusedopt.sharding import add_up_in_place
@@ -16,10 +15,7 @@ from fusedopt_kernels.adafactor.layout import HYPER, ROW, VECTOR
 from fusedopt_kernels.adafactor.plan import Plan, Shapes, plan_of, shape_of
 from fusedopt_kernels.adafactor.splits import Shards
 from fusedopt_kernels.adafactor.step import adafactor
-from fusedopt_kernels.memory import outside_inference_mode
 from fusedopt_kernels.table import LaunchTable, addresses, are_aligned
-
-_STATES = ("exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col", "RMS")
 
 
 class TritonAdafactor(TritonStepper):
@@ -30,13 +26,11 @@ class TritonAdafactor(TritonStepper):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self._seen: list[Column] = [[]] * len(_STATES)
-        self._kinds: list[tuple[torch.Size, torch.dtype]] = []
         self._plans = _PlanCache()
 
     def refresh(self, rows: Rows, batches: Sequence[Batch], params: list[Tensor], states: States) -> None:
         shards = _shards(batches)
-        exp_avg, exp_avg_sq, *_ = self._state_columns(params, states)
+        exp_avg, exp_avg_sq = ([s.get(name) for s in states] for name in ("exp_avg", "exp_avg_sq"))
         averages = [batch.hyper.beta1 is not None for batch in batches for _ in batch.params]
         rows.refresh(
             params,
@@ -52,7 +46,7 @@ class TritonAdafactor(TritonStepper):
         for fields in (shapes._asdict(), self._plan.fields):
             for name, column in fields.items():
                 rows[name] = column
-        _, _, row, col, rms = map(_addresses, self._seen)
+        row, col, rms = (_addresses(states, name) for name in ("exp_avg_sq_row", "exp_avg_sq_col", "RMS"))
         elementwise, is_vector = self._rows.addresses[:, :4], shapes.kind == VECTOR.value
         # Every row of a matrix begins at a multiple of 16 bytes if the first does and its length is a multiple of 16.
         length = np.where(is_vector, shapes.numel, shapes.width)
@@ -80,23 +74,6 @@ class TritonAdafactor(TritonStepper):
 
     def launch(self, table: LaunchTable) -> None:
         adafactor(table, self._keys, self._plan, add_up_in_place)
-
-    def _state_columns(self, params: list[Tensor], states: States) -> list[Column]:
-        """The states, by name. Those that were loaded in another dtype than that of the arithmetic are converted."""
-        columns = _columns(states)
-        kinds = [(p.shape, p.dtype) for p in params]
-        if kinds != self._kinds or not all(map(_same, columns, self._seen)):
-            for p, state in zip(params, states):
-                dtype = torch.promote_types(p.dtype, torch.float32)
-                for name in _STATES:
-                    if name in state:
-                        with outside_inference_mode():
-                            like = state[name].to(dtype)
-                            # The averages of rows and columns are of no parameter's layout.
-                            state[name] = like.contiguous() if name in ("exp_avg_sq_row", "exp_avg_sq_col") else like
-            columns = self._seen = _columns(states)
-            self._kinds = kinds
-        return columns
 
 
 class _PlanCache:
@@ -141,13 +118,5 @@ def _sides(shape: torch.Size) -> tuple[int, ...]:
     return tuple(shape[-2:]) if len(shape) >= 2 else (1, 1)
 
 
-def _columns(states: States) -> list[Column]:
-    return [[s.get(name) for s in states] for name in _STATES]
-
-
-def _same(a: Column, b: Column) -> bool:
-    return len(a) == len(b) and all(map(is_, a, b))
-
-
-def _addresses(column: Column) -> np.ndarray:
-    return np.array(addresses(column), np.int64)
+def _addresses(states: States, name: str) -> np.ndarray:
+    return np.array(addresses([s.get(name) for s in states]), np.int64)

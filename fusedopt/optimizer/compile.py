@@ -10,17 +10,17 @@ _REASON = (
 )
 
 
-def keep(cls: type[torch.optim.Optimizer]) -> None:
+def exclude_step(cls: type[torch.optim.Optimizer]) -> None:
     """Makes torch.compile break its graph around `cls.step`, hooks included, and run it as it is.
 
     With `fullgraph=True`, torch raises an error with our reason in it. To be called when an instance was made, since
     torch wraps hooks around `cls.step` then. This is no decorator of `step`: torch.compiler imports torch._dynamo,
     which takes as long as torch itself; making any torch optimizer does so too.
     """
-    if getattr(cls.step, "outside_graphs", False):
+    if getattr(cls.step, "excluded_from_graphs", False):
         return
     # torch 2.7 takes no reason.
     reason = {"reason": _REASON} if "reason" in inspect.signature(torch.compiler.disable).parameters else {}
     step = torch.compiler.disable(cls.step, **reason)
-    step.outside_graphs = True
+    step.excluded_from_graphs = True
     cls.step = step  # type: ignore[method-assign]

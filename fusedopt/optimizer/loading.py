@@ -8,12 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusedopt import checkpoint, sharding, whose
+from fusedopt import sharding
 from fusedopt.checks import FLOATS
+from fusedopt.optimizer import whose
+from fusedopt.optimizer.state import plain
 from fusedopt.without_data import is_lazy
 
 if TYPE_CHECKING:
-    from fusedopt.base import FusedOptimizer
+    from fusedopt.optimizer.base import FusedOptimizer
 
 # Group keys of other implementations that choose how a step runs; none of them means anything here.
 _FOREIGN_GROUP_KEYS = ("fused", "foreach", "capturable", "differentiable", "decoupled_weight_decay")
@@ -33,7 +35,8 @@ def loaded(optimizer: "FusedOptimizer", state_dict: Any) -> dict[str, Any]:
         ValueError: the checkpoint does not fit.
     """
     saved_groups, saved_states, others = _parts(state_dict)
-    known = whose.by_options({name for group in saved_groups for name in group}, _own_options(optimizer))
+    own = set(optimizer.defaults).union(*optimizer.param_groups)
+    known = whose.by_options({name for group in saved_groups for name in group}, own)
     if known is not None:
         raise ValueError(_is_of(optimizer, known[0], f"its param groups have {known[1]!r}"))
     # What is made in these modes could not be updated outside of them.
@@ -87,10 +90,6 @@ def _parts(state_dict: Any) -> tuple[list[dict[str, Any]], dict[Any, dict[str, A
     return list(found["param_groups"]), states, others
 
 
-def _own_options(optimizer: "FusedOptimizer") -> set[str]:
-    return set(optimizer.defaults).union(*optimizer.param_groups)
-
-
 def _is_of(optimizer: "FusedOptimizer", whom: str, evidence: str) -> str:
     return (
         f"this is a checkpoint of {whom}, from which {type(optimizer).__name__} cannot go on ({evidence}): load the "
@@ -119,7 +118,7 @@ def _places(optimizer: "FusedOptimizer", saved_groups: list[dict[str, Any]]) -> 
 def _merged(optimizer: "FusedOptimizer", number: int, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
     """A param group with the saved options, as far as there are any; those of the whole optimizer stay its own."""
     left_out = {"params", *_FOREIGN_GROUP_KEYS, *optimizer.whole_options()}
-    options = {name: copy.deepcopy(checkpoint.plain(v)) for name, v in saved.items() if name not in left_out}
+    options = {name: copy.deepcopy(plain(v)) for name, v in saved.items() if name not in left_out}
     # Of what is known here only rates may be tensors.
     known = (optimizer.defaults.keys() | optimizer.counters) - {"lr"}
     options.update({name: _number(options[name]) for name in known & options.keys()})
@@ -197,9 +196,9 @@ def _check_names(
 def _laid_out(
     optimizer: "FusedOptimizer", who: str, p: Tensor, group: dict[str, Any], saved: dict[str, Any]
 ) -> dict[str, Tensor]:
-    """A saved state, without its step, on its parameter's device, in its layout and in the dtype it was saved in."""
+    """A saved state, without its step, on its parameter's device, in its layout, in the dtype that serves."""
     _, most = _states(optimizer, p, group)
-    values = optimizer.foreign_state({name: _tensor(saved[name], most[name]) for name in most if name in saved})
+    values = {name: _tensor(saved[name], most[name]) for name in most if name in saved}
     for name, value in values.items():
         _check_value(f"{who} has {name}", value, most[name], p)
     on = {name: pair[1] for name, pair in optimizer.state_options.items()}
@@ -208,7 +207,9 @@ def _laid_out(
     for name, value in values.items():
         value = sharding.sharded_like(value.detach(), fresh.get(name))
         like = fresh.get(name, p if value.shape == p.shape else value)
-        state[name] = torch.empty_like(like, dtype=value.dtype, device=p.device).copy_(value)
+        state[name] = torch.empty_like(like, dtype=optimizer.state_dtype(p) or value.dtype, device=p.device).copy_(
+            value
+        )
     return state
 
 
@@ -251,7 +252,7 @@ def _count(who: str, p: Tensor, step: Any) -> float:
         if step.numel() == 1 and step.layout is torch.strided and not step.is_meta:
             count = step.item()
     else:
-        count = _number(checkpoint.plain(step))
+        count = _number(plain(step))
     if isinstance(count, bool) or not isinstance(count, (int, float)):
         raise ValueError(f"{who} has step={step!r}, expected a whole number >= 0")
     if not (0 <= count <= _LARGEST_COUNT and count == int(count)):

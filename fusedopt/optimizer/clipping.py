@@ -1,5 +1,9 @@
-"""Clipping of gradients by value, by tensor and by their common norm, without writing to them and without waiting."""
+"""Clipping and skipping: nothing is written to gradients, nothing waits for a device.
 
+`Guard` clips as `torch.nn.utils.clip_grad_norm_` does, and skips steps; `Clipping` clips as Keras does.
+"""
+
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,10 +12,72 @@ from torch import Tensor
 
 from fusedopt import sharding
 from fusedopt.backends.eager.norms import norms
-from fusedopt.checks import finite_non_negative
+from fusedopt.batch import Control
+from fusedopt.checks import finite_non_negative, flag, number
+from fusedopt_kernels import rules
+from fusedopt_kernels.memory import outside_inference_mode
 
 Gradients = list[list[Tensor | None]]
 """One row per param group, one place per parameter."""
+
+
+class Guard:
+    """Clipping by the common norm of all gradients, and skipping of steps whose gradients are not finite.
+
+    Everything stays on the device; nothing is written to the gradients.
+
+    Attributes:
+        max_grad_norm: bound on the norm; None: it is not computed for clipping.
+        skip_nonfinite: whether a step with a norm that is not finite changes nothing.
+        grad_norm: norm of the last step's gradients before clipping, unscaled; 0-d float64. None before the first.
+        skipped_steps: how many steps were skipped by `skip_nonfinite`; 0-d float64. None before the first step.
+    """
+
+    def __init__(self, max_grad_norm: float | None = None, skip_nonfinite: bool = False) -> None:
+        if max_grad_norm is not None and not number("max_grad_norm", max_grad_norm) > 0.0:
+            raise ValueError(f"max_grad_norm must be > 0 or None, got {max_grad_norm!r}; math.inf only measures")
+        flag("skip_nonfinite", skip_nonfinite)
+        self.max_grad_norm = max_grad_norm
+        self.skip_nonfinite = skip_nonfinite
+        self.grad_norm: Tensor | None = None
+        self.skipped_steps: Tensor | None = None
+
+    def __bool__(self) -> bool:
+        return self.max_grad_norm is not None or self.skip_nonfinite
+
+    def option(self) -> str | None:
+        """The option that needs all gradients at once, as `name=value`; None if there is none."""
+        if self.max_grad_norm is not None:
+            return f"max_grad_norm={self.max_grad_norm!r}"
+        return "skip_nonfinite=True" if self.skip_nonfinite else None
+
+    def __call__(self, squares: list[Tensor], control: Control) -> Control:
+        """The control of a step whose gradients have these sums of squares, one tensor per device."""
+        home = squares[0].device
+        total = squares[0].sum() if len(squares) == 1 else torch.stack([s.sum().to(home) for s in squares]).sum()
+        norm = total.sqrt()
+        for factor in (control.scale, None if control.grad_scale is None else 1.0 / control.grad_scale.double()):
+            if isinstance(factor, Tensor):
+                norm = norm * factor.to(home, torch.float64, non_blocking=True).abs()
+            elif factor is not None and factor != 1.0:
+                norm = norm * abs(factor)
+        with outside_inference_mode():
+            self.grad_norm = norm.clone() if norm.is_inference() else norm
+        if self.skip_nonfinite:
+            control = control._replace(found_inf=self._skips(norm, control.found_inf))
+        if self.max_grad_norm is not None and self.max_grad_norm < math.inf:
+            factor = rules.clip_factor(norm, self.max_grad_norm, torch.clamp_max)
+            scale = control.scale.to(home, non_blocking=True) if isinstance(control.scale, Tensor) else control.scale
+            control = control._replace(scale=factor * scale)
+        return control
+
+    def _skips(self, norm: Tensor, found_inf: Tensor | None) -> Tensor:
+        skips = (~norm.isfinite()).to(torch.float32)
+        if self.skipped_steps is None:
+            with outside_inference_mode():
+                self.skipped_steps = torch.zeros_like(norm)
+        self.skipped_steps += skips
+        return skips if found_inf is None else skips + found_inf.to(norm.device, torch.float32, non_blocking=True)
 
 
 class Clipping(NamedTuple):
@@ -36,6 +102,14 @@ class Clipping(NamedTuple):
             raise ValueError(
                 f"clipnorm={self.clipnorm!r} and global_clipnorm={self.global_clipnorm!r} exclude each other: pass one"
             )
+
+    def clip(self, grads: Gradients, control: Control) -> tuple[Gradients, Control]:
+        """Returns the gradients and the control that a step works with instead of these."""
+        if all(bound is None for bound in self):
+            return grads, control
+        scale = control.scale if control.grad_scale is None else control.scale / control.grad_scale
+        grads, scale = self(grads, scale)
+        return grads, control._replace(scale=scale, grad_scale=None)
 
     def __call__(self, grads: Gradients, scale: float | Tensor = 1.0) -> tuple[Gradients, float | Tensor]:
         """The gradients and the factor on them that a step works with instead of `grads` and `scale`.

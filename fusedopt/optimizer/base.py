@@ -1,0 +1,317 @@
+"""What an optimizer declares, its param groups, and the only `step()` of the package."""
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fusedopt import backends, checks
+from fusedopt.batch import Control
+from fusedopt.optimizer import compile, loading
+from fusedopt.optimizer.clipping import Clipping, Guard
+from fusedopt.optimizer.engine import Engine, Part
+from fusedopt.optimizer.state import make_states, packed, plain, separate_rates, through_hooks, torch_looks_at_state
+from fusedopt.without_data import is_lazy
+
+# Options of torch's optimizers that say how a step runs, not what it computes: here `backend=` says it.
+_TORCH_BACKEND_OPTIONS = ("fused", "foreach", "capturable", "differentiable")
+
+Given = tuple[dict[Tensor, Tensor | None], Control]
+"""Gradients by parameter, and what else is asked of the step, in the place of `.grad`."""
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """Base of all optimizers here; see `AdamW` for one. A subclass declares `rule`, `checks`, `hyper`, `new_state`."""
+
+    rule: ClassVar[str]
+    """Which update the backends run."""
+
+    checks: ClassVar[dict[str, checks.Check]]
+    """One check per option of a param group."""
+
+    state_options: ClassVar[dict[str, tuple[Any, Any]]] = {}
+    """Options of a group that decide which tensors a state has: values without more tensors, and with."""
+
+    counters: ClassVar[frozenset[str]] = frozenset()
+    """Numbers that a group has beside its options."""
+
+    clipping: Clipping = Clipping()
+    """Clipping as in Keras, beside `guard`."""
+
+    constructor_options: ClassVar[tuple[str, ...]] = ("backend", "guard")
+    """Attributes that belong to the optimizer, not to a group or a checkpoint; copies and pickles carry them."""
+
+    _step_supports_amp_scaling = True
+    """A GradScaler hands its scale to `step` as the attributes `grad_scale` and `found_inf`."""
+
+    def __init__(
+        self, params: Any, defaults: dict[str, Any], backend: str, unknown: dict[str, Any], guard: Guard | None = None
+    ) -> None:
+        refuse_unknown(type(self).__name__, unknown)
+        backends.check(backend)
+        self.backend = backend
+        self.guard = guard or Guard()
+        self._forget()
+        super().__init__(params, plain({**defaults, **self.whole_options()}))
+        compile.exclude_step(type(self))
+
+    # What a subclass declares.
+
+    def hyper(self, group: dict[str, Any]) -> Any:
+        """The hyper-parameters of a group as the NamedTuple that the rule's backends know."""
+        raise NotImplementedError
+
+    def new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """The state of a parameter before its first update, without its `step`. Called on meta tensors too."""
+        raise NotImplementedError
+
+    def state_shapes(self, p: Tensor, group: dict[str, Any]) -> dict[str, torch.Size]:
+        """The shape of each tensor of `new_state`, for a parameter or one shard of it."""
+        raise NotImplementedError
+
+    def state_dtype(self, p: Tensor) -> torch.dtype | None:
+        """The dtype that loaded states of `p` are brought to; None: the one that they were saved in serves."""
+        return None
+
+    def parts(self, group: dict[str, Any]) -> list[Part]:
+        """The parts of a group that are updated differently; asked again where groups hold other parameters."""
+        return [Part(self.rule)]
+
+    def shares_steps(self) -> bool:
+        """Whether all parameters count the applied steps of the whole optimizer."""
+        return False
+
+    def whole_options(self) -> dict[str, Any]:
+        """The constructor's options that go for the whole optimizer. `defaults` has them, groups have none of them."""
+        return {
+            "backend": self.backend,
+            "max_grad_norm": self.guard.max_grad_norm,
+            "skip_nonfinite": self.guard.skip_nonfinite,
+        }
+
+    def needs_all_gradients(self) -> str | None:
+        """The option that makes no sense before all gradients are known, as `name=value`; None if there is none."""
+        return self.guard.option()
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """Norm of all gradients of the last step, unscaled and before clipping: a 0-d float64 tensor on their device.
+
+        None before the first step, and without `max_grad_norm` and `skip_nonfinite`.
+        """
+        return self.guard.grad_norm
+
+    @property
+    def skipped_steps(self) -> Tensor | None:
+        """How many steps `skip_nonfinite` has skipped in this process: a 0-d tensor; None before the first step.
+
+        The tensor goes on counting; clone it to keep a number. It is no part of a checkpoint, which holds what an
+        update needs.
+        """
+        return self.guard.skipped_steps
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raises ValueError where an option, or a combination of options, makes no sense."""
+        for name, check in self.checks.items():
+            check(name, group[name])
+
+    def before_step(self) -> None:
+        """Called before each step, and before each update of a step in backward."""
+
+    def after_step(self, control: Control) -> None:
+        """Called after each step, with what was asked of the backends."""
+
+    # Param groups.
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group; options that it does not give are the constructor's.
+
+        A rate that is a tensor stays that tensor, unless another group has it already: then this one gets a copy.
+
+        Raises:
+            ValueError: an option is out of range or a parameter cannot be updated; the optimizer is as before.
+            TypeError: it is no dict, or has an option that a group cannot have.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"a param group must be a dict with the key 'params', got {type(param_group).__name__}")
+        refuse_unknown("a param group", {k: v for k, v in param_group.items() if k in _TORCH_BACKEND_OPTIONS})
+        whole = self.whole_options()
+        for name, own in whole.items():
+            # Wrappers repeat the constructor's options in every group.
+            if name in param_group and param_group[name] is not own and param_group[name] != own:
+                raise TypeError(
+                    f"a param group got {name}={param_group[name]!r}, which goes for the whole optimizer, and this "
+                    f"{type(self).__name__} has {name}={own!r}: give the constructor the value that is meant for all"
+                )
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            for name in whole:
+                group.pop(name, None)
+            group.update({name: plain(value) for name, value in group.items() if name != "params"})
+            self.check_group(group)
+            for p in group["params"]:
+                checks.parameter(p)
+            checks.no_parameter_twice([group])
+            separate_rates(self.param_groups)
+        except Exception:
+            self.param_groups.pop()
+            raise
+        self._forget()
+
+    # The step.
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, *, given: Given | None = None) -> Any:
+        """Updates every parameter that has a gradient.
+
+        Args:
+            closure: computes the loss again, with gradients enabled; called once, before the update.
+            given: what `apply_gradients` passes on.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            ValueError: an option of a group was set to a value that the constructor refuses, or a parameter comes
+                twice; nothing was changed.
+            RuntimeError: a gradient is sparse, or a gradient or a state does not fit its parameter, which has been
+                given another size or an expanded tensor, for instance; nothing was changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        try:
+            self._step(given)
+        except Exception:
+            self.forget_scaler()
+            raise
+        return loss
+
+    def forget_scaler(self) -> None:
+        """Drops what a GradScaler put here; it does so itself, but not after a step that raised."""
+        for name in ("grad_scale", "found_inf"):
+            self.__dict__.pop(name, None)
+
+    def _step(self, given: Given | None) -> None:
+        values, control = ({}, Control()) if given is None else given
+        control = control._replace(
+            grad_scale=getattr(self, "grad_scale", None), found_inf=getattr(self, "found_inf", None)
+        ).checked()
+        if not self.state and torch_looks_at_state():
+            self.init_state()
+            return
+        self.before_step()
+        groups = self.param_groups
+        grads = [[p.grad if given is None else values.get(p) for p in group["params"]] for group in groups]
+        self.after_step(self._engine.step(self, groups, grads, control))
+
+    def apply_gradients(
+        self, grads_and_params: Iterable[tuple[Tensor | None, Tensor]], scale: float | Tensor = 1.0
+    ) -> None:
+        """Updates parameters from gradients given here instead of `.grad`, which is neither read nor written.
+
+        A step like any other: hooks and schedulers see it. Parameters that are not mentioned, or whose gradient is
+        None, are left alone.
+
+        Args:
+            grads_and_params: pairs of a gradient (the parameter's shape and device; any floating dtype) and a parameter
+                of this optimizer.
+            scale: factor on all gradients, for instance one over the number of micro-batches; a tensor of one element
+                is read on its device.
+
+        Raises:
+            ValueError: a tensor is not a parameter of this optimizer, or comes twice; the scale is no finite number.
+            RuntimeError: a gradient is sparse or does not fit its parameter; nothing was changed.
+
+        Example:
+            >>> import fusedopt, torch
+            >>> w = torch.nn.Parameter(torch.ones(2))
+            >>> optimizer = fusedopt.AdamW([w], lr=0.1)
+            >>> optimizer.apply_gradients([(torch.tensor([2.0, -2.0]), w)], scale=0.5)
+            >>> w.detach()
+            tensor([0.9000, 1.1000])
+        """
+        known = {p for group in self.param_groups for p in group["params"]}
+        given: dict[Tensor, Tensor | None] = {}
+        for grad, p in grads_and_params:
+            if p not in known:
+                raise ValueError(f"a tensor of shape {tuple(p.shape)} is not a parameter of this optimizer")
+            if p in given:
+                raise ValueError(f"a parameter of shape {tuple(p.shape)} comes twice; add its gradients first")
+            given[p] = grad
+        self.step(given=(given, Control(scale=scale)))
+
+    # State.
+
+    def init_state(self) -> None:
+        """Makes the state of every parameter that requires a gradient and has none yet; `step` does it by itself.
+
+        For tools that look at the state before the first step, and before a CUDA graph is captured.
+        `torch.distributed.checkpoint` gets its state without this call.
+        """
+        if any(is_lazy(p) for group in self.param_groups for p in group["params"]):
+            raise RuntimeError("a lazy parameter has no shape yet, so its state has none: run a forward pass first")
+        groups = self.param_groups
+        make_states(self, groups, [[p if p.requires_grad else None for p in group["params"]] for group in groups])
+
+    def _forget(self) -> None:
+        """Drops what was derived from groups and states."""
+        self._engine = getattr(self, "_engine", None) or Engine()
+        self._engine.forget()
+
+    # Checkpoints and copies.
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state in torch's names and layout; step counts are 0-d tensors of their own, numbers are Python's.
+
+        Post hooks get it as it is, and may change it or return something else.
+        """
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        saved = packed(self)
+        passed: dict[str, Any] = through_hooks(self._optimizer_state_dict_post_hooks.values(), self, saved)
+        return passed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a checkpoint of this optimizer, or of the one that it replaces, whichever backend or device made it.
+
+        Group options that the checkpoint lacks keep their present value; options of the whole optimizer stay the
+        constructor's. States keep the dtype they were saved in and are laid out like their parameter. They may lack
+        what `amsgrad` or `beta1` needs, which then starts from zero, or have it without need: both can be switched on
+        and off between steps. A rate that was a tensor becomes a tensor of this group's own.
+
+        Raises:
+            ValueError: the checkpoint does not fit the parameters, or is another optimizer's. After this, as after any
+                other error, such as one for want of memory, nothing was changed.
+        """
+        hooks = self._optimizer_load_state_dict_pre_hooks.values()
+        passed = through_hooks(hooks, self, copy.copy(state_dict))
+        self.__setstate__(loading.loaded(self, passed))
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in self.constructor_options}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # torch puts it there for optimizers of its own.
+        self.defaults.pop("differentiable", None)
+        separate_rates(self.param_groups)
+        compile.exclude_step(type(self))
+        self._forget()
+
+
+def refuse_unknown(where: str, options: dict[str, Any]) -> None:
+    """Raises for options that do not exist here; those of torch's that choose an implementation point to `backend=`."""
+    for name, value in options.items():
+        if name in _TORCH_BACKEND_OPTIONS:
+            raise TypeError(
+                f"{where} got {name}={value!r}, an option of torch.optim: here backend='auto', 'triton' or 'eager' "
+                "chooses how a step runs, and every step is fused and can be captured"
+            )
+        raise TypeError(f"{where} got an unexpected argument {name}={value!r}")

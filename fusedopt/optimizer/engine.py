@@ -1,0 +1,226 @@
+"""One step on all devices: from a user's gradients to what the backends get.
+
+Tensors reach a backend as they are. It scales gradients on their way into the update (`Control.factor` on the eager
+backend, `begin_step` in the kernels) and advances step counts in place (`backends/eager/step_counts.py`, `begin_step`).
+"""
+
+from collections.abc import Callable
+from itertools import chain, repeat
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedopt import backends, checks, sharding
+from fusedopt.backends.graphs import capturing
+from fusedopt.batch import Batch, Control
+from fusedopt.checks import FLOATS
+from fusedopt.optimizer.clipping import Gradients
+from fusedopt.optimizer.state import States, make_states
+from fusedopt.without_data import has_data
+from fusedopt_kernels.layout import overlaps_itself
+
+if TYPE_CHECKING:
+    from fusedopt.optimizer.base import FusedOptimizer
+
+Groups = list[dict[str, Any]]
+Steppers = dict[tuple[torch.device, str], Callable[..., None]]
+
+_NO_STATE: dict[str, Tensor] = {}
+
+
+class Part(NamedTuple):
+    """Parameters of one group that are updated by one rule with the same hyper-parameters.
+
+    Attributes:
+        rule: which update the backends run.
+        places: which of the group's parameters; None for all.
+        options: in place of the group's.
+    """
+
+    rule: str
+    places: list[int] | None = None
+    options: dict[str, Any] = {}
+
+
+class Engine:
+    """Runs the steps of one list of groups, and keeps what the next step can use again.
+
+    An optimizer has one for all its parameters; a step in backward has one for each.
+
+    Attributes:
+        steppers: by device and rule.
+        captured: steppers of the past that CUDA graphs go on reading.
+    """
+
+    def __init__(self) -> None:
+        self.steppers: dict[Any, Any] = {}
+        self.captured: list[Any] = []
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops what was derived from groups and states, but not what CUDA graphs go on reading."""
+        self.captured += [s for s in self.steppers.values() if getattr(s, "captured", False)]
+        self.steppers = {}
+        self._states = States()
+        self._parts: list[list[Part]] | None = None
+
+    def step(self, optimizer: "FusedOptimizer", groups: Groups, grads: Gradients, control: Control) -> Control:
+        """Takes one step, in eight phases; the first raises before anything has changed.
+
+        Args:
+            optimizer: which declares the update, and has the states.
+            groups: the optimizer's, or a copy of one with some of its parameters.
+            grads: one gradient, or None, per parameter of each group.
+            control: what else is asked of the step.
+
+        Returns:
+            The control that the backends got: with the factor of clipping, and with what makes the step skip.
+        """
+        # 1. Options, gradients, states and shards must fit.
+        for group in groups:
+            optimizer.check_group({**group, "lr": checks.rate_in_use(group.get("lr"))})
+        flat = _present(grads)
+        if any(map(Tensor.is_neg, flat)):
+            # Autograd of complex numbers makes them: in memory they have the other sign.
+            grads = [[g if g is None else g.resolve_neg() for g in row] for row in grads]
+            flat = _present(grads)
+        params = [p for group in groups for p in group["params"]]
+        updated = [p for p, g in zip(params, chain.from_iterable(grads)) if g is not None]
+        shapes = _check_gradients(updated, flat)
+        self._states.check(optimizer, groups, grads, shapes if len(updated) == len(params) else None)
+        sharded = sharding.check(groups, grads)
+        if self._states.regrouped:
+            self._parts = None
+
+        # 2. States follow their parameters; those without data get a state, which is all there is to do.
+        self._states.settle(optimizer, groups)
+        if self._states.some_without_data:
+            grads = _leave_out(optimizer, groups, grads)
+            flat, updated = _present(grads), list(filter(has_data, updated))
+
+        # 3. A scaler's findings are those of all processes.
+        if sharded and control.found_inf is not None:
+            control = control._replace(found_inf=sharding.found_anywhere(control.found_inf, flat))
+
+        # 4. Clipping and skipping. Norms come first: by value, an infinite gradient would become a finite one.
+        if flat and optimizer.guard:
+            control = optimizer.guard(self._squares(flat, optimizer.backend, sharded), control)
+        grads, control = optimizer.clipping.clip(grads, control)
+        if not flat:
+            return control
+
+        # 5. Backends, which may not work here.
+        steppers = self._steppers(optimizer, groups)
+
+        # 6. States that are missing are made.
+        if self._states.missing:
+            make_states(optimizer, groups, grads)
+
+        # 7. One call per device and rule; from here on DTensors are local shards.
+        batches = self.batches(optimizer, groups, grads)
+        if self._states.some_without_data:
+            batches = [batch.only(has_data) for batch in batches]
+        if sharded:
+            batches = list(map(sharding.local, batches))
+        several_devices = len({device for device, _ in steppers}) > 1
+        for (device, rule), stepper in steppers.items():
+            own = [batch for batch in batches if batch.rule == rule]
+            stepper([batch.on(device) for batch in own] if several_devices else own, control)
+
+        # 8. Neither torch's fused kernel nor ours tells autograd that it wrote to the parameters.
+        torch.autograd.graph.increment_version(updated)
+        return control
+
+    def batches(self, optimizer: "FusedOptimizer", groups: Groups, grads: Gradients) -> list[Batch]:
+        """Returns the work of a step: one batch per part of each group."""
+        batches = []
+        for group, row, parts in zip(groups, grads, self._parts_of(optimizer, groups)):
+            params = group["params"]
+            states = list(map(optimizer.state.get, params, repeat(_NO_STATE)))
+            for rule, places, options in parts:
+                batch = Batch(rule, optimizer.hyper({**group, **options} if options else group), params, row, states)
+                batches.append(batch if places is None else batch.at(places))
+        return batches
+
+    def _squares(self, grads: list[Tensor], backend: str, sharded: bool) -> list[Tensor]:
+        """Returns sums of squares of all gradients, one or more per device, over all processes."""
+        alike: dict[tuple[torch.device, sharding.Spread], list[Tensor]] = {}
+        for g in grads:
+            over = sharding.spread(g) if sharded else ()
+            alike.setdefault((g.device, over), []).append(sharding.shard(g) if sharded else g)
+        sums = [(self._stepper((device, "squares", over), backend)(own), over) for (device, over), own in alike.items()]
+        return sharding.add_up([(squares.sum(), over) for squares, over in sums] if sharded else sums)
+
+    def _steppers(self, optimizer: "FusedOptimizer", groups: Groups) -> Steppers:
+        """Returns the stepper of each device and rule.
+
+        Raises:
+            RuntimeError: the backend cannot work there; or a CUDA graph is captured on some of the devices.
+        """
+        devices = [device for device in dict.fromkeys(self._states.devices) if device.type != "meta"]
+        if len({capturing(device) for device in devices if device.type == "cuda"}) > 1:
+            raise RuntimeError(
+                f"a CUDA graph is being captured on some of the devices {', '.join(map(str, devices))} alone: what is "
+                "updated on the others would not be replayed; use one optimizer per device"
+            )
+        rules = dict.fromkeys(part.rule for parts in self._parts_of(optimizer, groups) for part in parts)
+        keys = [(device, rule) for device in devices for rule in rules]
+        return {key: self._stepper(key, optimizer.backend) for key in keys}
+
+    def _parts_of(self, optimizer: "FusedOptimizer", groups: Groups) -> list[list[Part]]:
+        if self._parts is None:
+            self._parts = [optimizer.parts(group) for group in groups]
+        return self._parts
+
+    def _stepper(self, key: tuple[Any, ...], backend: str) -> Any:
+        """Returns the stepper for a key that begins with device and rule."""
+        if key not in self.steppers:
+            self.steppers[key] = backends.create(key[1], key[0], backend)
+        return self.steppers[key]
+
+
+def _present(grads: Gradients) -> list[Tensor]:
+    return [g for row in grads for g in row if g is not None]
+
+
+def _leave_out(optimizer: "FusedOptimizer", groups: Groups, grads: Gradients) -> Gradients:
+    """The gradients of parameters with data; the state of the others is made, which is all there is to do."""
+    have = [[has_data(p) for p in group["params"]] for group in groups]
+    pairs = [list(zip(row, column)) for row, column in zip(grads, have)]
+    make_states(optimizer, groups, [[None if here else g for g, here in row] for row in pairs])
+    return [[g if here else None for g, here in row] for row in pairs]
+
+
+def _check_gradients(params: list[Tensor], grads: list[Tensor]) -> list[torch.Size]:
+    """Raises for a pair that no backend can use, before anything has changed. Returns the shapes of the parameters.
+
+    Whole lists: thousands are common.
+    """
+    shapes = list(map(attrgetter("shape"), params))
+    if (
+        set(map(attrgetter("layout"), grads)) <= {torch.strided}
+        and set(map(attrgetter("dtype"), grads)) <= FLOATS
+        and list(map(attrgetter("device"), grads)) == list(map(attrgetter("device"), params))
+        and list(map(attrgetter("shape"), grads)) == shapes
+        and all(map(Tensor.is_contiguous, params))
+    ):
+        return shapes
+    for p, g in zip(params, grads):
+        if overlaps_itself(p):
+            raise RuntimeError(
+                f"a parameter of shape {tuple(p.shape)} with strides {p.stride()} has several elements in one place of "
+                "memory now (an expanded tensor?), where an update cannot be written: give it a clone"
+            )
+        if g.layout is not torch.strided:
+            raise RuntimeError(
+                f"the gradient of a parameter of shape {tuple(p.shape)} is sparse ({g.layout}): make it dense "
+                "(nn.Embedding(sparse=False)) or use torch.optim.SparseAdam for this parameter"
+            )
+        if g.shape != p.shape or g.device != p.device or g.dtype not in FLOATS:
+            raise RuntimeError(
+                f"a gradient of shape {tuple(g.shape)}, {g.dtype}, on {g.device} does not fit its parameter of shape "
+                f"{tuple(p.shape)} on {p.device}: shape and device must be the same, the dtype float16 to float64"
+            )
+    return shapes

@@ -1,0 +1,96 @@
+"""Whether states fit their parameters, whatever was done to either since the last step."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fusedopt import sharding
+from fusedopt.checks import FLOATS
+from fusedopt.without_data import has_data
+from fusedopt_kernels.layout import overlaps_itself
+
+if TYPE_CHECKING:
+    from fusedopt.optimizer.base import FusedOptimizer
+
+_WAY_OUT = (
+    "nothing was changed: delete optimizer.state[parameter] to begin with a new state, or load a checkpoint that fits"
+)
+
+
+def all_fit(optimizer: "FusedOptimizer", groups: list[dict[str, Any]], grads: list[list[Tensor | None]]) -> bool:
+    """Whether all states fit, those that this step leaves alone too; raises RuntimeError for one that it needs."""
+    counts_all = optimizer.shares_steps()
+    fit = True
+    for group, row in zip(groups, grads):
+        for p, g in zip(group["params"], row):
+            state = optimizer.state.get(p)
+            if not state:
+                continue
+            miscounted, misfit = _wrong_count(p, state), _misfit(optimizer, p, group, state)
+            wrong = misfit or miscounted
+            if wrong and g is not None:
+                raise RuntimeError(f"{wrong}; {_WAY_OUT}")
+            if miscounted and counts_all:
+                raise RuntimeError(f"{miscounted}; {_WAY_OUT}")
+            fit = fit and not wrong
+    return fit
+
+
+def _wrong_count(p: Tensor, state: dict[str, Any]) -> str | None:
+    step = state.get("step")
+    if isinstance(step, Tensor) and step.dim() == 0 and step.dtype is torch.float32 and _has_data(step, p):
+        if step.device.type == "cpu" and has_data(step) and not step >= 0.0:  # Other devices are not waited for.
+            return f"the state step of a parameter of shape {tuple(p.shape)} is {step.item()}: a count must be >= 0"
+        return None
+    return (
+        f"the state step of a parameter of shape {tuple(p.shape)} is {_described(step)}: it must be a 0-d float32 "
+        f"tensor on {p.device}, as init_state() and load_state_dict() make it"
+    )
+
+
+def _misfit(optimizer: "FusedOptimizer", p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> str | None:
+    """What does not fit, as a sentence. Whether tensors of the user's own are beside the state does not matter."""
+    made_for = _made_for(state)
+    if made_for is not None and made_for != p.shape:
+        return f"a parameter is of shape {tuple(p.shape)} now, and its state was made for one of {tuple(made_for)}"
+    mine = sharding.shard(p)
+    of_shard = optimizer.state_shapes(mine, group)
+    needed = optimizer.state_shapes(p, {**group, **{name: off for name, (off, _) in optimizer.state_options.items()}})
+    for name, shape in optimizer.state_shapes(p, group).items():
+        t = state.get(name)
+        if t is None and name not in needed:
+            continue  # The option was switched on after the state was made: the step adds it.
+        if not isinstance(t, Tensor) or t.shape != shape or t.dtype not in FLOATS or t.layout is not torch.strided:
+            wanted = f"of shape {tuple(shape)} in a floating dtype"
+        elif not _has_data(t, p):
+            wanted = f"on {p.device}"
+        elif sharding.shard(t).shape != of_shard[name] or (sharding.is_sharded(t) and mine is p):
+            wanted = f"sharded as its parameter is, which has {tuple(mine.shape)} of it here"
+        elif overlaps_itself(sharding.shard(t)):
+            wanted = f"without two elements in one place of memory; its strides are {t.stride()}"
+        else:
+            continue
+        return f"the state {name} of a parameter of shape {tuple(p.shape)} is {_described(t)}, expected one {wanted}"
+    return None
+
+
+def _has_data(t: Tensor, p: Tensor) -> bool:
+    return p.is_meta or not t.is_meta
+
+
+def _made_for(state: dict[str, Any]) -> torch.Size | None:
+    """The shape of the parameter that a state was made for; None if it does not say."""
+    row, column = state.get("exp_avg_sq_row"), state.get("exp_avg_sq_col")
+    if isinstance(row, Tensor) and isinstance(column, Tensor):
+        return torch.Size([*row.shape, *column.shape[-1:]])
+    like_p = state.get("exp_avg_sq", state.get("exp_avg"))
+    return like_p.shape if isinstance(like_p, Tensor) else None
+
+
+def _described(value: Any) -> str:
+    if value is None:
+        return "missing"
+    if isinstance(value, Tensor):
+        return f"of shape {tuple(value.shape)}, {value.dtype}, on {value.device}"
+    return f"{value!r}"
