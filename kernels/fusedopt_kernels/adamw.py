@@ -40,6 +40,8 @@ _adamw_update = device_function(rules.adamw_update)
 def prologue(rows, hyper, scalars, T: tl.constexpr):
     """Begins the step of each row and works out its scalars, in float64."""
     h, out, count = begin_step(rows, hyper, scalars, T)
+    tl.store(out + T.scalars.beta1, load_float64(h + T.hyper.beta1))
+    tl.store(out + T.scalars.beta2, load_float64(h + T.hyper.beta2))
     shrink, step_size, eps_hat = _adamw_scalars(
         count,
         load_number(h + T.hyper.lr),
@@ -52,8 +54,6 @@ def prologue(rows, hyper, scalars, T: tl.constexpr):
         exp,
         sqrt_rn,
     )
-    tl.store(out + T.scalars.beta1, load_float64(h + T.hyper.beta1))
-    tl.store(out + T.scalars.beta2, load_float64(h + T.hyper.beta2))
     tl.store(out + T.scalars.shrink, shrink)
     tl.store(out + T.scalars.step_size, step_size)
     tl.store(out + T.scalars.eps_hat, eps_hat)

@@ -109,12 +109,12 @@ def averages(
     if tl.load(scalar + T.scalars.active) == 0.0:
         return
     tiles_at, tiles = _tiles_of(row, partial_sums, matrix, is_row, length, T)
-    into = _averages_of(row, scalar, matrix, is_row, length, T, COMPUTE)
     row_mean = tl.zeros([ENTRIES], COMPUTE)
     for start in loop_range(first, last, ENTRIES):
         entries = start + tl.arange(0, ENTRIES)
         mask = entries < last
         total = _tile_sums(tiles_at, tiles, length, entries, mask, COMPUTE, ENTRIES, PARTIALS)
+        into = _averages_of(row, scalar, matrix, is_row, length, T, COMPUTE)
         row_mean += _average(into, entries, mask, total)
     row_mean_at = partial_sums + tl.load(row + T.row.row_mean_partials) + matrix * tl.load(row + T.row.row_programs)
     tl.store(row_mean_at + part, tl.sum(row_mean), mask=is_row)
