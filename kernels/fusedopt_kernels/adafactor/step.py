@@ -225,45 +225,54 @@ def adafactor(table: LaunchTable, keys: np.ndarray, plan: Plan, all_reduce: AllR
         all_reduce: puts the sums over all processes that have a share in the place of local sums; for a plan with
             shards.
     """
+    all_rows = np.zeros_like(keys)
+    # First: a captured step whose launches cannot be captured is refused before anything is queued.
+    of_pieces = _Launches(table, "pieces", keys, plan.pieces)
+    of_averages = _Launches(table, "averages", plan.in_float64, plan.averages)
+    of_squares = _Launches(table, "squares", keys, plan.matrix_pieces)
+    of_tensors = _Launches(table, "finish", all_rows, plan.whole)
+
     scalars = run_prologue(prologue, table, TABLES)
     square_partials = table.scratch("square_partials", plan.square_partials, dtype=torch.float64)
     dtypes = torch.float32, torch.float64
     partial_sums = [table.scratch(f"partial_sums {d}", n, dtype=d) for d, n in zip(dtypes, plan.partial_sums)]
     shards = ShardPhases(table, plan, scalars, partial_sums, square_partials, all_reduce)
-    all_rows = np.zeros_like(keys)
 
     for tensors in plan.cache_batches:
-        for key, chunks in _launches(table, "pieces", keys, plan.pieces, tensors):
+        for key, chunks in of_pieces(tensors):
             constants, wide = _constants(key)
             arguments = table.rows, scalars, partial_sums[wide], square_partials, *constants
             sums[(len(chunks),)](chunks, *arguments, **options(THREADS))
-        for wide, chunks in _launches(table, "averages", plan.in_float64, plan.averages, tensors):
+        for wide, chunks in of_averages(tensors):
             averages[(len(chunks),)](chunks, table.rows, scalars, partial_sums[wide], **averages_options(wide))
         shards.averages()
-        for key, chunks in _launches(table, "squares", keys, plan.matrix_pieces, tensors):
+        for key, chunks in of_squares(tensors):
             constants, wide = _constants(key)
             arguments = table.rows, scalars, partial_sums[wide], square_partials, *constants
             squares[(len(chunks),)](chunks, *arguments, **options(THREADS))
         shards.squares()
-        for _, chunks in _launches(table, "finish", all_rows, plan.whole, tensors):
+        for _, chunks in of_tensors(tensors):
             tables = table.rows, table.hyper
             finish[(len(chunks),)](chunks, *tables, scalars, square_partials, TABLES, SQUARES, enable_fp_fusion=False)
-        for key, chunks in _launches(table, "pieces", keys, plan.pieces, tensors):
+        for key, chunks in of_pieces(tensors):
             constants, wide = _constants(key)
             arguments = table.rows, scalars, partial_sums[wide], square_partials, *constants
             apply[(len(chunks),)](chunks, *arguments, **options(THREADS))
 
 
-def _launches(
-    table: LaunchTable, phase: str, keys: np.ndarray, pieces: np.ndarray, tensors: slice
-) -> Iterator[tuple[int, Tensor]]:
-    """Yields key and chunks of each launch of a phase, for some of the tensors."""
-    for key, chunks in table.chunks(phase, keys, pieces).items():
-        if tensors != slice(None):
-            starts = np.cumsum([0, *np.where(keys == key, pieces, 0)])
-            chunks = chunks[starts[tensors.start] : starts[tensors.stop]]
-        if len(chunks):
-            yield key, chunks
+class _Launches:
+    """The launches of a phase; called with some of the tensors, yields key and chunks of each launch for them."""
+
+    def __init__(self, table: LaunchTable, phase: str, keys: np.ndarray, pieces: np.ndarray) -> None:
+        self._chunks, self._keys, self._pieces = table.chunks(phase, keys, pieces), keys, pieces
+
+    def __call__(self, tensors: slice) -> Iterator[tuple[int, Tensor]]:
+        for key, chunks in self._chunks.items():
+            if tensors != slice(None):
+                starts = np.cumsum([0, *np.where(self._keys == key, self._pieces, 0)])
+                chunks = chunks[starts[tensors.start] : starts[tensors.stop]]
+            if len(chunks):
+                yield key, chunks
 
 
 def _constants(key: int) -> tuple[tuple[Any, ...], int]:
