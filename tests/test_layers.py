@@ -1,43 +1,64 @@
-"""The arrows between the files go one way, and what is optional stays optional."""
+"""The arrows between the modules go one way, and what is optional stays optional."""
 
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FUSEDOPT = sorted((ROOT / "fusedopt").rglob("*.py"))
-KERNELS = sorted((ROOT / "kernels" / "fusedopt_kernels").rglob("*.py"))
+FILES = {
+    ".".join(path.relative_to(base).with_suffix("").parts).removesuffix(".__init__"): path
+    for base in (ROOT, ROOT / "kernels")
+    for package in ("fusedopt", "fusedopt_kernels")
+    for path in sorted((base / package).rglob("*.py"))
+}
 
-# Lowest first: a file may import what stands above it in this list, or beside it on the same line.
+# Lowest first. A module may import those of its own layer and of lower ones; the longest name that fits says which.
 LAYERS = [
-    {"batch", "checks", "sharding", "wrappers", "without_data"},
-    {"backends"},
-    {"optimizer.compile", "optimizer.whose", "optimizer.clipping", "optimizer.state_check"},
-    {"optimizer.state"},
-    {"optimizer.loading", "optimizer.engine"},
-    {"optimizer.base"},
-    {"elementwise"},
-    {"adamw", "adafactor", "lion"},
-    {"adafactor_schedule", "keras", "accumulate", "decay_groups", "in_backward", "reference"},
+    {"fusedopt_kernels.rules", "fusedopt_kernels.record", "fusedopt_kernels.layout", "fusedopt_kernels.memory"},
+    {"fusedopt_kernels.device", "fusedopt_kernels.table"},
+    {"fusedopt_kernels.step", "fusedopt_kernels.elementwise"},
+    {"fusedopt_kernels"},
+    {"fusedopt.checks", "fusedopt.without_data", "fusedopt.wrappers", "fusedopt.files", "fusedopt.threads"},
+    {"fusedopt.batch", "fusedopt.sharding", "fusedopt.backends.graphs", "fusedopt.step_count", "fusedopt.reference"},
+    {"fusedopt.backends.scratch", "fusedopt.backends.eager", "fusedopt.backends.triton"},
+    {"fusedopt.backends"},
+    {"fusedopt.schedule_base", "fusedopt.scheduler_checks", "fusedopt.closed_forms", "fusedopt.followed"},
+    {"fusedopt.schedule_functions", "fusedopt.metric_schedules", "fusedopt.keras_schedules"},
+    {"fusedopt.schedules", "fusedopt.recorder", "fusedopt.mistakes"},
+    {"fusedopt.curves", "fusedopt.verification"},
+    {"fusedopt.plotting"},
+    {"fusedopt.optimizer.compile", "fusedopt.optimizer.whose", "fusedopt.optimizer.clipping"},
+    {"fusedopt.optimizer.state", "fusedopt.optimizer.state_check"},
+    {"fusedopt.optimizer.loading", "fusedopt.optimizer.engine"},
+    {"fusedopt.optimizer"},
+    {"fusedopt.elementwise", "fusedopt.in_backward", "fusedopt.accumulate", "fusedopt.decay_groups"},
+    {"fusedopt.adamw", "fusedopt.adafactor", "fusedopt.lion"},
+    {"fusedopt.adafactor_schedule", "fusedopt.keras", "fusedopt.keras_config"},
+    {"fusedopt.keras_recipe"},
+    {"fusedopt.public", "fusedopt.__init__"},
+    {"fusedopt.demo", "fusedopt.demo_model", "fusedopt.demo_text", "fusedopt.demo_checkpoint", "fusedopt.demo_report"},
+    {"fusedopt.demo_command", "fusedopt.plot_command", "fusedopt.info_command"},
+    {"fusedopt.cli", "fusedopt.__main__"},
 ]
 
 
 def imported(path: Path, *, at_import: bool = False) -> set[str]:
     """Modules that a file imports; with `at_import` only those that importing the file imports."""
     tree = ast.parse(path.read_text())
+    nodes: list[ast.AST] = list(ast.walk(tree))
     if at_import:
-        nodes = [n for statement in tree.body for n in ([statement] if not _deferred(statement) else [])]
-    else:
-        nodes = list(ast.walk(tree))
-    names = set()
+        nodes = [n for statement in tree.body if not _deferred(statement) for n in _outside_functions(statement)]
+    names: set[str] = set()
     for node in nodes:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= inside & FILES.keys() or {node.module}
     return names
 
 
@@ -45,41 +66,60 @@ def _deferred(statement: ast.stmt) -> bool:
     return isinstance(statement, ast.If) and "TYPE_CHECKING" in ast.dump(statement.test)
 
 
+def _outside_functions(node: ast.AST) -> list[ast.AST]:
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        return []
+    return [node, *(n for child in ast.iter_child_nodes(node) for n in _outside_functions(child))]
+
+
 def roots(names: set[str]) -> set[str]:
     return {name.split(".")[0] for name in names}
 
 
-@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
-def test_the_ground_floor_knows_nothing_above_it(path):
-    assert "fusedopt" not in roots(imported(path))
+def layer(module: str) -> int | None:
+    parts = [*module.split("."), "__init__"][: module.count(".") + 1 + (module == "fusedopt")]
+    for length in range(len(parts), 0, -1):
+        name = ".".join(parts[:length])
+        if name != "fusedopt":
+            for number, names in enumerate(LAYERS):
+                if name in names:
+                    return number
+    return None
 
 
 def test_the_formulas_import_only_math_and_typing():
-    (rules,) = [path for path in KERNELS if path.name == "rules.py"]
-    assert roots(imported(rules)) <= {"math", "typing"}
+    assert roots(imported(FILES["fusedopt_kernels.rules"])) <= {"math", "typing"}
 
 
-def layer(module: str) -> int | None:
-    parts = module.split(".")
-    here = {parts[1], ".".join(parts[1:3])} if parts[0] == "fusedopt" and parts[1:] else set()
-    return next((i for i, names in enumerate(LAYERS) if here & names), None)
-
-
-@pytest.mark.parametrize("path", FUSEDOPT, ids=lambda path: str(path.relative_to(ROOT)))
-def test_arrows_go_one_way(path):
-    here = layer(".".join(path.relative_to(ROOT).with_suffix("").parts))
-    if here is None:
-        return
-    for name in imported(path, at_import=True):
+@pytest.mark.parametrize("module", FILES)
+def test_every_module_has_a_layer_and_imports_none_above_it(module):
+    here = layer(module)
+    assert here is not None, f"{module} has no layer: give it one in LAYERS"
+    for name in imported(FILES[module], at_import=True) & FILES.keys():
         there = layer(name)
-        assert there is None or there <= here, f"{path.name} imports {name}, which stands above it"
+        assert there is not None and (there <= here or name == "fusedopt"), f"{module} imports {name}, above it"
 
 
-@pytest.mark.parametrize("path", FUSEDOPT, ids=lambda path: str(path.relative_to(ROOT)))
-def test_only_the_triton_backend_imports_triton_at_import(path):
-    if not path.stem.startswith(("triton", "capture")):
-        assert "triton" not in roots(imported(path, at_import=True))
-    assert "matplotlib" not in roots(imported(path, at_import=True))
+def test_a_new_module_without_a_layer_is_found():
+    assert layer("fusedopt.new") is None and layer("fusedopt.adamw_new") is None
+    assert layer("fusedopt") == layer("fusedopt.public")
+    assert layer("fusedopt.backends.eager.new") == layer("fusedopt.backends.eager")
+
+
+def test_there_is_no_circle_of_imports():
+    """`fusedopt` itself imports the others when a name is asked for."""
+    arrows = {
+        module: (imported(path, at_import=True) & FILES.keys()) - {module, "fusedopt"} for module, path in FILES.items()
+    }
+    assert len(list(TopologicalSorter(arrows).static_order())) >= len(FILES) - 1
+
+
+@pytest.mark.parametrize("module", [module for module in FILES if module.split(".")[0] == "fusedopt"])
+def test_only_the_triton_backend_imports_triton_at_import(module):
+    names = roots(imported(FILES[module], at_import=True))
+    if not module.startswith("fusedopt.backends.triton"):
+        assert "triton" not in names
+    assert "matplotlib" not in names
 
 
 def test_works_without_triton_and_matplotlib():
