@@ -5,11 +5,11 @@ import json
 import torch
 
 from fusedopt.accumulate import GradientAccumulator
-from perf.compiled import resources, standing_in
+from perf.compiled import fake_gpu, resources
 
 
 def main() -> None:
-    with standing_in("sm_90") as launches:
+    with fake_gpu("sm_90") as launches:
         counts = {}
         for name, sizes in {"1,000 aligned": range(16, 16016, 16), "odd ones among them": range(8, 24)}.items():
             accumulator = GradientAccumulator(torch.float32, backend="triton")

@@ -5,14 +5,14 @@ import json
 import torch
 
 from fusedopt import Lion
-from perf.compiled import resources, standing_in
+from perf.compiled import fake_gpu, resources
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def main() -> None:
     found = {}
-    with standing_in("sm_90") as launches:
+    with fake_gpu("sm_90") as launches:
         for name, dtype in DTYPES.items():
             params = [torch.nn.Parameter(torch.zeros(16 * n, dtype=dtype)) for n in range(1, 1001)]
             optimizer = Lion([{"params": params[:7], "lr": 0.1}, {"params": params[7:]}], backend="triton")

@@ -192,7 +192,7 @@ def test_every_kernel_compiles_under_a_hook_that_serializes_its_constants():
 
 def test_lion_takes_two_launches_and_reads_and_writes_128_bits_at_a_time():
     """Per element it reads a parameter, a gradient and an average, and writes two of them; 8 elements per thread."""
-    found = compiled("", "compiled_lion.py")
+    found = compiled("compiled_lion.py")
     for name, size in (("float32", 4), ("bfloat16", 2)):
         kernel = found[name]["update"]
         assert found[name]["launches"] == ["prologue", "update"]

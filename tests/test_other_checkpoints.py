@@ -15,7 +15,7 @@ from helpers.optimizers import OPTIMIZERS
 
 from fusedopt import Adafactor, AdamW, AdamWeightDecay
 
-MAKE = {name: partial(row, **row.fixed_rate) for name, row in OPTIMIZERS.items()}
+MAKE = {name: partial(row, **{row.rate: 0.01, **row.fixed_rate}) for name, row in OPTIMIZERS.items()}
 every_optimizer = pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
 
 

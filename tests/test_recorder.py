@@ -337,5 +337,5 @@ def test_what_is_no_schedule_is_refused(schedule: Callable[[torch.optim.Optimize
 def test_an_empty_record_and_a_negative_start_are_refused() -> None:
     with pytest.raises(ValueError, match="no step was recorded; make the LRRecorder before training"):
         verify_schedule(LRRecorder(sgd()), schedules.ConstantSchedule())
-    with pytest.raises(ValueError, match="first_step must be >= 0, got -1"):
+    with pytest.raises(ValueError, match="first_step must be a whole number >= 0, got -1"):
         LRRecorder(sgd(), first_step=-1)
