@@ -38,6 +38,11 @@ def device_function(function: Callable[..., Any]) -> Callable[..., Any]:
     return function if _INTERPRETED else triton.jit(function)
 
 
+def constant_function(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of constants that kernels call. The interpreter runs it as it is: triton 3.6 drops names of tuples."""
+    return function if _INTERPRETED else triton.constexpr_function(function)
+
+
 def _loop_range(first: Any, last: Any, step: Any) -> range:
     numbers = (x.handle.data.item() if isinstance(x, tl.tensor) else x for x in (first, last, step))
     return range(*map(int, numbers))

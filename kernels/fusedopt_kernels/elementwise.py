@@ -6,10 +6,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import triton
 import triton.language as tl
 
-from fusedopt_kernels.device import TRITON_DTYPES, device_function, load_pointer, load_size, my_piece, options
+from fusedopt_kernels.device import (
+    TRITON_DTYPES,
+    constant_function,
+    device_function,
+    load_pointer,
+    load_size,
+    my_piece,
+    options,
+)
 from fusedopt_kernels.record import Record, Tables
 from fusedopt_kernels.step import run_prologue
 from fusedopt_kernels.table import LaunchTable, launch_class
@@ -42,7 +49,7 @@ def access_of(record: Record, key: int, decisive: int = 1, *, block: int) -> Any
 _BY_NAME = {dtype.name: dtype for dtype in TRITON_DTYPES.values() if dtype is not None}
 
 
-@triton.constexpr_function
+@constant_function
 def with_dtypes(access: Any) -> Any:
     """`access_of` with dtypes in the place of their names."""
     return type(access)(*(_BY_NAME[value] if isinstance(value, str) else value for value in access))

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import triton
 from torch import Tensor
 
 from fusedopt_kernels.adafactor.layout import MATRIX, SMALL, VECTOR
 from fusedopt_kernels.adafactor.splits import Segment, Shards, Workspace, no_shards
+from fusedopt_kernels.device import constant_function
 from fusedopt_kernels.table import launch_class
 
 BLOCK = 2048
@@ -95,7 +95,7 @@ def sizes_of(grad_itemsize: int) -> Sizes:
     return Sizes(BLOCK, BLOCK // 2, TILE_BYTES // grad_itemsize, TILE_HEIGHT, LINES, STRIP, MEANS)
 
 
-@triton.constexpr_function
+@constant_function
 def as_spec(tables: Any, sizes: Any, param: Any, grad: Any, compute: Any) -> Spec:
     """The `Spec` of a kernel's constants, inside of the kernel."""
     return Spec(tables.row, tables.scalars, param, grad, compute, *sizes)
