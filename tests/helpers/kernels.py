@@ -84,6 +84,8 @@ def captures(monkeypatch):
         return launch
 
     monkeypatch.setattr(KernelInterface, "__getitem__", queue)
+    # Other tests of this process may have left memory for captures behind.
+    monkeypatch.setattr("fusedopt.backends.triton.capture._reserves", {})
     copy_at_every_replay = Tables._copy_at_every_replay
 
     def copied(self, host, device):
