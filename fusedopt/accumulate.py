@@ -14,7 +14,7 @@ from fusedopt import backends
 from fusedopt_kernels.memory import outside_inference_mode
 
 _BUCKET_BYTES = 1 << 25
-"""What one all-reduce carries, as in DistributedDataParallel; about the extra memory that it takes."""
+"""Bytes that one all-reduce carries, as in DistributedDataParallel; roughly the extra memory that it takes."""
 
 
 @dataclass
@@ -22,13 +22,13 @@ class _Position:
     """One place in the list of gradients."""
 
     open: bool
-    """Whether it may ever hold a sum."""
+    """True if it may ever hold a sum."""
     memory: Tensor | None = None
-    """Of the sum; what is in it counts only if `filled`."""
+    """Memory of the sum; its contents count only if `filled`."""
     filled: bool = False
-    """Whether it got a gradient since the last reset."""
+    """True if a gradient was added since the last reset."""
     lent: bool = False
-    """Whether the memory was handed out: it is replaced then, not written to."""
+    """True if the memory was handed out: it is then replaced, not written to."""
 
     def writable(self, like: Tensor, dtype: torch.dtype | None) -> Tensor:
         """The memory that the next sum goes to."""

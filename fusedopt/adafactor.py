@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fusedopt import checks, sharding
-from fusedopt.batch import AdafactorHyper, number_maximum
+from fusedopt.interface import AdafactorHyper, fmax
 from fusedopt.optimizer.base import FusedOptimizer
 from fusedopt.optimizer.clipping import Guard
 
@@ -191,8 +191,8 @@ class Adafactor(FusedOptimizer):
         dtype = self.state_dtype(p)
         state = {"RMS": torch.zeros((), dtype=dtype, device=p.device)}
         if p.dim() >= 2:
-            state["exp_avg_sq_row"] = sharding.zeros_without(p, p.dim() - 1, dtype)
-            state["exp_avg_sq_col"] = sharding.zeros_without(p, p.dim() - 2, dtype)
+            state["exp_avg_sq_row"] = sharding.zeros_without_dim(p, p.dim() - 1, dtype)
+            state["exp_avg_sq_col"] = sharding.zeros_without_dim(p, p.dim() - 2, dtype)
         else:
             state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype)
         if group["beta1"] is not None:
@@ -265,7 +265,7 @@ class Adafactor(FusedOptimizer):
 
 def rate_on_device(hyper: AdafactorHyper, step: Tensor, rms: Tensor, before: float) -> Tensor:
     """The rate of update number `step` as a 0-d tensor, `before` if it is 0. Waits for no device."""
-    rate = hyper.rate(step, rms, torch.sqrt, torch.minimum, number_maximum)
+    rate = hyper.rate(step, rms, torch.sqrt, torch.minimum, fmax)
     rate = torch.as_tensor(rate, dtype=step.dtype, device=step.device)
     return torch.where(step > 0.0, rate.reshape(()), before)
 

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from fusedopt import checks
-from fusedopt.batch import AdamWHyper
 from fusedopt.elementwise import ElementwiseOptimizer
+from fusedopt.interface import AdamWHyper
 from fusedopt.optimizer.clipping import Guard
 from fusedopt_kernels.rules import CONVENTIONS
 

@@ -1,4 +1,4 @@
-"""What a user may pass: one function per kind of value, each error naming the argument, its value and the way out."""
+"""Checks of what a user passes: one function per kind of value; errors name the argument, its value and the way out."""
 
 import math
 import numbers
@@ -13,7 +13,7 @@ from fusedopt.without_data import is_lazy
 from fusedopt_kernels.layout import overlaps_itself
 
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
-"""What parameters, gradients and states may be."""
+"""The dtypes of parameters, gradients and states that are supported."""
 
 Check = Callable[[str, Any], None]
 
@@ -30,7 +30,7 @@ def number(name: str, value: Any) -> float:
 
 
 def hint(value: Any) -> str:
-    """What to say of a value that is no number but looks like one."""
+    """A hint for a value that is not a number but looks like one."""
     try:
         float(value if isinstance(value, str) else "")
     except ValueError:

@@ -14,7 +14,7 @@ _NORM = re.compile(r"norm(act|alization)?\d*d?$", re.IGNORECASE)
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module normalizes: the name of its class, or of one that it derives from, ends like `RMSNorm`.
+    """True if a module normalizes: the name of its class, or of one that it derives from, ends like `RMSNorm`.
 
     Example:
         >>> [is_norm(module) for module in (nn.LayerNorm(2), nn.BatchNorm2d(2), nn.Linear(2, 2))]

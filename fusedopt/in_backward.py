@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fusedopt import checks
-from fusedopt.batch import Control
+from fusedopt.interface import StepArgs
 from fusedopt.optimizer.base import FusedOptimizer
 from fusedopt.optimizer.engine import Engine
 from fusedopt.wrappers import unwrapped_optimizer
@@ -80,7 +80,7 @@ def register_step_in_backward(optimizer: FusedOptimizer, model: torch.nn.Module)
 
 
 class StepInBackward:
-    """What `register_step_in_backward` returns: the hooks, and which parameters the open step has updated."""
+    """The handle that `register_step_in_backward` returns: the hooks, and the parameters updated in the open step."""
 
     def __init__(self, optimizer: FusedOptimizer, names: dict[Tensor, str]) -> None:
         self._optimizer = optimizer
@@ -120,7 +120,7 @@ class StepInBackward:
             return  # No group has it any more: its gradient stays, as it would without this.
         self._optimizer.before_step()
         group = self._group_of(p, *place)
-        self._engines[p].step(self._optimizer, [group], [[p.grad]], Control())
+        self._engines[p].step(self._optimizer, [group], [[p.grad]], StepArgs())
         if self._optimizer.shares_steps():
             count = self._optimizer.state[p]["step"]
             self._count = count.clone()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fusedopt import backends, checks
 from fusedopt.adamw import AdamW
-from fusedopt.batch import AdamWHyper, Control
+from fusedopt.interface import AdamWHyper, StepArgs
 from fusedopt.keras_config import from_keras
 from fusedopt.keras_schedules import (
     RateFunction,
@@ -350,7 +350,7 @@ class AdamWeightDecay(AdamW):
         without = Part(self.rule, others, {"weight_decay": 0.0})
         return [Part(self.rule, decaying), without] if decaying else [without]
 
-    def after_step(self, control: Control) -> None:
+    def after_step(self, control: StepArgs) -> None:
         skips = control.found_inf
         self._followed_for = None
         if not self._counts_calls:

@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt.batch import Batch, Split, Spread
+from fusedopt.interface import ParamSet, ReduceDims, ShardInfo
 
 
 def is_sharded(t: Any) -> bool:
-    """Whether `t` is a DTensor; without importing what defines it."""
+    """True if `t` is a DTensor; does not import the module that defines it."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(t, module.DTensor)
 
 
 def any_sharded(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether there is a DTensor among them; asks each type once, since thousands of tensors are common."""
+    """True if one of them is a DTensor; checks each type once, since thousands of tensors are common."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and any(issubclass(kind, module.DTensor) for kind in set(map(type, tensors)))
 
@@ -47,16 +47,16 @@ def check(groups: Sequence[dict[str, Any]], grads: Sequence[Sequence[Tensor | No
     return True
 
 
-def local(batch: Batch) -> Batch:
-    """The same batch with the local shards of what is sharded."""
-    splits = [_split(p) for p in batch.params]
-    return Batch(
-        batch.rule,
-        batch.hyper,
-        [shard(p) for p in batch.params],
-        [None if g is None else shard(g) for g in batch.grads],
-        [{name: shard(t) for name, t in state.items()} for state in batch.states],
-        splits if any(splits) else None,
+def local(param_set: ParamSet) -> ParamSet:
+    """The same set with the local shards of what is sharded."""
+    shard_infos = [_shard_info(p) for p in param_set.params]
+    return ParamSet(
+        param_set.rule,
+        param_set.hyper,
+        [shard(p) for p in param_set.params],
+        [None if g is None else shard(g) for g in param_set.grads],
+        [{name: shard(t) for name, t in state.items()} for state in param_set.states],
+        shard_infos if any(shard_infos) else None,
     )
 
 
@@ -73,13 +73,13 @@ def _of_shard(like: Any, mine: Tensor, shape: Any, stride: Any, placements: Any)
 
 
 def shard(t: Any) -> Tensor:
-    """What this process has of `t`; `t` itself if it is no DTensor."""
+    """The local shard of `t`; `t` itself if it is not a DTensor."""
     mine: Tensor = t.to_local() if is_sharded(t) else t
     return mine
 
 
-def spread(t: Any, dimension: int | None = None) -> Spread:
-    """Over what the local sums of `t` have to be added up to be those of the whole tensor.
+def spread(t: Any, dimension: int | None = None) -> ReduceDims:
+    """The mesh dimensions over which local sums of `t` must be reduced to be those of the whole tensor.
 
     Args:
         t: any tensor.
@@ -94,15 +94,15 @@ def spread(t: Any, dimension: int | None = None) -> Spread:
     )
 
 
-def _split(p: Any) -> Split | None:
+def _shard_info(p: Any) -> ShardInfo | None:
     over = spread(p)
     if not over or p.numel() == 0:
         return None
     rows, columns = (spread(p, p.dim() - 2), spread(p, p.dim() - 1)) if p.dim() >= 2 else ((), ())
-    return Split(p.shape, rows, columns, over)
+    return ShardInfo(p.shape, rows, columns, over)
 
 
-def add_up_in_place(t: Tensor, over: Spread) -> None:
+def all_reduce_in_place(t: Tensor, over: ReduceDims) -> None:
     """Puts the sum over all processes that have a share in the place of the local sums."""
     for mesh, dimension in over if t.numel() else ():
         torch.distributed.all_reduce(t, group=mesh.get_group(dimension))
@@ -128,18 +128,18 @@ def _layout(t: Any) -> tuple[Any, Any]:
     return t.device_mesh, tuple(t.placements)
 
 
-def found_anywhere(found_inf: Tensor, tensors: Iterable[Tensor]) -> Tensor:
+def all_reduce_found_inf(found_inf: Tensor, tensors: Iterable[Tensor]) -> Tensor:
     """Not 0 in all processes if it is not 0 in one that has a share of these tensors.
 
     torch adds up what a GradScaler found over the mesh of one gradient alone.
     """
     over = tuple(dict.fromkeys(pair for t in tensors for pair in spread(t)))
     found = found_inf.detach().to(torch.float32, copy=True)
-    add_up_in_place(found, over)
+    all_reduce_in_place(found, over)
     return found
 
 
-def zeros_without(p: Any, dimension: int, dtype: torch.dtype) -> Tensor:
+def zeros_without_dim(p: Any, dimension: int, dtype: torch.dtype) -> Tensor:
     """Zeros of the shape of `p` without one of its dimensions, sharded as what remains of `p` is.
 
     Args:
@@ -167,7 +167,7 @@ def _without(placement: Any, dimension: int) -> Any:
     return type(placement)(dim, **split_factor)
 
 
-def add_up(parts: Sequence[tuple[Tensor, Spread]]) -> list[Tensor]:
+def all_reduce_sums(parts: Sequence[tuple[Tensor, ReduceDims]]) -> list[Tensor]:
     """Sums over all processes that have a share, one collective operation for all that are alike and spread alike.
 
     Args:
@@ -176,14 +176,14 @@ def add_up(parts: Sequence[tuple[Tensor, Spread]]) -> list[Tensor]:
     Returns:
         The sums, the same bits in every process; parts that are not spread are returned as they are.
     """
-    alike: dict[tuple[Spread, torch.dtype, torch.device], list[int]] = {}
+    alike: dict[tuple[ReduceDims, torch.dtype, torch.device], list[int]] = {}
     for i, (t, over) in enumerate(parts):
         if over:
             alike.setdefault((over, t.dtype, t.device), []).append(i)
     sums = [t for t, _ in parts]
     for (over, _, _), which in alike.items():
         flat = torch.cat([sums[i].reshape(-1) for i in which])
-        add_up_in_place(flat, over)
+        all_reduce_in_place(flat, over)
         for i, t in zip(which, flat.split([sums[i].numel() for i in which])):
             sums[i] = t.view(sums[i].shape)
     return sums

@@ -12,6 +12,6 @@ __all__ = ["has_data", "is_lazy"]
 
 
 def has_data(p: Any) -> bool:
-    """Whether there are numbers to update, now."""
+    """True if there are numbers to update now."""
     fakes = sys.modules.get("torch._subclasses.fake_tensor")
     return not (p.device.type == "meta" or is_lazy(p) or (fakes is not None and isinstance(p, fakes.FakeTensor)))

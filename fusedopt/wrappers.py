@@ -1,4 +1,4 @@
-"""What Accelerate's and Lightning's wrappers hold: users pass on what `prepare()` and `self.optimizers()` gave them."""
+"""Unwraps the optimizers of Accelerate and Lightning: users pass on what `prepare()` and `self.optimizers()` return."""
 
 from typing import Any
 

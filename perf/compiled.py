@@ -22,7 +22,7 @@ from triton.runtime.jit import KernelInterface
 import fusedopt
 from fusedopt import Adafactor
 from fusedopt.backends.triton.adafactor import TritonAdafactor
-from fusedopt.batch import Batch, Control, Split
+from fusedopt.interface import ParamSet, ShardInfo, StepArgs
 from perf.providers import RULES
 
 TARGETS = {
@@ -207,6 +207,8 @@ def adafactor_variants(target: str, names: Sequence[str] | None = None) -> list[
 def shard_step(optimizer: Adafactor, params: list[torch.nn.Parameter], grads: list[torch.Tensor]) -> None:
     """Takes a step of the first group's parameters as shards, of processes that do not exist."""
     states = [optimizer.state[p] for p in params]
-    shards: list[Split | None] = [Split(p.shape, (), (), ()) for p in params]
-    batch = Batch(optimizer.rule, optimizer.hyper(optimizer.param_groups[0]), list(params), list(grads), states, shards)
-    TritonAdafactor(params[0].device)([batch], Control())
+    shards: list[ShardInfo | None] = [ShardInfo(p.shape, (), (), ()) for p in params]
+    batch = ParamSet(
+        optimizer.rule, optimizer.hyper(optimizer.param_groups[0]), list(params), list(grads), states, shards
+    )
+    TritonAdafactor(params[0].device)([batch], StepArgs())

@@ -219,14 +219,14 @@ def test_non_finite_gradients_reach_their_element_and_no_other(bad):
 
 def test_a_small_decay_is_not_lost_by_the_rule():
     """lr * weight_decay = 1e-6 as a float32 factor 1 - 1e-6 decays 1.3 % too fast; subtracting 1e-6 * p does not."""
-    shrink = 1e-6
+    decay_step = 1e-6
     p = torch.linspace(0.5, 2, 1000)
     zero = torch.zeros_like(p)
     exact = p.double()
     for _ in range(5000):
-        p = rules.adamw_update(p, zero, zero, shrink, 0.0, 1.0, sqrt=torch.sqrt, div=torch.div)
-        exact = exact * (1 - shrink)
-    decayed = 1 - (1 - shrink) ** 5000
+        p = rules.adamw_update(p, zero, zero, decay_step, 0.0, 1.0, sqrt=torch.sqrt, div=torch.div)
+        exact = exact * (1 - decay_step)
+    decayed = 1 - (1 - decay_step) ** 5000
     assert ((p.double() - exact).mean() / exact.mean()).abs() < 2e-3 * decayed
 
 

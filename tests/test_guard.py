@@ -175,7 +175,7 @@ MAGNITUDES = {
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", MAGNITUDES, ids=str)
 def test_the_norm_is_right_at_every_magnitude(backend, dtype, device):
-    """Squares overflow float32 above 1e19, are coarse below 1e-19 and vanish below 1e-22, beside others or alone."""
+    """GradNorm overflow float32 above 1e19, are coarse below 1e-19 and vanish below 1e-22, beside others or alone."""
     device = device if backend == "triton" else torch.device("cpu")
     unit = torch.rand(16_385 if backend == "eager" else 4097, generator=torch.Generator().manual_seed(0)).double() + 0.5
     params = [torch.nn.Parameter(torch.ones(n, dtype=dtype, device=device)) for n in (len(unit), 5)]

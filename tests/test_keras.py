@@ -9,7 +9,7 @@ from helpers.comparing import assert_near, assert_same
 from helpers.golden import assert_close, replay
 from helpers.keras import BACKENDS, STATE_64, TOLERANCES, device_of, keras_cases, parameter, recorded, step
 
-from fusedopt.batch import Control
+from fusedopt.interface import StepArgs
 from fusedopt.keras import AdamWeightDecay
 from fusedopt.optimizer.clipping import Clipping
 
@@ -169,7 +169,7 @@ def test_clipping_sees_unscaled_gradients():
     """A GradScaler's factor is divided out before anything is compared with a bound."""
     p = parameter()
     optimizer = AdamWeightDecay([p], global_clipnorm=1.0)
-    control = Control(scale=0.5, grad_scale=torch.tensor([1024.0]))
+    control = StepArgs(scale=0.5, grad_scale=torch.tensor([1024.0]))
     _, clipped = optimizer.clipping.clip([[1024.0 * torch.tensor([3.0, 4.0])]], control)
     assert float(clipped.scale) * 1024.0 == pytest.approx(1 / 5) and clipped.grad_scale is None
     _, unclipped = optimizer.clipping.clip([[1024.0 * torch.tensor([0.3, 0.4])]], control)

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 from fusedopt import AdamW
 from fusedopt.backends.eager.adamw import EagerAdamW
-from fusedopt.batch import Control
+from fusedopt.interface import StepArgs
 from fusedopt.keras import AdamWeightDecay
 from fusedopt.keras_schedules import PolynomialDecay, WarmUp, describe, revive
 from fusedopt.plotting import plot_schedule
@@ -111,7 +111,7 @@ def test_counts_go_on_where_all_gradients_are_on_another_device():
     p = parameter()
     optimizer = AdamWeightDecay([p], backend="eager")
     step(optimizer)
-    EagerAdamW(p.device)(optimizer._engine.batches(optimizer, optimizer.param_groups, [[None]]), Control())
+    EagerAdamW(p.device)(optimizer._engine.param_sets(optimizer, optimizer.param_groups, [[None]]), StepArgs())
     assert optimizer.state[p]["step"].item() == 2
 
 

@@ -66,7 +66,7 @@ class OnNumpy:
         )
 
     def step(self, grads, scale, scalars):
-        """`scalars`: (shrink, step_size, eps_hat) of each parameter."""
+        """`scalars`: (decay_step, step_size, eps_hat) of each parameter."""
         beta1, beta2 = self.options["betas"]
         for i, (p, g, s) in enumerate(zip(self.params, grads, self.states)):
             if g is not None or self.convention.shared_steps:
@@ -77,7 +77,7 @@ class OnNumpy:
             f = {torch.float32: np.float32, torch.float64: np.float64}[wide]
             arrays = [t.cpu().to(wide).numpy() for t in (p, g, s["exp_avg"], s["exp_avg_sq"])]
             factor = f(-scale if self.options["maximize"] else scale)
-            shrink, step_size, eps_hat = map(f, scalars[i])
+            decay_step, step_size, eps_hat = map(f, scalars[i])
             m, v = rules.adam_moments(
                 arrays[1] * factor, arrays[2], arrays[3], f(beta1), f(1.0 - beta1), f(beta2), f(1.0 - beta2)
             )
@@ -86,12 +86,12 @@ class OnNumpy:
             if self.options["amsgrad"]:
                 v = np.maximum(s["max_exp_avg_sq"].to(wide).numpy(), v)
                 s["max_exp_avg_sq"].copy_(torch.from_numpy(v))
-            new = rules.adamw_update(arrays[0], m, v, shrink, step_size, eps_hat, np.sqrt, np.divide)
+            new = rules.adamw_update(arrays[0], m, v, decay_step, step_size, eps_hat, np.sqrt, np.divide)
             p.copy_(torch.from_numpy(new))
 
 
 def device_scalars(optimizer):
-    """What the prologue of the last step worked out: (shrink, step_size, eps_hat) per row."""
+    """What the prologue of the last step worked out: (decay_step, step_size, eps_hat) per row."""
     (stepper,) = (stepper for stepper in optimizer._engine.steppers.values() if isinstance(stepper, TritonStepper))
     return stepper._tables._eager._scratch["scalars"][:, 4:7].cpu().numpy()
 

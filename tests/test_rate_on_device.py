@@ -12,8 +12,8 @@ from helpers.schedules import CLOSED_FORMS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedopt import checks, create_optimizer, register_step_in_backward
-from fusedopt.batch import Control
 from fusedopt.closed_forms import PolynomialSchedule
+from fusedopt.interface import StepArgs
 from fusedopt.keras import AdamWeightDecay
 from fusedopt.keras_schedules import PolynomialDecay, WarmUp, rate_on_device, takes_tensors
 from fusedopt.recorder import LRRecorder
@@ -185,7 +185,7 @@ def test_a_step_that_may_be_skipped_waits_for_nothing(backend):
     with Waits() as waits:
         optimizer.follow_schedule()
         optimizer.hyper(optimizer.param_groups[0])
-        optimizer.after_step(Control(found_inf=torch.tensor(1.0, device=device_of(backend))))
+        optimizer.after_step(StepArgs(found_inf=torch.tensor(1.0, device=device_of(backend))))
     assert waits.count == 0
     with waits:
         assert optimizer.iterations == 0

@@ -8,7 +8,7 @@ from helpers.adamw import RATES, gradients, parameters, run
 from helpers.comparing import assert_near, assert_same
 
 from fusedopt import AdamW, backends
-from fusedopt.batch import Control
+from fusedopt.interface import StepArgs
 
 SIZES = (7, 48, 1025, 2048)
 
@@ -50,8 +50,8 @@ def test_shared_counts_go_on_where_this_device_has_no_gradient(convention, count
     params = parameters(device, (7, 48))
     optimizer = AdamW(params, convention=convention, backend="triton")
     optimizer.init_state()
-    batches = optimizer._engine.batches(optimizer, optimizer.param_groups, [[None, None]])
-    backends.create("adamw", device, "triton")(batches, Control())
+    batches = optimizer._engine.param_sets(optimizer, optimizer.param_groups, [[None, None]])
+    backends.create("adamw", device, "triton")(batches, StepArgs())
     assert [float(optimizer.state[p]["step"]) for p in params] == counts
 
 
@@ -102,8 +102,8 @@ def test_a_step_with_found_inf_changes_nothing_and_is_not_counted(found, device)
     grads = gradients(ours, 0)
     optimizer.init_state()
     stepper(
-        optimizer._engine.batches(optimizer, optimizer.param_groups, [[1024.0 * g for g in grads]]),
-        Control(grad_scale=torch.tensor([1024.0], device=device), found_inf=torch.tensor([found], device=device)),
+        optimizer._engine.param_sets(optimizer, optimizer.param_groups, [[1024.0 * g for g in grads]]),
+        StepArgs(grad_scale=torch.tensor([1024.0], device=device), found_inf=torch.tensor([found], device=device)),
     )
     if found == 0.0:
         expected.apply_gradients(zip(grads, theirs))

@@ -8,11 +8,11 @@ from importlib import import_module
 
 import torch
 
-from fusedopt.batch import Batch, Control
+from fusedopt.interface import ParamSet, StepArgs
 
 BACKENDS = ("auto", "triton", "eager")
 
-Stepper = Callable[[Sequence[Batch], Control], None]
+Stepper = Callable[[Sequence[ParamSet], StepArgs], None]
 """One step of one optimizer for the parameters on one device. It keeps what it can reuse at the next step."""
 
 
@@ -38,7 +38,7 @@ def triton_version() -> str | None:
 
 
 def has_triton() -> bool:
-    """Whether triton is installed, in a version that the kernels run on."""
+    """True if triton is installed, in a version that the kernels run on."""
     return release(triton_version() or "0.0") >= OLDEST_TRITON
 
 
@@ -68,7 +68,7 @@ def _warn_once(message: str) -> None:
 
 
 def interpreting() -> bool:
-    """Whether triton runs its kernels in its interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
+    """True if triton runs its kernels in its interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
     if not has_triton():
         return False
     import triton

@@ -11,6 +11,6 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether what is queued on the current stream of `device` goes into a CUDA graph."""
+    """True if the current stream of `device` is being captured into a CUDA graph."""
     with on_device(device):
         return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

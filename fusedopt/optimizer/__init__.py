@@ -1,1 +1,1 @@
-"""What all optimizers have in common, above the backends: the step, the state, clipping, checkpoints."""
+"""The part that all optimizers share, above the backends: the step, the state, clipping, checkpoints."""

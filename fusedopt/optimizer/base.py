@@ -1,4 +1,4 @@
-"""What an optimizer declares, its param groups, and the only `step()` of the package."""
+"""The base class of all optimizers: declarations, param groups, and the only `step()` of the package."""
 
 import copy
 from collections.abc import Callable, Iterable
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedopt import backends, checks
-from fusedopt.batch import Control
+from fusedopt.interface import StepArgs
 from fusedopt.optimizer import compile, loading
 from fusedopt.optimizer.clipping import Clipping, Guard
 from fusedopt.optimizer.engine import Engine, Part
@@ -18,7 +18,7 @@ from fusedopt.without_data import is_lazy
 # Options of torch's optimizers that say how a step runs, not what it computes: here `backend=` says it.
 _TORCH_BACKEND_OPTIONS = ("fused", "foreach", "capturable", "differentiable")
 
-Given = tuple[dict[Tensor, Tensor | None], Control]
+Given = tuple[dict[Tensor, Tensor | None], StepArgs]
 """Gradients by parameter, and what else is asked of the step, in the place of `.grad`."""
 
 
@@ -80,7 +80,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return [Part(self.rule)]
 
     def shares_steps(self) -> bool:
-        """Whether all parameters count the applied steps of the whole optimizer."""
+        """True if all parameters count the applied steps of the whole optimizer."""
         return False
 
     def whole_options(self) -> dict[str, Any]:
@@ -105,7 +105,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def skipped_steps(self) -> Tensor | None:
-        """How many steps `skip_nonfinite` has skipped in this process: a 0-d tensor; None before the first step.
+        """Number of steps that `skip_nonfinite` skipped in this process: a 0-d tensor; None before the first step.
 
         The tensor goes on counting; clone it to keep a number. It is no part of a checkpoint, which holds what an
         update needs.
@@ -120,7 +120,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def before_step(self) -> None:
         """Called before each step, and before each update of a step in backward."""
 
-    def after_step(self, control: Control) -> None:
+    def after_step(self, args: StepArgs) -> None:
         """Called after each step, with what was asked of the backends."""
 
     # Param groups.
@@ -197,8 +197,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             self.__dict__.pop(name, None)
 
     def _step(self, given: Given | None) -> None:
-        values, control = ({}, Control()) if given is None else given
-        control = control._replace(
+        values, args = ({}, StepArgs()) if given is None else given
+        args = args._replace(
             grad_scale=getattr(self, "grad_scale", None), found_inf=getattr(self, "found_inf", None)
         ).checked()
         if not self.state and torch_looks_at_state():
@@ -207,7 +207,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.before_step()
         groups = self.param_groups
         grads = [[p.grad if given is None else values.get(p) for p in group["params"]] for group in groups]
-        self.after_step(self._engine.step(self, groups, grads, control))
+        self.after_step(self._engine.step(self, groups, grads, args))
 
     def apply_gradients(
         self, grads_and_params: Iterable[tuple[Tensor | None, Tensor]], scale: float | Tensor = 1.0
@@ -243,7 +243,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             if p in given:
                 raise ValueError(f"a parameter of shape {tuple(p.shape)} comes twice; add its gradients first")
             given[p] = grad
-        self.step(given=(given, Control(scale=scale)))
+        self.step(given=(given, StepArgs(scale=scale)))
 
     # State.
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fusedopt import sharding
 from fusedopt.backends.eager.norms import norms
-from fusedopt.batch import Control
 from fusedopt.checks import finite_non_negative, flag, number
+from fusedopt.interface import StepArgs
 from fusedopt_kernels import rules
 from fusedopt_kernels.memory import outside_inference_mode
 
@@ -51,12 +51,12 @@ class Guard:
             return f"max_grad_norm={self.max_grad_norm!r}"
         return "skip_nonfinite=True" if self.skip_nonfinite else None
 
-    def __call__(self, squares: list[Tensor], control: Control) -> Control:
-        """The control of a step whose gradients have these sums of squares, one tensor per device."""
+    def __call__(self, squares: list[Tensor], args: StepArgs) -> StepArgs:
+        """The arguments of a step whose gradients have these sums of squares, one tensor per device."""
         home = squares[0].device
         total = squares[0].sum() if len(squares) == 1 else torch.stack([s.sum().to(home) for s in squares]).sum()
         norm = total.sqrt()
-        for factor in (control.scale, None if control.grad_scale is None else 1.0 / control.grad_scale.double()):
+        for factor in (args.scale, None if args.grad_scale is None else 1.0 / args.grad_scale.double()):
             if isinstance(factor, Tensor):
                 norm = norm * factor.to(home, torch.float64, non_blocking=True).abs()
             elif factor is not None and factor != 1.0:
@@ -64,12 +64,12 @@ class Guard:
         with outside_inference_mode():
             self.grad_norm = norm.clone() if norm.is_inference() else norm
         if self.skip_nonfinite:
-            control = control._replace(found_inf=self._skips(norm, control.found_inf))
+            args = args._replace(found_inf=self._skips(norm, args.found_inf))
         if self.max_grad_norm is not None and self.max_grad_norm < math.inf:
             factor = rules.clip_factor(norm, self.max_grad_norm, torch.clamp_max)
-            scale = control.scale.to(home, non_blocking=True) if isinstance(control.scale, Tensor) else control.scale
-            control = control._replace(scale=factor * scale)
-        return control
+            scale = args.scale.to(home, non_blocking=True) if isinstance(args.scale, Tensor) else args.scale
+            args = args._replace(scale=factor * scale)
+        return args
 
     def _skips(self, norm: Tensor, found_inf: Tensor | None) -> Tensor:
         skips = (~norm.isfinite()).to(torch.float32)
@@ -103,13 +103,13 @@ class Clipping(NamedTuple):
                 f"clipnorm={self.clipnorm!r} and global_clipnorm={self.global_clipnorm!r} exclude each other: pass one"
             )
 
-    def clip(self, grads: Gradients, control: Control) -> tuple[Gradients, Control]:
-        """Returns the gradients and the control that a step works with instead of these."""
+    def clip(self, grads: Gradients, args: StepArgs) -> tuple[Gradients, StepArgs]:
+        """Returns the gradients and the arguments that a step uses instead of these."""
         if all(bound is None for bound in self):
-            return grads, control
-        scale = control.scale if control.grad_scale is None else control.scale / control.grad_scale
+            return grads, args
+        scale = args.scale if args.grad_scale is None else args.scale / args.grad_scale
         grads, scale = self(grads, scale)
-        return grads, control._replace(scale=scale, grad_scale=None)
+        return grads, args._replace(scale=scale, grad_scale=None)
 
     def __call__(self, grads: Gradients, scale: float | Tensor = 1.0) -> tuple[Gradients, float | Tensor]:
         """The gradients and the factor on them that a step works with instead of `grads` and `scale`.
@@ -134,7 +134,7 @@ class Clipping(NamedTuple):
         flat = [g for row in grads for g in row if g is not None]
         if not flat or all(bound is None for bound in self):
             return grads, scale
-        over: list[sharding.Spread] = [()] * len(flat)
+        over: list[sharding.ReduceDims] = [()] * len(flat)
         if sharding.any_sharded(flat):
             over, flat = [sharding.spread(g) for g in flat], [sharding.shard(g) for g in flat]
         homes = {g.device for g in flat}
@@ -170,10 +170,14 @@ def _wide(grads: list[Tensor]) -> list[Tensor]:
     return [g.to(torch.promote_types(g.dtype, torch.float32)) for g in grads]
 
 
-def _norms(grads: list[Tensor], over: Sequence[sharding.Spread]) -> list[Tensor]:
+def _norms(grads: list[Tensor], over: Sequence[sharding.ReduceDims]) -> list[Tensor]:
     """Each tensor's norm, 0-d float64, over all processes that have a share of it."""
     own = norms(grads)
-    return [square.sqrt() for square in sharding.add_up(list(zip(map(torch.square, own), over)))] if any(over) else own
+    return (
+        [square.sqrt() for square in sharding.all_reduce_sums(list(zip(map(torch.square, own), over)))]
+        if any(over)
+        else own
+    )
 
 
 def _clip_values(grads: list[Tensor], scale: float | Tensor, bound: float) -> list[Tensor]:

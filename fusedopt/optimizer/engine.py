@@ -1,6 +1,6 @@
 """One step on all devices: from a user's gradients to what the backends get.
 
-Tensors reach a backend as they are. It scales gradients on their way into the update (`Control.factor` on the eager
+Tensors reach a backend as they are. It scales gradients on their way into the update (`StepArgs.factor` on the eager
 backend, `begin_step` in the kernels) and advances step counts in place (`backends/eager/step_counts.py`, `begin_step`).
 """
 
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fusedopt import backends, checks, sharding
 from fusedopt.backends.graphs import capturing
-from fusedopt.batch import Batch, Control
 from fusedopt.checks import FLOATS
+from fusedopt.interface import ParamSet, StepArgs
 from fusedopt.optimizer.clipping import Gradients
 from fusedopt.optimizer.state import States, make_states
 from fusedopt.without_data import has_data
@@ -66,17 +66,17 @@ class Engine:
         self._states = States()
         self._parts: list[list[Part]] | None = None
 
-    def step(self, optimizer: "FusedOptimizer", groups: Groups, grads: Gradients, control: Control) -> Control:
+    def step(self, optimizer: "FusedOptimizer", groups: Groups, grads: Gradients, args: StepArgs) -> StepArgs:
         """Takes one step, in eight phases; the first raises before anything has changed.
 
         Args:
             optimizer: which declares the update, and has the states.
             groups: the optimizer's, or a copy of one with some of its parameters.
             grads: one gradient, or None, per parameter of each group.
-            control: what else is asked of the step.
+            args: what else is asked of the step.
 
         Returns:
-            The control that the backends got: with the factor of clipping, and with what makes the step skip.
+            The arguments that the backends got: with the factor of clipping, and with what makes the step skip.
         """
         # 1. Options, gradients, states and shards must fit.
         for group in groups:
@@ -101,15 +101,15 @@ class Engine:
             flat, updated = _present(grads), list(filter(has_data, updated))
 
         # 3. A scaler's findings are those of all processes.
-        if sharded and control.found_inf is not None:
-            control = control._replace(found_inf=sharding.found_anywhere(control.found_inf, flat))
+        if sharded and args.found_inf is not None:
+            args = args._replace(found_inf=sharding.all_reduce_found_inf(args.found_inf, flat))
 
         # 4. Clipping and skipping. Norms come first: by value, an infinite gradient would become a finite one.
         if flat and optimizer.guard:
-            control = optimizer.guard(self._squares(flat, optimizer.backend, sharded), control)
-        grads, control = optimizer.clipping.clip(grads, control)
+            args = optimizer.guard(self._squares(flat, optimizer.backend, sharded), args)
+        grads, args = optimizer.clipping.clip(grads, args)
         if not flat:
-            return control
+            return args
 
         # 5. Backends, which may not work here.
         steppers = self._steppers(optimizer, groups)
@@ -119,39 +119,41 @@ class Engine:
             make_states(optimizer, groups, grads)
 
         # 7. One call per device and rule; from here on DTensors are local shards.
-        batches = self.batches(optimizer, groups, grads)
+        param_sets = self.param_sets(optimizer, groups, grads)
         if self._states.some_without_data:
-            batches = [batch.only(has_data) for batch in batches]
+            param_sets = [param_set.only(has_data) for param_set in param_sets]
         if sharded:
-            batches = list(map(sharding.local, batches))
+            param_sets = list(map(sharding.local, param_sets))
         several_devices = len({device for device, _ in steppers}) > 1
         for (device, rule), stepper in steppers.items():
-            own = [batch for batch in batches if batch.rule == rule]
-            stepper([batch.on(device) for batch in own] if several_devices else own, control)
+            own = [param_set for param_set in param_sets if param_set.rule == rule]
+            stepper([param_set.on(device) for param_set in own] if several_devices else own, args)
 
         # 8. Neither torch's fused kernel nor ours tells autograd that it wrote to the parameters.
         torch.autograd.graph.increment_version(updated)
-        return control
+        return args
 
-    def batches(self, optimizer: "FusedOptimizer", groups: Groups, grads: Gradients) -> list[Batch]:
-        """Returns the work of a step: one batch per part of each group."""
-        batches = []
+    def param_sets(self, optimizer: "FusedOptimizer", groups: Groups, grads: Gradients) -> list[ParamSet]:
+        """Returns the work of a step: one set per part of each group."""
+        param_sets = []
         for group, row, parts in zip(groups, grads, self._parts_of(optimizer, groups)):
             params = group["params"]
             states = list(map(optimizer.state.get, params, repeat(_NO_STATE)))
             for rule, places, options in parts:
-                batch = Batch(rule, optimizer.hyper({**group, **options} if options else group), params, row, states)
-                batches.append(batch if places is None else batch.at(places))
-        return batches
+                param_set = ParamSet(
+                    rule, optimizer.hyper({**group, **options} if options else group), params, row, states
+                )
+                param_sets.append(param_set if places is None else param_set.at(places))
+        return param_sets
 
     def _squares(self, grads: list[Tensor], backend: str, sharded: bool) -> list[Tensor]:
         """Returns sums of squares of all gradients, one or more per device, over all processes."""
-        alike: dict[tuple[torch.device, sharding.Spread], list[Tensor]] = {}
+        alike: dict[tuple[torch.device, sharding.ReduceDims], list[Tensor]] = {}
         for g in grads:
             over = sharding.spread(g) if sharded else ()
             alike.setdefault((g.device, over), []).append(sharding.shard(g) if sharded else g)
         sums = [(self._stepper((device, "squares", over), backend)(own), over) for (device, over), own in alike.items()]
-        return sharding.add_up([(squares.sum(), over) for squares, over in sums] if sharded else sums)
+        return sharding.all_reduce_sums([(squares.sum(), over) for squares, over in sums] if sharded else sums)
 
     def _steppers(self, optimizer: "FusedOptimizer", groups: Groups) -> Steppers:
         """Returns the stepper of each device and rule.

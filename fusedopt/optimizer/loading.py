@@ -169,7 +169,7 @@ def _who(index: Any, p: Tensor) -> str:
 
 
 def _states(optimizer: "FusedOptimizer", p: Tensor, group: dict[str, Any]) -> tuple[dict[str, Tensor], ...]:
-    """What a state must have and what it may have, on meta: options may have been switched since it was saved."""
+    """The tensors that a state must have and may have, on meta: options may have changed since it was saved."""
     like = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device="meta")
     off, on = ({name: pair[i] for name, pair in optimizer.state_options.items()} for i in (0, 1))
     return optimizer.new_state(like, {**group, **off}), optimizer.new_state(like, {**group, **on})

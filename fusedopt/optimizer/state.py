@@ -213,7 +213,7 @@ def plain(value: Any) -> Any:
 
 
 def through_hooks(hooks: Iterable[Callable[..., Any]], optimizer: Any, state_dict: Any) -> Any:
-    """What hooks make of a state dict: each may change it, or return another one."""
+    """The state dict after all hooks: each may change it, or return another one."""
     for hook in hooks:
         changed = hook(optimizer, state_dict)
         state_dict = state_dict if changed is None else changed
@@ -234,7 +234,7 @@ def separate_rates(groups: list[dict[str, Any]]) -> None:
 
 
 def torch_looks_at_state() -> bool:
-    """Whether the step that is going on is one of torch.distributed.checkpoint, which only wants to see the state.
+    """True if the current step is one of torch.distributed.checkpoint, which only wants to see the state.
 
     Where an optimizer has no state, it calls `step()` with zero gradients and rates of 0, which would still count, and
     move the weights of optimizers that make their own rate. A first step of a warm-up on gradients that happen to be

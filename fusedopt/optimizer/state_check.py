@@ -1,4 +1,4 @@
-"""Whether states fit their parameters, whatever was done to either since the last step."""
+"""Checks that states fit their parameters, whatever was done to either since the last step."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ _WAY_OUT = (
 
 
 def all_fit(optimizer: "FusedOptimizer", groups: list[dict[str, Any]], grads: list[list[Tensor | None]]) -> bool:
-    """Whether all states fit, those that this step leaves alone too; raises RuntimeError for one that it needs."""
+    """True if all states fit, those that this step skips included; raises RuntimeError for one that it needs."""
     counts_all = optimizer.shares_steps()
     fit = True
     for group, row in zip(groups, grads):
@@ -50,7 +50,7 @@ def _wrong_count(p: Tensor, state: dict[str, Any]) -> str | None:
 
 
 def _misfit(optimizer: "FusedOptimizer", p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> str | None:
-    """What does not fit, as a sentence. Whether tensors of the user's own are beside the state does not matter."""
+    """A sentence on what does not fit, None if all does. Extra tensors that the user keeps in the state are ignored."""
     made_for = _made_for(state)
     if made_for is not None and made_for != p.shape:
         return f"a parameter is of shape {tuple(p.shape)} now, and its state was made for one of {tuple(made_for)}"

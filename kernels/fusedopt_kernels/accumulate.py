@@ -11,7 +11,7 @@ from fusedopt_kernels.record import INTEGER, NUMBER, TENSOR, Record, Tables
 from fusedopt_kernels.table import LaunchTable
 
 ROW = Record(sum=TENSOR, grad=TENSOR, previous=TENSOR, numel=INTEGER)
-"""What is written, what is added, and what it is added to: 0 for nothing."""
+"""Destination, summand, and the tensor that it is added to: 0 for none."""
 
 HYPER = Record(weight=NUMBER)
 TABLES = Tables(ROW.places, HYPER.places)

@@ -29,7 +29,7 @@ HYPER = hyper_record(
     decays_update=FLOAT,
     corrects_eps=FLOAT,
 )
-SCALARS = scalars_record("beta1", "beta2", "shrink", "step_size", "eps_hat")
+SCALARS = scalars_record("beta1", "beta2", "decay_step", "step_size", "eps_hat")
 
 _adamw_scalars = device_function(rules.adamw_scalars)
 _adam_moments = device_function(rules.adam_moments)
@@ -42,7 +42,7 @@ def prologue(rows, hyper, scalars, T: tl.constexpr):
     h, out, count = begin_step(rows, hyper, scalars, T)
     tl.store(out + T.scalars.beta1, load_float64(h + T.hyper.beta1))
     tl.store(out + T.scalars.beta2, load_float64(h + T.hyper.beta2))
-    shrink, step_size, eps_hat = _adamw_scalars(
+    decay_step, step_size, eps_hat = _adamw_scalars(
         count,
         load_number(h + T.hyper.lr),
         load_float64(h + T.hyper.weight_decay),
@@ -54,7 +54,7 @@ def prologue(rows, hyper, scalars, T: tl.constexpr):
         exp,
         sqrt_rn,
     )
-    tl.store(out + T.scalars.shrink, shrink)
+    tl.store(out + T.scalars.decay_step, decay_step)
     tl.store(out + T.scalars.step_size, step_size)
     tl.store(out + T.scalars.eps_hat, eps_hat)
 
@@ -89,10 +89,10 @@ def update(chunks, rows, scalars, T: tl.constexpr, A: tl.constexpr):
     if S.max_exp_avg_sq is not None:
         v = tl.maximum(h, v, propagate_nan=tl.PropagateNan.ALL)
         tl.store(h_at, narrow(v, S.max_exp_avg_sq), mask=mask)
-    shrink = tl.load(scalar + T.scalars.shrink).to(S.compute)
+    decay_step = tl.load(scalar + T.scalars.decay_step).to(S.compute)
     step_size = tl.load(scalar + T.scalars.step_size).to(S.compute)
     eps_hat = tl.load(scalar + T.scalars.eps_hat).to(S.compute)
-    p = _adamw_update(p, m, v, shrink, step_size, eps_hat, sqrt_rn, div_rn)
+    p = _adamw_update(p, m, v, decay_step, step_size, eps_hat, sqrt_rn, div_rn)
     tl.store(p_at, narrow(p, S.param), mask=mask)
 
 

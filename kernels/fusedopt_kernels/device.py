@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""What every kernel shares on the device: find my piece, read, write, round; the rules' functions.
+"""The device functions that kernels share: find my piece, read, write, round; the functions that rules take.
 
 Memory is reached through int64 addresses out of a launch table. `ALIGNED` promises that the address is a multiple of 16
 bytes and the size one of 16 elements: with both, reads and writes are 128 bits wide, masks included.

@@ -27,7 +27,7 @@ THREADS = 256
 
 
 def access_of(record: Record, key: int, decisive: int = 1, *, block: int) -> Any:
-    """What a kernel is compiled for, as its constexpr argument: dtypes, and how it reaches elements.
+    """The constexpr argument of a kernel: dtypes, and how it reaches elements.
 
     What serializes the constants of a kernel (compile hooks, `JITFunction.preload`) knows no tuple that holds dtypes:
     they are here by name, and `with_dtypes` puts them in, inside of the kernel.

@@ -8,7 +8,7 @@ def _dimensions(t: Tensor) -> list[tuple[int, int]]:
 
 
 def is_dense(t: Tensor) -> bool:
-    """Whether the elements fill one block of memory, each once, in whatever order of dimensions."""
+    """True if the elements fill one block of memory, each once, in any order of dimensions."""
     if t.numel() == 0:
         return True
     expected = 1
@@ -20,12 +20,12 @@ def is_dense(t: Tensor) -> bool:
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape keep the same element at the same offset."""
+    """True if two tensors of one shape keep the same element at the same offset."""
     return all(s == t for s, t, size in zip(a.stride(), b.stride(), a.shape) if size > 1)
 
 
 def overlaps_itself(t: Tensor) -> bool:
-    """Whether two indices may name one element: some stride is no longer than what the dimensions below it span."""
+    """True if two indices may name one element: a stride is not longer than the span of the dimensions below it."""
     if t.numel() == 0:
         return False
     span = 0

@@ -53,13 +53,13 @@ def adamw_scalars(
     exp: typing.Any,
     sqrt: typing.Any,
 ) -> Any:
-    """The three numbers of one AdamW step, in float64: (shrink, step_size, eps_hat)."""
+    """The three numbers of one AdamW step, in float64: (decay_step, step_size, eps_hat)."""
     correction1 = 1.0 - exp(step * log_beta1)
     root2 = sqrt(1.0 - exp(step * log_beta2))
-    shrink = lr * weight_decay
-    step_size = lr * root2 / correction1 * (1.0 - decays_update * shrink)
+    decay_step = lr * weight_decay
+    step_size = lr * root2 / correction1 * (1.0 - decays_update * decay_step)
     eps_hat = eps * (1.0 + corrects_eps * (root2 - 1.0))
-    return shrink, step_size, eps_hat
+    return decay_step, step_size, eps_hat
 
 
 def adam_moments(
@@ -79,14 +79,14 @@ def adamw_update(
     p: typing.Any,
     m: typing.Any,
     v: typing.Any,
-    shrink: typing.Any,
+    decay_step: typing.Any,
     step_size: typing.Any,
     eps_hat: typing.Any,
     sqrt: typing.Any,
     div: typing.Any,
 ) -> Any:
-    """The new parameter, rounded once: p is added to last, so that a small decay is not lost in 1 - shrink."""
-    return p - (shrink * p + div(step_size * m, sqrt(v) + eps_hat))
+    """The new parameter, rounded once: p is added to last, so that a small decay is not lost in 1 - decay_step."""
+    return p - (decay_step * p + div(step_size * m, sqrt(v) + eps_hat))
 
 
 RELATIVE_STEP_CEILINGS = {False: (1e-2, 0.0), True: (0.0, 1e-6)}
@@ -100,13 +100,13 @@ def relative_step(
     return minimum(constant + slope * step, 1.0 / sqrt(step))
 
 
-def scaled_rate(rate: typing.Any, rms: typing.Any, floor: typing.Any, number_maximum: typing.Any) -> Any:
+def scaled_rate(rate: typing.Any, rms: typing.Any, floor: typing.Any, fmax: typing.Any) -> Any:
     """The rate times the root mean square of the parameter, which counts as `floor` where it is smaller or NaN."""
-    return rate * number_maximum(floor, rms)
+    return rate * fmax(floor, rms)
 
 
 def square_weight(step: typing.Any, decay_rate: typing.Any, exp: typing.Any, log: typing.Any) -> Any:
-    """What a new square weighs in Adafactor's average of squares, step^decay_rate: 1 at the first step."""
+    """The weight of a new square in Adafactor's average of squares, step^decay_rate: 1 at the first step."""
     return exp(decay_rate * log(step))
 
 
@@ -116,18 +116,18 @@ def running_average(average: typing.Any, new: typing.Any, weight: typing.Any) ->
 
 
 def row_factor(row: typing.Any, row_mean: typing.Any, sqrt: typing.Any, div: typing.Any) -> Any:
-    """What rows of an update are multiplied by. Two roots, since the quotient of the squares may leave the range."""
+    """The factor on rows of an update. Two roots, since the quotient of the squares may leave the range."""
     return div(sqrt(row_mean), sqrt(row))
 
 
 def column_factor(column: typing.Any, sqrt: typing.Any, div: typing.Any) -> Any:
-    """What columns of an update are multiplied by."""
+    """The factor on columns of an update."""
     return div(1.0, sqrt(column))
 
 
-def factored_update(g: typing.Any, of_row: typing.Any, of_column: typing.Any) -> Any:
+def factored_update(g: typing.Any, row_factor: typing.Any, column_factor: typing.Any) -> Any:
     """The update of a matrix before clipping. In this order: the product of the factors alone may overflow."""
-    return g * of_column * of_row
+    return g * column_factor * row_factor
 
 
 def unfactored_update(g: typing.Any, v: typing.Any, sqrt: typing.Any, div: typing.Any) -> Any:
@@ -136,13 +136,13 @@ def unfactored_update(g: typing.Any, v: typing.Any, sqrt: typing.Any, div: typin
 
 
 def clip_divisor(rms: typing.Any, threshold: typing.Any, maximum: typing.Any) -> Any:
-    """What an update of root mean square `rms` is divided by. A NaN must come out of `maximum`, asked in this order."""
+    """The divisor of an update of root mean square `rms`. `maximum` must return NaN when its first argument is NaN."""
     return maximum(rms / threshold, 1.0)
 
 
-def adafactor_apply(p: typing.Any, update: typing.Any, shrink: typing.Any) -> Any:
-    """The new parameter, rounded once: p is added to last, so that a small decay is not lost in 1 - shrink."""
-    return p - (shrink * p + update)
+def adafactor_apply(p: typing.Any, update: typing.Any, decay_step: typing.Any) -> Any:
+    """The new parameter, rounded once: p is added to last, so that a small decay is not lost in 1 - decay_step."""
+    return p - (decay_step * p + update)
 
 
 def lion_update(
@@ -153,5 +153,5 @@ def lion_update(
 
 
 def clip_factor(norm: Any, max_norm: Any, maximum_is: Any) -> Any:
-    """What brings gradients of this norm down to `max_norm`, as torch.nn.utils.clip_grad_norm_ defines it."""
+    """The factor that reduces gradients of this norm to `max_norm`, as torch.nn.utils.clip_grad_norm_ defines it."""
     return maximum_is(max_norm / (norm + 1e-6), 1.0)

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""What the step of every optimizer begins with: counts, overflows, and the factor on gradients.
+"""The beginning of every optimizer's step: counts, overflows, and the factor on gradients.
 
 The fields here are part of every optimizer's records; its own come behind them.
 """
@@ -38,7 +38,7 @@ def hyper_record(**fields: Field) -> Record:
 
 
 def scalars_record(*names: str) -> Record:
-    """What a prologue leaves for each row: whether it is active, the factor on its gradient, and what else it names."""
+    """The record that a prologue writes per row: if it is active, the factor on its gradient, and the names given."""
     return Record(active=FLOAT, factor=FLOAT, **{name: FLOAT for name in names})
 
 

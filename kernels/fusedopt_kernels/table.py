@@ -36,7 +36,7 @@ def upload(host: np.ndarray, device: torch.device) -> Tensor:
 
 
 class LaunchClass(NamedTuple):
-    """What the tensors of one launch have in common.
+    """The properties that the tensors of one launch share.
 
     Attributes:
         dtypes: of the tensors in each column; None where there is none.

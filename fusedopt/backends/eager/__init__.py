@@ -2,7 +2,7 @@
 
 from fusedopt.backends.eager.adafactor import EagerAdafactor
 from fusedopt.backends.eager.adamw import EagerAdamW
-from fusedopt.backends.eager.grad_norm import Squares
+from fusedopt.backends.eager.grad_norm import GradNorm
 from fusedopt.backends.eager.lion import EagerLion
 
-STEPPERS = {"adafactor": EagerAdafactor, "adamw": EagerAdamW, "lion": EagerLion, "squares": Squares}
+STEPPERS = {"adafactor": EagerAdafactor, "adamw": EagerAdamW, "lion": EagerLion, "squares": GradNorm}

@@ -10,7 +10,7 @@ from torch import Tensor
 from fusedopt.backends.eager.elementwise import apply, parts
 from fusedopt.backends.eager.stepper import EagerStepper, Part
 from fusedopt.backends.scratch import scratch
-from fusedopt.batch import AdamWHyper
+from fusedopt.interface import AdamWHyper
 from fusedopt_kernels import rules
 from fusedopt_kernels.layout import is_dense, same_layout
 
@@ -107,7 +107,7 @@ def _is_like(t: Tensor, p: Tensor) -> bool:
 
 
 def _fused_update(
-    hyper: AdamWHyper, columns: _Columns, step: float, shrink: float, step_size: float, eps_hat: float
+    hyper: AdamWHyper, columns: _Columns, step: float, decay_step: float, step_size: float, eps_hat: float
 ) -> None:
     """torch's kernel computes torch's convention, so it gets the lr, decay and eps that turn it into our scalars."""
     correction1 = 1.0 - hyper.beta1**step
@@ -119,7 +119,7 @@ def _fused_update(
         lr=lr,
         beta1=hyper.beta1,
         beta2=hyper.beta2,
-        weight_decay=shrink / lr,
+        weight_decay=decay_step / lr,
         eps=eps_hat / root2,
         amsgrad=hyper.amsgrad,
         maximize=hyper.maximize,
@@ -127,7 +127,7 @@ def _fused_update(
 
 
 def _rule_update(
-    hyper: AdamWHyper, columns: _Columns, factor: float, shrink: float, step_size: float, eps_hat: float
+    hyper: AdamWHyper, columns: _Columns, factor: float, decay_step: float, step_size: float, eps_hat: float
 ) -> None:
     """The rule on tensors of any layout and dtype."""
     weight1, weight2 = 1.0 - hyper.beta1, 1.0 - hyper.beta2
@@ -135,7 +135,7 @@ def _rule_update(
     def rule(p: Tensor, g: Tensor, m: Tensor, v: Tensor, h: Tensor | None = None) -> list[Tensor]:
         m, v = rules.adam_moments(g, m, v, hyper.beta1, weight1, hyper.beta2, weight2)
         largest = v if h is None else torch.maximum(h, v)
-        p = rules.adamw_update(p, m, largest, shrink, step_size, eps_hat, sqrt=torch.sqrt, div=torch.div)
+        p = rules.adamw_update(p, m, largest, decay_step, step_size, eps_hat, sqrt=torch.sqrt, div=torch.div)
         return [p, m, v] if h is None else [p, m, v, largest]
 
     apply(rule, columns, -factor if hyper.maximize else factor)

@@ -8,7 +8,7 @@ from torch import Tensor
 from fusedopt.backends.eager.norms import are_kept, is_large, part_norms, small_norms
 
 
-class Squares:
+class GradNorm:
     """Sums up the squares of the gradients on one device."""
 
     def __init__(self, device: torch.device) -> None:

@@ -28,12 +28,12 @@ less than 2^-26 of it; where it is not, they are worked out again in float64: gr
 
 
 def is_large(t: Tensor) -> bool:
-    """Whether `part_norms` serves `t` better than torch's norm."""
+    """True if `part_norms` is the better norm of `t` than torch's."""
     return t.device.type == "cpu" and t.numel() > _LARGE
 
 
 def are_kept(squares: float, numel: int) -> bool:
-    """Whether a sum of so many squares in float32 is right: it did not overflow, and what vanished does not count."""
+    """True if a float32 sum of `numel` squares is right: nothing overflowed, and what underflowed does not matter."""
     return _LEAST_MEAN_SQUARE * numel < squares < math.inf
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fusedopt.backends.eager.step_counts import advance
-from fusedopt.batch import Batch, Control, Split
+from fusedopt.interface import ParamSet, ShardInfo, StepArgs
 
 
 class Part(NamedTuple):
@@ -17,7 +17,7 @@ class Part(NamedTuple):
         hyper: the hyper-parameters; a rate is a float, or None.
         step: number of the update, from 1.
         factor: what gradients are multiplied by; without the sign of `maximize`.
-        splits: None where all parameters are whole.
+        shard_infos: None where all parameters are whole.
     """
 
     hyper: Any
@@ -26,28 +26,34 @@ class Part(NamedTuple):
     params: list[Tensor]
     grads: list[Tensor]
     states: list[dict[str, Tensor]]
-    splits: list[Split | None] | None
+    shard_infos: list[ShardInfo | None] | None
 
 
 class EagerStepper:
-    """What the steppers of all rules have in common. A subclass brings `update`."""
+    """The part that the steppers of all rules share. A subclass brings `update`."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_cpu = device.type == "cpu"
 
-    def __call__(self, batches: Sequence[Batch], control: Control) -> None:
+    def __call__(self, param_sets: Sequence[ParamSet], args: StepArgs) -> None:
         # Shared counts go on, although all gradients of this step may belong to parameters of another device.
-        shared = any(batch.shares_steps for batch in batches)
+        shared = any(param_set.shares_steps for param_set in param_sets)
         advancing = [
-            [i for i, (s, g) in enumerate(zip(batch.states, batch.grads)) if (s if shared else g is not None)]
-            for batch in batches
+            [i for i, (s, g) in enumerate(zip(param_set.states, param_set.grads)) if (s if shared else g is not None)]
+            for param_set in param_sets
         ]
-        if not any(advancing) or control.skips():
+        if not any(advancing) or args.skips():
             return
-        counts = iter(advance([batch.states[i]["step"] for batch, which in zip(batches, advancing) for i in which]))
-        factor = control.factor()
+        counts = iter(
+            advance([param_set.states[i]["step"] for param_set, which in zip(param_sets, advancing) for i in which])
+        )
+        factor = args.factor()
         self.update_all(
-            [part for batch, which in zip(batches, advancing) for part in _parts(batch, which, counts, factor)]
+            [
+                part
+                for param_set, which in zip(param_sets, advancing)
+                for part in _parts(param_set, which, counts, factor)
+            ]
         )
 
     def update_all(self, parts: Sequence[Part]) -> None:
@@ -60,14 +66,14 @@ class EagerStepper:
         raise NotImplementedError
 
 
-def _parts(batch: Batch, advanced: Sequence[int], counts: Iterator[float], factor: float) -> Iterator[Part]:
+def _parts(param_set: ParamSet, advanced: Sequence[int], counts: Iterator[float], factor: float) -> Iterator[Part]:
     alike: dict[float, list[int]] = {}
     for i, step in zip(advanced, counts):
-        if batch.grads[i] is not None:
+        if param_set.grads[i] is not None:
             alike.setdefault(step, []).append(i)
-    hyper = batch.hyper
+    hyper = param_set.hyper
     if isinstance(hyper.lr, Tensor):  # a number whatever its dtype, as on the other backend
         hyper = hyper._replace(lr=float(hyper.lr))
     for step, which in alike.items():
-        columns: Any = (batch.params, batch.grads, batch.states, batch.splits)
+        columns: Any = (param_set.params, param_set.grads, param_set.states, param_set.shard_infos)
         yield Part(hyper, step, factor, *(column and [column[i] for i in which] for column in columns))

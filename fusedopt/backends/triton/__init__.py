@@ -5,12 +5,12 @@ from functools import partial
 from fusedopt.backends.triton.adafactor import TritonAdafactor
 from fusedopt.backends.triton.adamw import TritonAdamW
 from fusedopt.backends.triton.elementwise import ElementwiseStepper
-from fusedopt.backends.triton.grad_norm import Squares
+from fusedopt.backends.triton.grad_norm import GradNorm
 from fusedopt_kernels.lion import LION
 
 STEPPERS = {
     "adafactor": TritonAdafactor,
     "adamw": TritonAdamW,
     "lion": partial(ElementwiseStepper, LION),
-    "squares": Squares,
+    "squares": GradNorm,
 }

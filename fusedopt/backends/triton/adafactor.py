@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fusedopt.backends.triton.rows import Rows
 from fusedopt.backends.triton.stepper import States, TritonStepper, gradients
-from fusedopt.batch import AdafactorHyper, Batch, Split
-from fusedopt.sharding import add_up_in_place
+from fusedopt.interface import AdafactorHyper, ParamSet, ShardInfo
+from fusedopt.sharding import all_reduce_in_place
 from fusedopt_kernels import rules
 from fusedopt_kernels.adafactor.layout import HYPER, ROW, VECTOR
 from fusedopt_kernels.adafactor.plan import Plan, Shapes, plan_of, shape_of
@@ -28,21 +28,21 @@ class TritonAdafactor(TritonStepper):
         super().__init__(device)
         self._plans = _PlanCache()
 
-    def refresh(self, rows: Rows, batches: Sequence[Batch], params: list[Tensor], states: States) -> None:
-        shards = _shards(batches)
+    def refresh(self, rows: Rows, param_sets: Sequence[ParamSet], params: list[Tensor], states: States) -> None:
+        shards = _shards(param_sets)
         exp_avg, exp_avg_sq = ([s.get(name) for s in states] for name in ("exp_avg", "exp_avg_sq"))
-        averages = [batch.hyper.beta1 is not None for batch in batches for _ in batch.params]
+        averages = [param_set.hyper.beta1 is not None for param_set in param_sets for _ in param_set.params]
         rows.refresh(
             params,
-            gradients(batches),
+            gradients(param_sets),
             [m if a else None for m, a in zip(exp_avg, averages)],
             exp_avg_sq,
             like=lambda i: _like(params[i], shards[i]),
         )
 
-    def fill_rows(self, rows: np.ndarray, batches: Sequence[Batch], params: list[Tensor], states: States) -> None:
+    def fill_rows(self, rows: np.ndarray, param_sets: Sequence[ParamSet], params: list[Tensor], states: States) -> None:
         self._keys = self._rows.dtype_classes(2)
-        shapes, self._plan = self._plans.of(params, self._keys, _shards(batches))
+        shapes, self._plan = self._plans.of(params, self._keys, _shards(param_sets))
         for fields in (shapes._asdict(), self._plan.fields):
             for name, column in fields.items():
                 rows[name] = column
@@ -65,7 +65,7 @@ class TritonAdafactor(TritonStepper):
             "ceiling": ceiling,
             "slope": slope,
             "decay_rate": hyper.decay_rate,
-            "square_eps": hyper.square_floor,
+            "square_eps": hyper.square_eps,
             "rms_eps": hyper.rms_floor,
             "clip_threshold": hyper.clip_threshold,
             "one_minus_beta1": 1.0 if hyper.beta1 is None else 1.0 - hyper.beta1,
@@ -73,7 +73,7 @@ class TritonAdafactor(TritonStepper):
         }
 
     def launch(self, table: LaunchTable) -> None:
-        adafactor(table, self._keys, self._plan, add_up_in_place)
+        adafactor(table, self._keys, self._plan, all_reduce_in_place)
 
 
 class _PlanCache:
@@ -82,36 +82,38 @@ class _PlanCache:
     def __init__(self) -> None:
         self._layouts: list[tuple[torch.Size, tuple[int, ...] | None]] = []
         self._keys = np.empty(0, np.int64)
-        self._splits: list[Split | None] = []
+        self._shard_infos: list[ShardInfo | None] = []
 
-    def of(self, params: list[Tensor], keys: np.ndarray, splits: list[Split | None]) -> tuple[Shapes, Plan]:
-        """What parameters look like, as the kernels see them, and how they are cut."""
+    def of(self, params: list[Tensor], keys: np.ndarray, shard_infos: list[ShardInfo | None]) -> tuple[Shapes, Plan]:
+        """The shapes of the parameters as the kernels see them, and the plan of their launches."""
         layouts = [(p.shape, None if p.is_contiguous() else p.stride()) for p in params]
-        if layouts != self._layouts or splits != self._splits or not np.array_equal(keys, self._keys):
-            shapes = [shape_of(_like(p, split), small=split is None) for p, split in zip(params, splits)]
+        if layouts != self._layouts or shard_infos != self._shard_infos or not np.array_equal(keys, self._keys):
+            shapes = [
+                shape_of(_like(p, shard_info), small=shard_info is None) for p, shard_info in zip(params, shard_infos)
+            ]
             self._shapes = Shapes(*np.array(shapes, np.int64).T)
-            self._plan = plan_of(self._shapes, keys, _shards_of(self._shapes, splits))
-            self._layouts, self._keys, self._splits = layouts, keys, splits
+            self._plan = plan_of(self._shapes, keys, _shards_of(self._shapes, shard_infos))
+            self._layouts, self._keys, self._shard_infos = layouts, keys, shard_infos
         return self._shapes, self._plan
 
 
-def _like(p: Tensor, split: Split | None) -> Tensor:
+def _like(p: Tensor, shard_info: ShardInfo | None) -> Tensor:
     """p, if the kernels can walk over it as it lies; else something contiguous of its shape."""
-    walkable = shape_of(p) if split is None else p.is_contiguous()
+    walkable = shape_of(p) if shard_info is None else p.is_contiguous()
     return p if walkable else torch.empty(p.shape, dtype=p.dtype, device=p.device)
 
 
-def _shards(batches: Sequence[Batch]) -> list[Split | None]:
-    return [s for batch in batches for s in batch.splits or [None] * len(batch.params)]
+def _shards(param_sets: Sequence[ParamSet]) -> list[ShardInfo | None]:
+    return [s for param_set in param_sets for s in param_set.shard_infos or [None] * len(param_set.params)]
 
 
-def _shards_of(shapes: Shapes, splits: list[Split | None]) -> Shards:
-    """Of which whole tensors the shards are."""
+def _shards_of(shapes: Shapes, shard_infos: list[ShardInfo | None]) -> Shards:
+    """The whole tensors that the shards are parts of."""
     whole = zip(shapes.numel, shapes.height, shapes.width)
-    sizes = [(0, *size) if s is None else (1, s.shape.numel(), *_sides(s.shape)) for s, size in zip(splits, whole)]
+    sizes = [(0, *size) if s is None else (1, s.shape.numel(), *_sides(s.shape)) for s, size in zip(shard_infos, whole)]
     is_shard, numel, height, width = np.array(sizes, np.int64).T
-    over_rows, over_columns, over_all = ([None if s is None else s[i] for s in splits] for i in (1, 2, 3))
-    return Shards(is_shard, numel, height, width, over_rows, over_columns, over_all)
+    row_dims, column_dims, all_dims = ([None if s is None else s[i] for s in shard_infos] for i in (1, 2, 3))
+    return Shards(is_shard, numel, height, width, row_dims, column_dims, all_dims)
 
 
 def _sides(shape: torch.Size) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from collections.abc import Collection
 import torch
 
 from fusedopt.backends.triton.elementwise import ElementwiseStepper
-from fusedopt.batch import AdamWHyper
+from fusedopt.interface import AdamWHyper
 from fusedopt_kernels import rules
 from fusedopt_kernels.adamw import ADAMW
 

@@ -16,7 +16,7 @@ from fusedopt_kernels.memory import lasting
 from fusedopt_kernels.table import LaunchTable
 
 _CAPTURES = 16
-"""How many captured steps in a row there is room for, at least: a table is some 100 kB per thousand parameters."""
+"""Captured steps in a row that there is memory for, at least: a table takes some 100 kB per thousand parameters."""
 
 
 _reserves: dict[torch.device, Tensor] = {}
@@ -37,7 +37,7 @@ class Tables:
 
     @property
     def captured(self) -> bool:
-        """Whether there may be a graph that reads these tables."""
+        """True if there may be a graph that reads these tables."""
         return bool(self._kept)
 
     @property

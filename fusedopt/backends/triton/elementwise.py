@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fusedopt.backends.triton.rows import Rows
 from fusedopt.backends.triton.stepper import States, TritonStepper, gradients
-from fusedopt.batch import Batch
+from fusedopt.interface import ParamSet
 from fusedopt_kernels.elementwise import Elementwise
 from fusedopt_kernels.table import LaunchTable
 
@@ -20,19 +20,19 @@ class ElementwiseStepper(TritonStepper):
         super().__init__(device)
         self.row, self.hyper, self._kernels = kernels.row, kernels.hyper, kernels
 
-    def refresh(self, rows: Rows, batches: Sequence[Batch], params: list[Tensor], states: States) -> None:
+    def refresh(self, rows: Rows, param_sets: Sequence[ParamSet], params: list[Tensor], states: States) -> None:
         names = self.row.tensors[2:]
         columns: list[list[Tensor | None]] = [[] for _ in names]
-        for batch in batches:
-            used = self.used_states(batch.hyper)
+        for param_set in param_sets:
+            used = self.used_states(param_set.hyper)
             for name, column in zip(names, columns):
                 if name in used:
                     # Parameters that never had a gradient stand in for states that they do not have: no kernel touches
                     # them.
-                    column += [s[name] if s else p for s, p in zip(batch.states, batch.params)]
+                    column += [s[name] if s else p for s, p in zip(param_set.states, param_set.params)]
                 else:
-                    column += [None] * len(batch.params)
-        rows.refresh(params, gradients(batches), *columns)
+                    column += [None] * len(param_set.params)
+        rows.refresh(params, gradients(param_sets), *columns)
 
     def used_states(self, hyper: Any) -> Collection[str]:
         """Names of the states that updates with these hyper-parameters read."""

@@ -13,7 +13,7 @@ from fusedopt_kernels.record import cells
 from fusedopt_kernels.table import addresses, are_aligned, dtype_codes, launch_keys
 
 
-class Squares:
+class GradNorm:
     """Sums up the squares of the gradients on one device."""
 
     def __init__(self, device: torch.device) -> None:

@@ -133,7 +133,7 @@ class Rows:
             self._dtypes = dtypes
 
     def _are_as_before(self, columns: list[Column], lay_at: np.ndarray, numel: np.ndarray) -> bool:
-        """Whether sizes and strides of the states need not be looked at again."""
+        """True if sizes and strides of the states need not be checked again."""
         return (
             self._fit
             and all(map(_same, [columns[0], *columns[2:]], self._seen))
@@ -170,7 +170,7 @@ class Rows:
 
 
 def _all_fit(params: Sequence[Tensor], grads: Column, states: Sequence[Column]) -> bool:
-    """Whether states fit their parameters, which may have been given other data, or have moved, and the states not.
+    """True if states fit their parameters, which may have been given other data, or have moved, and the states not.
 
     Raises for a parameter with a gradient; the kernels leave the others alone.
     """

@@ -11,20 +11,20 @@ from fusedopt.backends.graphs import on_device
 from fusedopt.backends.triton.capture import Tables
 from fusedopt.backends.triton.rows import Column, Rows
 from fusedopt.backends.triton.scalars import DeviceScalars
-from fusedopt.batch import Batch, Control
+from fusedopt.interface import ParamSet, StepArgs
 from fusedopt_kernels.record import Record
 
 States = Sequence[dict[str, Tensor]]
 
 
 class TritonStepper:
-    """What the steppers of all rules have in common. A subclass declares its records and fills in what is its own."""
+    """The part that the steppers of all rules share. A subclass declares its records and fills in its own fields."""
 
     row: Record
-    """Of the launch table; its tensors are gone through element by element."""
+    """A row of the launch table; its tensors are updated element by element."""
 
     hyper: Record
-    """Of a set of hyper-parameters."""
+    """A set of hyper-parameters."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -40,47 +40,49 @@ class TritonStepper:
         """Returns the memory on the device that steps hand sums on in, and lists of pieces; 0 before the first step."""
         return self._tables.workspace
 
-    def __call__(self, batches: Sequence[Batch], control: Control) -> None:
-        if not any(_has_work(batch) for batch in batches):
+    def __call__(self, param_sets: Sequence[ParamSet], args: StepArgs) -> None:
+        if not any(_has_work(param_set) for param_set in param_sets):
             return
-        params = [p for batch in batches for p in batch.params]
-        states = [s for batch in batches for s in batch.states]
+        params = [p for param_set in param_sets for p in param_set.params]
+        states = [s for param_set in param_sets for s in param_set.states]
         with on_device(self._device):
-            self.refresh(self._rows, batches, params, states)
+            self.refresh(self._rows, param_sets, params, states)
             rows = self.row.rows(len(params))
             for name, addresses in zip(self.row.tensors, self._rows.addresses.T):
                 rows[name] = addresses
             rows["step"] = self._rows.counts([s.get("step") for s in states])
             rows["numel"] = self._rows.numel
-            rows["hyper_index"] = np.repeat(np.arange(len(batches)), [len(batch.params) for batch in batches])
-            self.fill_rows(rows, batches, params, states)
+            rows["hyper_index"] = np.repeat(
+                np.arange(len(param_sets)), [len(param_set.params) for param_set in param_sets]
+            )
+            self.fill_rows(rows, param_sets, params, states)
             scalars = DeviceScalars(self._device)
-            hyper = self._hyper(batches, control, scalars)
+            hyper = self._hyper(param_sets, args, scalars)
             table = self._tables.for_step(rows, hyper, keep=lambda: [params, [dict(s) for s in states], scalars.kept])
             self.launch(table)
             self._rows.copy_back()
 
-    def _hyper(self, batches: Sequence[Batch], control: Control, scalars: DeviceScalars) -> np.ndarray:
-        hyper = self.hyper.rows(len(batches))
-        hyper["scale"] = scalars.number("scale", control.scale)
-        hyper["grad_scale"] = scalars.address(control.grad_scale)
-        hyper["found_inf"] = scalars.address(control.found_inf)
-        for i, batch in enumerate(batches):
-            hyper["shared_steps"][i] = batch.shares_steps
-            hyper["sign"][i] = -1.0 if batch.hyper.maximize else 1.0
-            if batch.hyper.lr is not None:
-                hyper["lr"][i] = scalars.number("lr", batch.hyper.lr)
-            for name, value in self.hyper_values(batch.hyper).items():
+    def _hyper(self, param_sets: Sequence[ParamSet], args: StepArgs, scalars: DeviceScalars) -> np.ndarray:
+        hyper = self.hyper.rows(len(param_sets))
+        hyper["scale"] = scalars.number("scale", args.scale)
+        hyper["grad_scale"] = scalars.address(args.grad_scale)
+        hyper["found_inf"] = scalars.address(args.found_inf)
+        for i, param_set in enumerate(param_sets):
+            hyper["shared_steps"][i] = param_set.shares_steps
+            hyper["sign"][i] = -1.0 if param_set.hyper.maximize else 1.0
+            if param_set.hyper.lr is not None:
+                hyper["lr"][i] = scalars.number("lr", param_set.hyper.lr)
+            for name, value in self.hyper_values(param_set.hyper).items():
                 hyper[name][i] = value
         return hyper
 
     # What a subclass fills in.
 
-    def refresh(self, rows: Rows, batches: Sequence[Batch], params: list[Tensor], states: States) -> None:
+    def refresh(self, rows: Rows, param_sets: Sequence[ParamSet], params: list[Tensor], states: States) -> None:
         """Hands the tensors of this step to `rows`, those of `row.tensors` in their order."""
         raise NotImplementedError
 
-    def fill_rows(self, rows: np.ndarray, batches: Sequence[Batch], params: list[Tensor], states: States) -> None:
+    def fill_rows(self, rows: np.ndarray, param_sets: Sequence[ParamSet], params: list[Tensor], states: States) -> None:
         """Fills in the fields of the rows that only this rule has."""
 
     def hyper_values(self, hyper: Any) -> dict[str, float]:
@@ -92,11 +94,11 @@ class TritonStepper:
         raise NotImplementedError
 
 
-def gradients(batches: Sequence[Batch]) -> Column:
-    """Returns the gradients of all batches, one per row."""
-    return [g for batch in batches for g in batch.grads]
+def gradients(param_sets: Sequence[ParamSet]) -> Column:
+    """Returns the gradients of all sets, one per row."""
+    return [g for param_set in param_sets for g in param_set.grads]
 
 
-def _has_work(batch: Batch) -> bool:
+def _has_work(param_set: ParamSet) -> bool:
     # Shared counts go on, although all gradients of this step may belong to parameters of another device.
-    return batch.shares_steps or any(g is not None for g in batch.grads)
+    return param_set.shares_steps or any(g is not None for g in param_set.grads)

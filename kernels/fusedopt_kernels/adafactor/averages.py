@@ -54,7 +54,7 @@ def _tiles_of(row, partial_sums, matrix, is_row, length, T: tl.constexpr):
 
 @device_function
 def _tile_sums(at, tiles, length, entries, mask, COMPUTE: tl.constexpr, ENTRIES: tl.constexpr, PARTIALS: tl.constexpr):
-    """Of some entries, the sum over all tiles."""
+    """The sums of some entries over all tiles."""
     total = tl.zeros([PARTIALS, ENTRIES], COMPUTE)
     for tile in loop_range(0, tiles, PARTIALS):
         tile_and_on = tile + tl.arange(0, PARTIALS)
@@ -72,7 +72,7 @@ def _totals_of(row, partial_sums, matrix, is_row, length, T: tl.constexpr):
 
 @device_function
 def _averages_of(row, scalar, matrix, is_row, length, T: tl.constexpr, COMPUTE: tl.constexpr):
-    """What `_average` works with: where the averages are, over how many numbers they go, weight and eps."""
+    """The arguments of `_average`: addresses of the averages, the count of numbers in each, weight and eps."""
     address = tl.where(is_row, tl.load(row + T.row.exp_avg_sq_row), tl.load(row + T.row.exp_avg_sq_col))
     averaged = tl.where(is_row, tl.load(row + T.row.whole_width), tl.load(row + T.row.whole_height)).to(COMPUTE)
     return (

@@ -80,7 +80,7 @@ HYPER = hyper_record(
 
 SCALARS = scalars_record(
     *("rate", "square_weight", "square_eps", "one_minus_beta1", "scale_parameter"),  # of the prologue
-    *("step_size", "shrink"),  # of `finish`
+    *("step_size", "decay_step"),  # of `finish`
 )
 
 TABLES = Tables(ROW.places, HYPER.places, SCALARS.places)

@@ -49,7 +49,7 @@ SQUARES = 1024
 """Sums of squares that the program that finishes a tensor has in hand at once."""
 
 MEANS = 256
-"""How many programs may share the rows of a matrix that are averaged: every later program adds up what they left."""
+"""Programs that may share the rows of a matrix in averages: every later program adds up their partial sums."""
 
 
 CACHE_BATCH_BYTES = 0
@@ -70,7 +70,7 @@ class Sizes(NamedTuple):
 
 
 class Spec(NamedTuple):
-    """What a kernel that reads gradients is compiled for.
+    """The constexpr argument of a kernel that reads gradients.
 
     Its device functions take it whole. The kernel takes the parts and puts them together with `as_spec`: what
     serializes the constants of a kernel (compile hooks, `JITFunction.preload`) knows no tuple that holds dtypes.
@@ -102,7 +102,7 @@ def as_spec(tables: Any, sizes: Any, param: Any, grad: Any, compute: Any) -> Spe
 
 
 class Shapes(NamedTuple):
-    """What tensors look like, int64 [tensors] each.
+    """The shapes of tensors, int64 [tensors] each.
 
     In memory, a tensor is [outer, height, width, inner]: of its `outer * inner` matrices, number `o * inner + i` has
     its element (y, x) at ((o * height + y) * width + x) * inner + i. `inner` is 1 except for small matrices, where it

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""What a step of Adafactor does beside, for tensors of which it has one shard: sums of shards become sums of the whole.
+"""The extra work of an Adafactor step for tensors of which it has one shard: sums of shards become sums of the whole.
 
     shard_totals     adds up the tiles' sums over rows and columns
                      ... which are added up over the processes ...

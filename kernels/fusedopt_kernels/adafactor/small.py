@@ -35,7 +35,7 @@ def _sides(row, SPEC: tl.constexpr):
 
 @device_function
 def _share(row, piece, length, SPEC: tl.constexpr):
-    """Of the lines of a tensor, each of so many elements, the first of a piece, and the one behind its last."""
+    """The first line of a piece of a tensor whose lines have `length` elements, and the line after its last."""
     lines, pieces = tl.load(row + SPEC.row.numel) // length, tl.load(row + SPEC.row.pieces)
     return lines * piece // pieces, lines * (piece + 1) // pieces
 
@@ -109,7 +109,7 @@ def small_sums(row, scalar, square_partials, piece, SPEC: tl.constexpr):
 
 @device_function
 def _row_factors(row_at, matrix, y, mask, height, SPEC: tl.constexpr):
-    """What row y of each matrix is multiplied by."""
+    """The factor of row y of each matrix."""
     sums = tl.full([SPEC.lines, SPEC.strip], 0.0, SPEC.compute)
     for start in loop_range(0, height, SPEC.strip):
         offsets, inside = _strip(start, height, matrix * height, 1, mask, SPEC)

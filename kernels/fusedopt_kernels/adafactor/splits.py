@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Shards(NamedTuple):
-    """Of which whole tensors the ones at hand are shards: int64 [tensors] each, and a list each.
+    """The whole tensors that the local ones are shards of: int64 [tensors] each, and a list each.
 
     Attributes:
         is_shard: 1 for a shard, 0 for a whole tensor.

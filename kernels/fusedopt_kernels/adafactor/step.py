@@ -49,7 +49,7 @@ from fusedopt_kernels.step import begin_step, run_prologue
 from fusedopt_kernels.table import LaunchTable, launch_class
 
 THREADS = 256
-"""Of the phases that read gradients."""
+"""The record of the phases that read gradients."""
 
 _square_weight = device_function(rules.square_weight)
 _relative_step = device_function(rules.relative_step)
@@ -98,7 +98,7 @@ def sums(
     G: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """What one piece of one tensor adds to the averages of squares, and its parameter's sum of squares."""
+    """The contribution of one piece of a tensor to the averages of squares, and its parameter's sum of squares."""
     SPEC: tl.constexpr = as_spec(T, SIZES, P, G, COMPUTE)
     index, piece = my_piece(chunks)
     row = rows + index * SPEC.row.length
@@ -176,7 +176,7 @@ def finish(chunks, rows, hyper, scalars, square_partials, T: tl.constexpr, BLOCK
         tl.store(at64.to(tl.pointer_type(tl.float64)), rms, mask=at64 != 0)
     divisor = _clip_divisor(update_rms, load_float64(h + T.hyper.clip_threshold), _maximum)
     tl.store(scalar + T.scalars.step_size, rate / divisor)
-    tl.store(scalar + T.scalars.shrink, rate * load_float64(h + T.hyper.weight_decay))
+    tl.store(scalar + T.scalars.decay_step, rate * load_float64(h + T.hyper.weight_decay))
 
 
 @triton.jit
@@ -228,7 +228,7 @@ def adafactor(table: LaunchTable, keys: np.ndarray, plan: Plan, all_reduce: AllR
     all_rows = np.zeros_like(keys)
     # First: a captured step whose launches cannot be captured is refused before anything is queued.
     of_pieces = _Launches(table, "pieces", keys, plan.pieces)
-    of_averages = _Launches(table, "averages", plan.in_float64, plan.averages)
+    average_sums = _Launches(table, "averages", plan.in_float64, plan.averages)
     of_squares = _Launches(table, "squares", keys, plan.matrix_pieces)
     of_tensors = _Launches(table, "finish", all_rows, plan.whole)
 
@@ -243,7 +243,7 @@ def adafactor(table: LaunchTable, keys: np.ndarray, plan: Plan, all_reduce: AllR
             constants, wide = _constants(key)
             arguments = table.rows, scalars, partial_sums[wide], square_partials, *constants
             sums[(len(chunks),)](chunks, *arguments, **options(THREADS))
-        for wide, chunks in of_averages(tensors):
+        for wide, chunks in average_sums(tensors):
             averages[(len(chunks),)](chunks, table.rows, scalars, partial_sums[wide], **averages_options(wide))
         shards.averages()
         for key, chunks in of_squares(tensors):
@@ -276,7 +276,7 @@ class _Launches:
 
 
 def _constants(key: int) -> tuple[tuple[Any, ...], int]:
-    """What a launch is compiled for; and 1 if it computes in float64, else 0."""
+    """The constexpr arguments of a launch; and 1 if it computes in float64, else 0."""
     (param, grad), _ = launch_class(key, 2)
     assert param is not None and grad is not None
     wide = int(param is torch.float64)

@@ -16,7 +16,7 @@ adafactor_apply = device_function(rules.adafactor_apply)
 
 @device_function
 def load_gradient(row, scalar, SPEC: tl.constexpr, ALIGNED: tl.constexpr):
-    """What `scaled_gradient` reads from."""
+    """The arguments of `scaled_gradient`."""
     return load_pointer(row + SPEC.row.grad, SPEC.grad, ALIGNED), tl.load(scalar + SPEC.scalars.factor).to(SPEC.compute)
 
 
@@ -39,7 +39,7 @@ def store_squares(row, square_partials, piece, update_squares, param_squares, SP
 
 @device_function
 def load_step(row, scalar, SPEC: tl.constexpr, ALIGNED: tl.constexpr):
-    """What `store_updated` works with."""
+    """The arguments of `store_updated`."""
     return (
         load_pointer(row + SPEC.row.param, SPEC.param, ALIGNED),
         load_pointer(row + SPEC.row.exp_avg, SPEC.compute, ALIGNED),
@@ -47,7 +47,7 @@ def load_step(row, scalar, SPEC: tl.constexpr, ALIGNED: tl.constexpr):
         (
             tl.load(scalar + SPEC.scalars.step_size).to(SPEC.compute),
             tl.load(scalar + SPEC.scalars.one_minus_beta1).to(SPEC.compute),
-            tl.load(scalar + SPEC.scalars.shrink).to(SPEC.compute),
+            tl.load(scalar + SPEC.scalars.decay_step).to(SPEC.compute),
         ),
     )
 
@@ -56,13 +56,13 @@ def load_step(row, scalar, SPEC: tl.constexpr, ALIGNED: tl.constexpr):
 def store_updated(step, at, mask, u, SPEC: tl.constexpr):
     """Averages the update u and takes it off the parameter, at these offsets."""
     p_at, m_at, averages, scales = step
-    step_size, one_minus_beta1, shrink = scales
+    step_size, one_minus_beta1, decay_step = scales
     p = tl.load(p_at + at, mask=mask, other=0.0).to(SPEC.compute)
     u *= step_size
     if averages:
         u = running_average(tl.load(m_at + at, mask=mask, other=0.0), u, one_minus_beta1)
         tl.store(m_at + at, u, mask=mask)
-    tl.store(p_at + at, narrow(adafactor_apply(p, u, shrink), SPEC.param), mask=mask)
+    tl.store(p_at + at, narrow(adafactor_apply(p, u, decay_step), SPEC.param), mask=mask)
 
 
 @device_function
@@ -107,7 +107,7 @@ def _tile(row, piece, SPEC: tl.constexpr, ALIGNED: tl.constexpr):
 
 @device_function
 def _some_rows(row, matrix, y, last, columns, inside, SPEC: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr):
-    """Of the rows of a tile from y on: which, which of them exist, and the offsets of their elements, with mask."""
+    """Rows of a tile from y on: their indices, which of them exist, and offsets of their elements, with mask."""
     ys = y + tl.arange(0, ROWS)
     lines = (matrix * tl.load(row + SPEC.row.height) + ys)[:, None]
     at = lines * load_size(row + SPEC.row.width, ALIGNED) + columns[None, :]

@@ -17,10 +17,10 @@ class EagerAdafactor(EagerStepper):
         shards = []
         for part in parts:
             alike: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
-            splits = part.splits or [None] * len(part.params)
-            for i, (p, g, state, split) in enumerate(zip(part.params, part.grads, part.states, splits)):
-                if split is not None:
-                    shards.append(update(part, Stack([p], [g], [state], split)))
+            shard_infos = part.shard_infos or [None] * len(part.params)
+            for i, (p, g, state, shard_info) in enumerate(zip(part.params, part.grads, part.states, shard_infos)):
+                if shard_info is not None:
+                    shards.append(update(part, Stack([p], [g], [state], shard_info)))
                 elif self._on_cpu and p.numel() > SMALL and _tiles_serve(p, g, state):
                     tiled_update(part.hyper, part.step, part.factor, p, g, state)
                 elif p.numel() > 0:

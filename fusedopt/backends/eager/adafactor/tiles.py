@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedopt.backends.scratch import scratch
-from fusedopt.batch import AdafactorHyper
+from fusedopt.interface import AdafactorHyper
 from fusedopt_kernels import rules
 
 TILE = 1 << 20
@@ -42,7 +42,7 @@ class _Tiles:
         self._rows = max(1, TILE // columns)
         self._p, self._g = self.split(p), self.split(g)
         self._scale, self._of_vector = scale, p.dim() < 2
-        self._room = scratch.like(self._g[0], "update", self.dtype)
+        self._update_buffer = scratch.like(self._g[0], "update", self.dtype)
         self.forward = range(len(self._p))
         self.backward = range(len(self._p) - 1, -1, -1)
 
@@ -51,7 +51,7 @@ class _Tiles:
         return self.pieces(t if t.dim() == 2 else t.view(self.shape))
 
     def pieces(self, t: Tensor) -> list[Tensor]:
-        """What belongs to each tile of a tensor [batch, rows, any], or of [rows, any] where there is one matrix."""
+        """The part of each tile in a tensor [batch, rows, any], or of [rows, any] where there is one matrix."""
         if self._matrices:
             return list(t.split(self._matrices))
         matrices = [t] if t.dim() == 2 else list(t.unbind())
@@ -69,10 +69,10 @@ class _Tiles:
         p = self._p[i]
         return p if p.dtype == self.dtype else scratch.like(p, "parameter", self.dtype).copy_(p)
 
-    def room(self, i: int) -> Tensor:
+    def update_buffer(self, i: int) -> Tensor:
         """Where the update of a tile is made."""
         g = self._g[i]
-        return self._room if g.shape == self._room.shape else self._room[: len(g)]
+        return self._update_buffer if g.shape == self._update_buffer.shape else self._update_buffer[: len(g)]
 
     def norms(self, t: Tensor) -> np.ndarray:
         """The norm of each row of a tile, of the whole tile for a vector; flat."""
@@ -92,7 +92,7 @@ class _Update(NamedTuple):
     """An update before clipping: that of tile i is `made(i) * rows[i]`.
 
     Attributes:
-        made: makes it but for the row factors, in the room of the tile.
+        made: makes it but for the row factors, in the update_buffer of the tile.
         factors: the row factors of all tiles, flat, in their order.
         rows: the row factors of each tile, in a shape that broadcasts; takes the flat ones.
     """
@@ -117,19 +117,19 @@ def tiled_update(
     tiles = _Tiles(p, g, scale)
     weight = rules.square_weight(step, hyper.decay_rate, math.exp, math.log)
     average = _factored if "exp_avg_sq_row" in state else _unfactored
-    update = average(tiles, state, weight, hyper.square_floor)
+    update = average(tiles, state, weight, hyper.square_eps)
 
     parameter_rms = state["RMS"].numpy()
-    of_update, of_parameter = [], []
+    update_norms, parameter_norms = [], []
     for i in tiles.backward:
         u = update.made(i)
-        of_update.append(tiles.norms(u))
+        update_norms.append(tiles.norms(u))
         if hyper.scale_parameter:
-            of_parameter.append(tiles.norms(tiles.parameter(i)))
+            parameter_norms.append(tiles.norms(tiles.parameter(i)))
     if hyper.scale_parameter:
-        parameter_rms[...] = math.sqrt(_sum_of_squares(of_parameter) / p.numel())
+        parameter_rms[...] = math.sqrt(_sum_of_squares(parameter_norms) / p.numel())
     rate = float(hyper.rate(step, float(parameter_rms)))
-    rms = math.sqrt(_mean_square(tiles, update, of_update, hyper.clip_threshold))
+    rms = math.sqrt(_mean_square(tiles, update, update_norms, hyper.clip_threshold))
     step_size = (-rate if hyper.maximize else rate) / rules.clip_divisor(rms, hyper.clip_threshold, max)
 
     rows = update.rows(update.factors * step_size)
@@ -159,7 +159,7 @@ def _joined(pieces: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _sum_of_squares(norms: Sequence[np.ndarray], factors: np.ndarray | None = None) -> float:
-    """Of everything whose norms these are, times its factor; in float64, where products do not overflow."""
+    """The sum of squares of these norms, each times its factor; in float64, where products do not overflow."""
     everything = _joined(norms).astype(np.float64)
     if factors is not None:
         everything *= factors
@@ -185,25 +185,25 @@ def _mean_square(tiles: _Tiles, update: _Update, norms: list[np.ndarray], thresh
 def _factored(tiles: _Tiles, state: dict[str, Tensor], weight: float, floor: float) -> _Update:
     """Averages the squares over rows and columns; returns the update."""
     batch, n, m = tiles.shape
-    of_rows: list[np.ndarray] = []
-    of_columns: list[np.ndarray] = []
+    row_sums: list[np.ndarray] = []
+    column_sums: list[np.ndarray] = []
     for i in tiles.forward:
         g = tiles.gradient(i)
-        square = torch.mul(g, g, out=tiles.room(i))
-        of_columns += map(_flat, _column_sums(square))
-        of_rows.append(_flat(square.sum(-1)))
-    rows, columns = _joined(of_rows).reshape(batch, n), np.add.reduce(_joined(of_columns).reshape(batch, -1, m), 1)
+        square = torch.mul(g, g, out=tiles.update_buffer(i))
+        column_sums += map(_flat, _column_sums(square))
+        row_sums.append(_flat(square.sum(-1)))
+    rows, columns = _joined(row_sums).reshape(batch, n), np.add.reduce(_joined(column_sums).reshape(batch, -1, m), 1)
     row = _averaged(state["exp_avg_sq_row"], rows / m + floor, weight)
     column = _averaged(state["exp_avg_sq_col"], columns / n + floor, weight)
     row_mean = np.add.reduce(row, -1, keepdims=True) / n
-    of_row = rules.row_factor(row, row_mean, np.sqrt, np.divide).reshape(-1)
-    of_column = torch.from_numpy(rules.column_factor(column, np.sqrt, np.divide))
-    columns_of = tiles.pieces(of_column.view(batch, 1, m).expand(batch, n, m))
+    row_factor = rules.row_factor(row, row_mean, np.sqrt, np.divide).reshape(-1)
+    column_factor = torch.from_numpy(rules.column_factor(column, np.sqrt, np.divide))
+    columns_of = tiles.pieces(column_factor.view(batch, 1, m).expand(batch, n, m))
 
     def made(i: int) -> Tensor:
-        return torch.mul(tiles.gradient(i), columns_of[i], out=tiles.room(i))
+        return torch.mul(tiles.gradient(i), columns_of[i], out=tiles.update_buffer(i))
 
-    return _Update(made, of_row, lambda factors: tiles.pieces(torch.from_numpy(factors.reshape(batch, n, 1))))
+    return _Update(made, row_factor, lambda factors: tiles.pieces(torch.from_numpy(factors.reshape(batch, n, 1))))
 
 
 def _averaged(average: Tensor, new: np.ndarray, weight: float) -> np.ndarray:
@@ -228,12 +228,12 @@ def _unfactored(tiles: _Tiles, state: dict[str, Tensor], weight: float, floor: f
     v = tiles.split(state["exp_avg_sq"])
     for i in tiles.forward:
         g = tiles.gradient(i)
-        square = torch.mul(g, g, out=tiles.room(i)).add_(floor)
+        square = torch.mul(g, g, out=tiles.update_buffer(i)).add_(floor)
         v[i].mul_(1.0 - weight).add_(square, alpha=weight)
 
     def made(i: int) -> Tensor:
-        room = tiles.room(i)
-        return torch.div(tiles.gradient(i), torch.sqrt(v[i], out=room), out=room)
+        update_buffer = tiles.update_buffer(i)
+        return torch.div(tiles.gradient(i), torch.sqrt(v[i], out=update_buffer), out=update_buffer)
 
     one = torch.ones(1, dtype=tiles.dtype, device="cpu").numpy()
     return _Update(made, one, lambda factors: [torch.from_numpy(factors)] * len(v))

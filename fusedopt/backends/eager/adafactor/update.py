@@ -17,15 +17,15 @@ from torch import Tensor
 
 from fusedopt.backends.eager.norms import norm
 from fusedopt.backends.eager.stepper import Part
-from fusedopt.batch import AdafactorHyper, Split, Spread, number_maximum
-from fusedopt.sharding import add_up
+from fusedopt.interface import AdafactorHyper, ReduceDims, ShardInfo, fmax
+from fusedopt.sharding import all_reduce_sums
 from fusedopt_kernels import rules
 
 SMALL = 1 << 15
 """Elements up to which a parameter is updated in a list with others: one call for many then saves more than the
 temporaries cost."""
 
-Sums = list[tuple[Tensor, Spread]]
+Sums = list[tuple[Tensor, ReduceDims]]
 Update = Generator[Sums, list[Tensor], None]
 
 
@@ -37,12 +37,16 @@ class Stack:
     """
 
     def __init__(
-        self, params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], split: Split | None = None
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[dict[str, Tensor]],
+        shard_info: ShardInfo | None = None,
     ) -> None:
         self.params, self.grads, self.states = params, grads, states
         self.dtype = torch.promote_types(params[0].dtype, torch.float32)
-        self.is_whole = split is None
-        self.split = split or Split(params[0].shape, (), (), ())
+        self.is_whole = shard_info is None
+        self.shard_info = shard_info or ShardInfo(params[0].shape, (), (), ())
 
     def join(self, tensors: list[Tensor]) -> Tensor:
         return torch.stack(tensors) if self.is_whole else tensors[0].unsqueeze(0)
@@ -72,11 +76,11 @@ class Stack:
     def root_mean_squares(self, *makes: Callable[[], Tensor]) -> Generator[Sums, list[Tensor], list[Tensor]]:
         """Those of each whole tensor of what is made, in a shape that broadcasts with it."""
         norms = [self._norms(make()) for make in makes]
-        if self.split.over_all:
-            squares = yield [(own.square(), self.split.over_all) for own in norms]
+        if self.shard_info.all_dims:
+            squares = yield [(own.square(), self.shard_info.all_dims) for own in norms]
             norms = list(map(torch.sqrt, squares))
-        root = math.sqrt(self.split.shape.numel())
-        return [(own / root).view(-1, *[1] * len(self.split.shape)) for own in norms]
+        root = math.sqrt(self.shard_info.shape.numel())
+        return [(own / root).view(-1, *[1] * len(self.shard_info.shape)) for own in norms]
 
     def _norms(self, stacked: Tensor) -> Tensor:
         if self.is_whole and stacked[0].numel() <= SMALL:
@@ -92,7 +96,7 @@ def run_together(updates: Iterable[Update]) -> None:
         for update, answer in going:
             with suppress(StopIteration):
                 waiting.append((update, update.send(answer)))
-        totals = iter(add_up([part for _, sums in waiting for part in sums]))
+        totals = iter(all_reduce_sums([part for _, sums in waiting for part in sums]))
         going = [(update, [next(totals) for _ in sums]) for update, sums in waiting]
 
 
@@ -101,13 +105,13 @@ def update(part: Part, stack: Stack) -> Update:
     hyper: AdafactorHyper = part.hyper
     weight = rules.square_weight(part.step, hyper.decay_rate, math.exp, math.log)
     average = _factored if "exp_avg_sq_row" in stack.states[0] else _unfactored
-    unclipped = stack.lasting((yield from average(stack, part.factor, weight, hyper.square_floor)))
+    unclipped = stack.lasting((yield from average(stack, part.factor, weight, hyper.square_eps)))
     p = stack.lasting(lambda: stack.join(stack.params).to(stack.dtype))
 
     rms, *rms_of_p = yield from stack.root_mean_squares(unclipped, *[p] * hyper.scale_parameter)
     if rms_of_p:
         stack.store("RMS", rms_of_p[0].flatten())
-    rate: Any = hyper.rate(part.step, rms_of_p[0] if rms_of_p else 0.0, number_maximum=number_maximum)
+    rate: Any = hyper.rate(part.step, rms_of_p[0] if rms_of_p else 0.0, fmax=fmax)
     divisor = rules.clip_divisor(rms, hyper.clip_threshold, torch.clamp)
     change = unclipped() * ((-rate if hyper.maximize else rate) / divisor)
     if hyper.beta1 is not None:
@@ -121,16 +125,16 @@ Unclipped = Callable[[], Tensor]
 
 
 def _factored(stack: Stack, factor: float, weight: float, floor: float) -> Generator[Sums, list[Tensor], Unclipped]:
-    gradient, split = stack.gradient(factor), stack.split
-    height, width = split.shape[-2:]
-    sums_of_rows, sums_of_columns = _sums(gradient(), floor)
-    of_rows, of_columns = yield [(sums_of_rows, split.over_columns), (sums_of_columns, split.over_rows)]
-    row = stack.average("exp_avg_sq_row", of_rows / width, weight)
-    column = stack.average("exp_avg_sq_col", of_columns / height, weight)
-    (of_averages,) = yield [(row.sum(-1, keepdim=True), split.over_rows)]
-    of_row = rules.row_factor(row, of_averages / height, torch.sqrt, operator.truediv).unsqueeze(-1)
-    of_column = rules.column_factor(column, torch.sqrt, operator.truediv).unsqueeze(-2)
-    return lambda: rules.factored_update(gradient(), of_row, of_column)
+    gradient, shard_info = stack.gradient(factor), stack.shard_info
+    height, width = shard_info.shape[-2:]
+    local_rows, local_columns = _sums(gradient(), floor)
+    row_sums, column_sums = yield [(local_rows, shard_info.column_dims), (local_columns, shard_info.row_dims)]
+    row = stack.average("exp_avg_sq_row", row_sums / width, weight)
+    column = stack.average("exp_avg_sq_col", column_sums / height, weight)
+    (average_sums,) = yield [(row.sum(-1, keepdim=True), shard_info.row_dims)]
+    row_factor = rules.row_factor(row, average_sums / height, torch.sqrt, operator.truediv).unsqueeze(-1)
+    column_factor = rules.column_factor(column, torch.sqrt, operator.truediv).unsqueeze(-2)
+    return lambda: rules.factored_update(gradient(), row_factor, column_factor)
 
 
 def _unfactored(stack: Stack, factor: float, weight: float, floor: float) -> Generator[Sums, list[Tensor], Unclipped]:
@@ -142,6 +146,6 @@ def _unfactored(stack: Stack, factor: float, weight: float, floor: float) -> Gen
 
 
 def _sums(g: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-    """Of squares along rows and along columns. A function: the squares are gone when it returns."""
+    """Sums of squares along rows and along columns. A function, so that the squares are freed when it returns."""
     square = g * g + floor
     return square.sum(-1), square.sum(-2)

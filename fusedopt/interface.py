@@ -1,4 +1,4 @@
-"""What a step hands from an optimizer to a backend."""
+"""The interface between optimizers and backends: what one step hands down."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from fusedopt_kernels.rules import Convention
 
 
 class AdamWHyper(NamedTuple):
-    """Hyper-parameters of one batch of parameters, as the backends get them."""
+    """Hyper-parameters of one set of parameters, as the backends get them."""
 
     lr: float | Tensor
     beta1: float
@@ -27,17 +27,17 @@ class AdamWHyper(NamedTuple):
 
 
 class AdafactorHyper(NamedTuple):
-    """Hyper-parameters of one batch of parameters, as the backends get them.
+    """Hyper-parameters of one set of parameters, as the backends get them.
 
     Attributes:
         lr: None for relative steps.
-        square_floor: added to squared gradients, `eps[0]`.
+        square_eps: added to squared gradients, `eps[0]`.
         rms_floor: smallest root mean square of a parameter in a rate, `eps[1]`.
         beta1: None for no average of updates.
     """
 
     lr: float | Tensor | None
-    square_floor: float
+    square_eps: float
     rms_floor: float
     clip_threshold: float
     decay_rate: float
@@ -47,49 +47,50 @@ class AdafactorHyper(NamedTuple):
     warmup_init: bool
     maximize: bool
 
-    def rate(self, step: Any, rms: Any, sqrt: Any = math.sqrt, minimum: Any = min, number_maximum: Any = max) -> Any:
+    def rate(self, step: Any, rms: Any, sqrt: Any = math.sqrt, minimum: Any = min, fmax: Any = max) -> Any:
         """The rate of update number `step` of a parameter whose root mean square is `rms`."""
         rate = self.lr.double() if isinstance(self.lr, Tensor) else self.lr  # whatever dtype it was given in
         if rate is None:
             constant, slope = rules.RELATIVE_STEP_CEILINGS[self.warmup_init]
             rate = rules.relative_step(step, constant, slope, sqrt, minimum)
-        return rules.scaled_rate(rate, rms, self.rms_floor, number_maximum) if self.scale_parameter else rate
+        return rules.scaled_rate(rate, rms, self.rms_floor, fmax) if self.scale_parameter else rate
 
 
-def number_maximum(floor: float, rms: Tensor) -> Tensor:
+def fmax(floor: float, rms: Tensor) -> Tensor:
     """The larger number, `floor` where `rms` is NaN; for `AdafactorHyper.rate` of a tensor."""
     return torch.where(rms > floor, rms, floor)
 
 
-Spread = tuple[tuple[Any, int], ...]
+ReduceDims = tuple[tuple[Any, int], ...]
 """Where the shards of a tensor are: pairs of a device mesh and one of its dimensions; () for a whole tensor."""
 
 
-class Split(NamedTuple):
+class ShardInfo(NamedTuple):
     """How a parameter is split over processes, of which a step has one shard.
 
     Attributes:
         shape: of the whole parameter.
-        over_rows, over_columns: over what its last dimension but one, and its last one, are split; () for a vector.
-        over_all: over what all dimensions are split.
+        row_dims, column_dims: over what its last dimension but one, and its last one, are split; () for a vector.
+        all_dims: over what all dimensions are split.
     """
 
     shape: torch.Size
-    over_rows: Spread
-    over_columns: Spread
-    over_all: Spread
+    row_dims: ReduceDims
+    column_dims: ReduceDims
+    all_dims: ReduceDims
 
 
-class Batch(NamedTuple):
+class ParamSet(NamedTuple):
     """Parameters that one step updates with the same hyper-parameters.
 
     Attributes:
         rule: which update the backends run.
         hyper: the hyper-parameters, a NamedTuple that the rule's backends know.
-        params: all parameters of the batch, those without gradient included, so that their place does not change.
+        params: all parameters of the set, those without gradient included, so that their place does not change.
         grads: one gradient per parameter, or None: that parameter and its state are left alone.
         states: one dict per parameter (names to tensors); empty for a parameter that never had a gradient.
-        splits: one per parameter, None for a whole one; None where all are whole. Tensors of a split one are shards.
+        shard_infos: one per parameter, None for a whole one, or None if all are whole.
+            Tensors of a sharded one are its local shards.
     """
 
     rule: str
@@ -97,7 +98,7 @@ class Batch(NamedTuple):
     params: list[Tensor]
     grads: list[Tensor | None]
     states: list[dict[str, Tensor]]
-    splits: list[Split | None] | None = None
+    shard_infos: list[ShardInfo | None] | None = None
 
     @property
     def shares_steps(self) -> bool:
@@ -105,26 +106,26 @@ class Batch(NamedTuple):
         convention = getattr(self.hyper, "convention", None)
         return convention is not None and convention.shared_steps
 
-    def on(self, device: torch.device) -> "Batch":
-        """The part of this batch whose parameters live on `device`."""
+    def on(self, device: torch.device) -> "ParamSet":
+        """The part of this set whose parameters live on `device`."""
         return self.only(lambda p: p.device == device)
 
-    def only(self, wanted: Callable[[Tensor], bool]) -> "Batch":
-        """The part of this batch whose parameters are wanted."""
+    def only(self, wanted: Callable[[Tensor], bool]) -> "ParamSet":
+        """The part of this set whose parameters are wanted."""
         return self.at([i for i, p in enumerate(self.params) if wanted(p)])
 
-    def at(self, places: list[int]) -> "Batch":
-        """The part of this batch whose parameters are in these places."""
+    def at(self, places: list[int]) -> "ParamSet":
+        """The part of this set whose parameters are in these places."""
 
         def of(column: list[Any]) -> list[Any]:
             return [column[i] for i in places]
 
-        splits = None if self.splits is None else of(self.splits)
-        return Batch(self.rule, self.hyper, of(self.params), of(self.grads), of(self.states), splits)
+        shard_infos = None if self.shard_infos is None else of(self.shard_infos)
+        return ParamSet(self.rule, self.hyper, of(self.params), of(self.grads), of(self.states), shard_infos)
 
 
-class Control(NamedTuple):
-    """What is asked of one step beside the hyper-parameters.
+class StepArgs(NamedTuple):
+    """The arguments of one step that are not hyper-parameters.
 
     Attributes:
         scale: gradients are multiplied by it on the way into the update; never written back. A tensor of one element
@@ -137,7 +138,7 @@ class Control(NamedTuple):
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
 
-    def checked(self) -> "Control":
+    def checked(self) -> "StepArgs":
         """The same with 0-d tensors.
 
         Raises:
@@ -153,12 +154,12 @@ class Control(NamedTuple):
                     raise ValueError(f"{name} as a tensor must hold one real number, got {got}")
                 value = value.reshape(())
             values[name] = value
-        return Control(**values)
+        return StepArgs(**values)
 
     def skips(self) -> bool:
-        """Whether the step changes nothing; waits for the device that knows it."""
+        """True if the step changes nothing; waits for the device that knows it."""
         return self.found_inf is not None and bool(self.found_inf)
 
     def factor(self) -> float:
-        """What gradients are multiplied by; waits for the device that knows it."""
+        """The factor on gradients; waits for the device that knows it."""
         return float(self.scale) / (1.0 if self.grad_scale is None else float(self.grad_scale))
