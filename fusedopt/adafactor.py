@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt import checks, sharding
+from fusedopt import checks
 from fusedopt.interface import AdafactorHyper, fmax
 from fusedopt.optimizer.base import FusedOptimizer
 from fusedopt.optimizer.clipping import Guard
+from fusedopt.precision import Precision, StateSpec
 
 
 def _eps(name: str, value: Any) -> None:
@@ -109,7 +110,7 @@ class Adafactor(FusedOptimizer):
     """
 
     rule = "adafactor"
-    state_options = {"beta1": (None, 0.0)}
+    state_options = {**FusedOptimizer.state_options, "beta1": (None, 0.0)}
     checks = {
         "eps": _eps,
         "clip_threshold": _clip_threshold,
@@ -139,6 +140,10 @@ class Adafactor(FusedOptimizer):
         backend: str = "auto",
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        state_dtype: torch.dtype | None = None,
+        seed: int = 0,
         **unknown: Any,
     ) -> None:
         defaults = {
@@ -156,7 +161,8 @@ class Adafactor(FusedOptimizer):
         _check_lr_is_meant(defaults)
         # Each group may bring the lr that the constructor lacks.
         self.check_group({**defaults, "lr": 0.0} if lr is None else defaults)
-        super().__init__(params, defaults, backend, unknown, Guard(max_grad_norm, skip_nonfinite))
+        precision = Precision(master_weights, stochastic_rounding, state_dtype, seed)
+        super().__init__(params, defaults, backend, unknown, Guard(max_grad_norm, skip_nonfinite), precision)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):
@@ -187,28 +193,15 @@ class Adafactor(FusedOptimizer):
             group["maximize"],
         )
 
-    def new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        dtype = self.state_dtype(p)
-        state = {"RMS": torch.zeros((), dtype=dtype, device=p.device)}
+    def moments(self, p: Tensor, group: dict[str, Any]) -> dict[str, StateSpec]:
+        dtype = torch.promote_types(p.dtype, torch.float32)
+        specs = {"RMS": StateSpec(dtype, without="all")}
         if p.dim() >= 2:
-            state["exp_avg_sq_row"] = sharding.zeros_without_dim(p, p.dim() - 1, dtype)
-            state["exp_avg_sq_col"] = sharding.zeros_without_dim(p, p.dim() - 2, dtype)
+            specs |= {"exp_avg_sq_row": StateSpec(dtype, without=-1), "exp_avg_sq_col": StateSpec(dtype, without=-2)}
         else:
-            state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype)
-        if group["beta1"] is not None:
-            state["exp_avg"] = torch.zeros_like(p, dtype=dtype)
-        return state
-
-    def state_shapes(self, p: Tensor, group: dict[str, Any]) -> dict[str, torch.Size]:
-        shapes = {"RMS": torch.Size()}
-        if p.dim() >= 2:
-            shapes |= {"exp_avg_sq_row": p.shape[:-1], "exp_avg_sq_col": p.shape[:-2] + p.shape[-1:]}
-        else:
-            shapes["exp_avg_sq"] = p.shape
-        return shapes if group["beta1"] is None else {**shapes, "exp_avg": p.shape}
-
-    def state_dtype(self, p: Tensor) -> torch.dtype:
-        return torch.promote_types(p.dtype, torch.float32)
+            specs["exp_avg_sq"] = StateSpec(dtype)
+        # The averages of squares are small; the average of updates has the size of the parameter.
+        return specs if group["beta1"] is None else {**specs, "exp_avg": StateSpec(group["state_dtype"] or dtype)}
 
     def effective_lr(self, p: Tensor, before: float = 0.0) -> float | Tensor:
         """The learning rate that the last update of `p` used, parameter scale included.

@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from fusedopt import checks
 from fusedopt.elementwise import ElementwiseOptimizer
 from fusedopt.interface import AdamWHyper
 from fusedopt.optimizer.clipping import Guard
+from fusedopt.precision import Precision
 from fusedopt_kernels.rules import CONVENTIONS
 
 
@@ -71,7 +73,7 @@ class AdamW(ElementwiseOptimizer):
     """
 
     rule = "adamw"
-    state_options = {"amsgrad": (False, True)}
+    state_options = {**ElementwiseOptimizer.state_options, "amsgrad": (False, True)}
     checks = {
         "lr": checks.learning_rate,
         "betas": checks.betas,
@@ -99,6 +101,10 @@ class AdamW(ElementwiseOptimizer):
         backend: str = "auto",
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        state_dtype: torch.dtype | None = None,
+        seed: int = 0,
         **unknown: Any,
     ) -> None:
         if convention not in CONVENTIONS:
@@ -114,7 +120,8 @@ class AdamW(ElementwiseOptimizer):
             "maximize": maximize,
         }
         self.check_group(defaults)
-        super().__init__(params, defaults, backend, unknown, Guard(max_grad_norm, skip_nonfinite))
+        precision = Precision(master_weights, stochastic_rounding, state_dtype, seed)
+        super().__init__(params, defaults, backend, unknown, Guard(max_grad_norm, skip_nonfinite), precision)
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)

@@ -92,6 +92,13 @@ def count(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a whole number >= 0, got {value!r}")
 
 
+def seed(name: str, value: Any) -> None:
+    """A whole number that 63 bits hold."""
+    count(name, value)
+    if value >= 1 << 63:
+        raise ValueError(f"{name} must be less than 2^63, got {value!r}")
+
+
 def beta(name: str, value: Any) -> None:
     """A decay rate of a running average, in [0, 1)."""
     amount = number(name, value)

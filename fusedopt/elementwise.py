@@ -1,12 +1,12 @@
-"""Optimizers whose state is of the shape, the dtype and the layout of its parameter."""
+"""Optimizers whose states have the shape and the layout of their parameter."""
 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fusedopt.optimizer.base import FusedOptimizer
+from fusedopt.precision import FREEZING, Precision, StateSpec
 
 
 class ElementwiseOptimizer(FusedOptimizer):
@@ -16,8 +16,6 @@ class ElementwiseOptimizer(FusedOptimizer):
         """Returns the names of the tensors in the state of a parameter, without `step`."""
         raise NotImplementedError
 
-    def new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        return {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in self.state_names(group)}
-
-    def state_shapes(self, p: Tensor, group: dict[str, Any]) -> dict[str, torch.Size]:
-        return dict.fromkeys(self.state_names(group), p.shape)
+    def moments(self, p: Tensor, group: dict[str, Any]) -> dict[str, StateSpec]:
+        precision = Precision.of(group, self.seed)
+        return {name: precision.moment(p.dtype, stochastic=name in FREEZING) for name in self.state_names(group)}

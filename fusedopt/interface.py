@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedopt import checks
+from fusedopt.precision import PLAIN, Precision
 from fusedopt_kernels import rules
 from fusedopt_kernels.rules import Convention
 
@@ -65,6 +66,15 @@ ReduceDims = tuple[tuple[Any, int], ...]
 """Where the shards of a tensor are: pairs of a device mesh and one of its dimensions; () for a whole tensor."""
 
 
+class ShardPosition(NamedTuple):
+    """Where the elements of a shard are in the whole parameter: number i of the shard is number
+    `i + i // length * gap + offset`, in the order of contiguous tensors."""
+
+    length: int
+    gap: int
+    offset: int
+
+
 class ShardInfo(NamedTuple):
     """How a parameter is split over processes, of which a step has one shard.
 
@@ -72,12 +82,14 @@ class ShardInfo(NamedTuple):
         shape: of the whole parameter.
         row_dims, column_dims: over what its last dimension but one, and its last one, are split; () for a vector.
         all_dims: over what all dimensions are split.
+        position: None if nobody asks for it.
     """
 
     shape: torch.Size
     row_dims: ReduceDims
     column_dims: ReduceDims
     all_dims: ReduceDims
+    position: ShardPosition | None = None
 
 
 class ParamSet(NamedTuple):
@@ -91,6 +103,7 @@ class ParamSet(NamedTuple):
         states: one dict per parameter (names to tensors); empty for a parameter that never had a gradient.
         shard_infos: one per parameter, None for a whole one, or None if all are whole.
             Tensors of a sharded one are its local shards.
+        precision: how weights and states are kept.
     """
 
     rule: str
@@ -99,6 +112,7 @@ class ParamSet(NamedTuple):
     grads: list[Tensor | None]
     states: list[dict[str, Tensor]]
     shard_infos: list[ShardInfo | None] | None = None
+    precision: Precision = PLAIN
 
     @property
     def shares_steps(self) -> bool:
@@ -121,7 +135,9 @@ class ParamSet(NamedTuple):
             return [column[i] for i in places]
 
         shard_infos = None if self.shard_infos is None else of(self.shard_infos)
-        return ParamSet(self.rule, self.hyper, of(self.params), of(self.grads), of(self.states), shard_infos)
+        return ParamSet(
+            self.rule, self.hyper, of(self.params), of(self.grads), of(self.states), shard_infos, self.precision
+        )
 
 
 class StepArgs(NamedTuple):

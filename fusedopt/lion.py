@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fusedopt import checks
 from fusedopt.elementwise import ElementwiseOptimizer
 from fusedopt.optimizer.clipping import Guard
+from fusedopt.precision import Precision
 
 
 class LionHyper(NamedTuple):
@@ -73,11 +75,16 @@ class Lion(ElementwiseOptimizer):
         backend: str = "auto",
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        state_dtype: torch.dtype | None = None,
+        seed: int = 0,
         **unknown: Any,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
         self.check_group(defaults)
-        super().__init__(params, defaults, backend, unknown, Guard(max_grad_norm, skip_nonfinite))
+        precision = Precision(master_weights, stochastic_rounding, state_dtype, seed)
+        super().__init__(params, defaults, backend, unknown, Guard(max_grad_norm, skip_nonfinite), precision)
 
     def hyper(self, group: dict[str, Any]) -> LionHyper:
         beta1, beta2 = group["betas"]

@@ -1,5 +1,6 @@
 """Sharded parameters (DTensor, as FSDP2 makes them): updates run on local shards, sums are added up over the mesh."""
 
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt.interface import ParamSet, ReduceDims, ShardInfo
+from fusedopt.interface import ParamSet, ReduceDims, ShardInfo, ShardPosition
 
 
 def is_sharded(t: Any) -> bool:
@@ -49,7 +50,9 @@ def check(groups: Sequence[dict[str, Any]], grads: Sequence[Sequence[Tensor | No
 
 def local(param_set: ParamSet) -> ParamSet:
     """The same set with the local shards of what is sharded."""
-    shard_infos = [_shard_info(p) for p in param_set.params]
+    precision = param_set.precision
+    with_position = precision.stochastic_rounding or precision.state_dtype is torch.bfloat16
+    shard_infos = [_shard_info(p, with_position) for p in param_set.params]
     return ParamSet(
         param_set.rule,
         param_set.hyper,
@@ -57,6 +60,7 @@ def local(param_set: ParamSet) -> ParamSet:
         [None if g is None else shard(g) for g in param_set.grads],
         [{name: shard(t) for name, t in state.items()} for state in param_set.states],
         shard_infos if any(shard_infos) else None,
+        param_set.precision,
     )
 
 
@@ -94,12 +98,31 @@ def spread(t: Any, dimension: int | None = None) -> ReduceDims:
     )
 
 
-def _shard_info(p: Any) -> ShardInfo | None:
+def _shard_info(p: Any, with_position: bool) -> ShardInfo | None:
     over = spread(p)
     if not over or p.numel() == 0:
         return None
     rows, columns = (spread(p, p.dim() - 2), spread(p, p.dim() - 1)) if p.dim() >= 2 else ((), ())
-    return ShardInfo(p.shape, rows, columns, over)
+    return ShardInfo(p.shape, rows, columns, over, _position(p) if with_position else None)
+
+
+def _position(p: Any) -> ShardPosition:
+    """Where the shard of `p` is, for rounding that depends on it."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mine, starts = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    cut = [d for d in range(p.dim()) if mine[d] != p.shape[d]] or [0]
+    last = cut[-1]
+    inner, lines = math.prod(p.shape[last + 1 :]), math.prod(p.shape[:last])
+    if any(math.prod(p.shape[:d]) > 1 for d in cut[:-1]):
+        raise RuntimeError(
+            f"the elements of a parameter of shape {tuple(p.shape)} with placements {p.placements} cannot be numbered, "
+            "which random rounding needs: shard it along one dimension, or along its first and one more; or use "
+            "master_weights=True with float32 moments"
+        )
+    length, whole = mine[last] * inner, p.shape[last] * inner
+    above = sum(starts[d] * (lines // math.prod(p.shape[: d + 1])) for d in cut[:-1])
+    return ShardPosition(max(length, 1), whole - length, starts[last] * inner + above * whole)
 
 
 def all_reduce_in_place(t: Tensor, over: ReduceDims) -> None:

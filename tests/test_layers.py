@@ -22,6 +22,7 @@ LAYERS = [
     {"fusedopt_kernels.device", "fusedopt_kernels.table"},
     {"fusedopt_kernels.step", "fusedopt_kernels.elementwise"},
     {"fusedopt_kernels"},
+    {"fusedopt.precision"},
     {"fusedopt.checks", "fusedopt.without_data", "fusedopt.wrappers", "fusedopt.files", "fusedopt.threads"},
     {
         "fusedopt.interface",

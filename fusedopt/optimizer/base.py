@@ -12,7 +12,16 @@ from fusedopt.interface import StepArgs
 from fusedopt.optimizer import compile, loading
 from fusedopt.optimizer.clipping import Clipping, Guard
 from fusedopt.optimizer.engine import Engine, Part
-from fusedopt.optimizer.state import make_states, packed, plain, separate_rates, through_hooks, torch_looks_at_state
+from fusedopt.optimizer.state import (
+    Numbers,
+    make_states,
+    packed,
+    plain,
+    separate_rates,
+    through_hooks,
+    torch_looks_at_state,
+)
+from fusedopt.precision import NUMBER, PLAIN, Precision, StateSpec
 from fusedopt.without_data import is_lazy
 
 # Options of torch's optimizers that say how a step runs, not what it computes: here `backend=` says it.
@@ -23,7 +32,7 @@ Given = tuple[dict[Tensor, Tensor | None], StepArgs]
 
 
 class FusedOptimizer(torch.optim.Optimizer):
-    """Base of all optimizers here; see `AdamW` for one. A subclass declares `rule`, `checks`, `hyper`, `new_state`."""
+    """Base of all optimizers here; see `AdamW` for one. A subclass declares `rule`, `checks`, `hyper`, `moments`."""
 
     rule: ClassVar[str]
     """Which update the backends run."""
@@ -31,8 +40,13 @@ class FusedOptimizer(torch.optim.Optimizer):
     checks: ClassVar[dict[str, checks.Check]]
     """One check per option of a param group."""
 
-    state_options: ClassVar[dict[str, tuple[Any, Any]]] = {}
-    """Options of a group that decide which tensors a state has: values without more tensors, and with."""
+    state_options: ClassVar[dict[str, tuple[Any, Any]]] = {
+        "master_weights": (False, True),
+        "stochastic_rounding": (False, True),
+        "state_dtype": (None, None),
+    }
+    """Options of a group that decide which tensors a state has, or of which dtype: values without more tensors, and
+    with."""
 
     counters: ClassVar[frozenset[str]] = frozenset()
     """Numbers that a group has beside its options."""
@@ -40,21 +54,32 @@ class FusedOptimizer(torch.optim.Optimizer):
     clipping: Clipping = Clipping()
     """Clipping as in Keras, beside `guard`."""
 
-    constructor_options: ClassVar[tuple[str, ...]] = ("backend", "guard")
+    constructor_options: ClassVar[tuple[str, ...]] = ("backend", "guard", "seed")
     """Attributes that belong to the optimizer, not to a group or a checkpoint; copies and pickles carry them."""
 
     _step_supports_amp_scaling = True
     """A GradScaler hands its scale to `step` as the attributes `grad_scale` and `found_inf`."""
 
+    seed: int = 0
+
     def __init__(
-        self, params: Any, defaults: dict[str, Any], backend: str, unknown: dict[str, Any], guard: Guard | None = None
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        backend: str,
+        unknown: dict[str, Any],
+        guard: Guard | None = None,
+        precision: Precision = PLAIN,
     ) -> None:
         refuse_unknown(type(self).__name__, unknown)
         backends.check(backend)
         self.backend = backend
         self.guard = guard or Guard()
+        checks.seed("seed", precision.seed)
+        self.seed = precision.seed
+        precision.check()
         self._forget()
-        super().__init__(params, plain({**defaults, **self.whole_options()}))
+        super().__init__(params, plain({**defaults, **precision.options(), **self.whole_options()}))
         compile.exclude_step(type(self))
 
     # What a subclass declares.
@@ -63,17 +88,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The hyper-parameters of a group as the NamedTuple that the rule's backends know."""
         raise NotImplementedError
 
-    def new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        """The state of a parameter before its first update, without its `step`. Called on meta tensors too."""
+    def moments(self, p: Tensor, group: dict[str, Any]) -> dict[str, StateSpec]:
+        """How the tensors in the state of a parameter are kept, without its `step` and what belongs to its weight."""
         raise NotImplementedError
 
-    def state_shapes(self, p: Tensor, group: dict[str, Any]) -> dict[str, torch.Size]:
-        """The shape of each tensor of `new_state`, for a parameter or one shard of it."""
-        raise NotImplementedError
-
-    def state_dtype(self, p: Tensor) -> torch.dtype | None:
-        """The dtype that loaded states of `p` are brought to; None: the one that they were saved in serves."""
-        return None
+    def state_specs(self, p: Tensor, group: dict[str, Any]) -> dict[str, StateSpec]:
+        """How all tensors in the state of a parameter are kept, without its `step`."""
+        precision = Precision.of(group, self.seed)
+        specs = {**self.moments(p, group), **precision.weight_states(p.dtype)}
+        if precision.rounds_stochastically(p.dtype) or any(spec.needs_number for spec in specs.values()):
+            specs[NUMBER] = StateSpec(torch.int64, without="all")
+        return specs
 
     def parts(self, group: dict[str, Any]) -> list[Part]:
         """The parts of a group that are updated differently; asked again where groups hold other parameters."""
@@ -89,6 +114,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             "backend": self.backend,
             "max_grad_norm": self.guard.max_grad_norm,
             "skip_nonfinite": self.guard.skip_nonfinite,
+            "seed": self.seed,
         }
 
     def needs_all_gradients(self) -> str | None:
@@ -116,6 +142,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Raises ValueError where an option, or a combination of options, makes no sense."""
         for name, check in self.checks.items():
             check(name, group[name])
+        Precision.of(group, self.seed).check()
 
     def before_step(self) -> None:
         """Called before each step, and before each update of a step in backward."""
@@ -262,6 +289,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Drops what was derived from groups and states."""
         self._engine = getattr(self, "_engine", None) or Engine()
         self._engine.forget()
+        self.numbers = Numbers()
 
     # Checkpoints and copies.
 

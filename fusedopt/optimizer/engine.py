@@ -18,6 +18,7 @@ from fusedopt.checks import FLOATS
 from fusedopt.interface import ParamSet, StepArgs
 from fusedopt.optimizer.clipping import Gradients
 from fusedopt.optimizer.state import States, make_states
+from fusedopt.precision import Precision
 from fusedopt.without_data import has_data
 from fusedopt_kernels.layout import overlaps_itself
 
@@ -140,9 +141,9 @@ class Engine:
             params = group["params"]
             states = list(map(optimizer.state.get, params, repeat(_NO_STATE)))
             for rule, places, options in parts:
-                param_set = ParamSet(
-                    rule, optimizer.hyper({**group, **options} if options else group), params, row, states
-                )
+                own = {**group, **options} if options else group
+                precision = Precision.of(own, optimizer.seed)
+                param_set = ParamSet(rule, optimizer.hyper(own), params, row, states, precision=precision)
                 param_sets.append(param_set if places is None else param_set.at(places))
         return param_sets
 

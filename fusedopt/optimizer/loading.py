@@ -11,7 +11,8 @@ from torch import Tensor
 from fusedopt import sharding
 from fusedopt.checks import FLOATS
 from fusedopt.optimizer import whose
-from fusedopt.optimizer.state import plain
+from fusedopt.optimizer.state import new_tensor, plain
+from fusedopt.precision import WEIGHT_STATES, StateSpec
 from fusedopt.without_data import is_lazy
 
 if TYPE_CHECKING:
@@ -168,11 +169,11 @@ def _who(index: Any, p: Tensor) -> str:
     return f"the checkpoint's state of parameter {index} (shape {tuple(p.shape)})"
 
 
-def _states(optimizer: "FusedOptimizer", p: Tensor, group: dict[str, Any]) -> tuple[dict[str, Tensor], ...]:
-    """The tensors that a state must have and may have, on meta: options may have changed since it was saved."""
-    like = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device="meta")
+def _specs(optimizer: "FusedOptimizer", p: Tensor, group: dict[str, Any]) -> tuple[dict[str, StateSpec], ...]:
+    """How the tensors are kept that a state must have and may have: options may have changed since it was saved."""
     off, on = ({name: pair[i] for name, pair in optimizer.state_options.items()} for i in (0, 1))
-    return optimizer.new_state(like, {**group, **off}), optimizer.new_state(like, {**group, **on})
+    least = optimizer.state_specs(p, {**group, **off})
+    return least, {**optimizer.state_specs(p, {**group, **on}), **least, **optimizer.state_specs(p, group)}
 
 
 def _check_names(
@@ -180,9 +181,10 @@ def _check_names(
 ) -> None:
     if is_lazy(p):
         raise ValueError(f"parameter {index} is lazy and has no shape yet: run a forward pass before loading its state")
-    least, most = _states(optimizer, p, group)
+    least, most = _specs(optimizer, p, group)
     missing = sorted({"step", *least} - saved.keys())
-    unknown = sorted(map(str, saved.keys() - {"step", *most}))
+    # A parameter of another dtype may have no use for what completes its weight.
+    unknown = sorted(map(str, saved.keys() - {"step", *most, *WEIGHT_STATES}))
     whom = whose.by_state(saved.keys()) if missing else None
     if whom:
         raise ValueError(_is_of(optimizer, whom, f"its state of parameter {index} has {', '.join(map(str, saved))}"))
@@ -197,39 +199,38 @@ def _laid_out(
     optimizer: "FusedOptimizer", who: str, p: Tensor, group: dict[str, Any], saved: dict[str, Any]
 ) -> dict[str, Tensor]:
     """A saved state, without its step, on its parameter's device, in its layout, in the dtype that serves."""
-    _, most = _states(optimizer, p, group)
+    _, most = _specs(optimizer, p, group)
     values = {name: _tensor(saved[name], most[name]) for name in most if name in saved}
     for name, value in values.items():
         _check_value(f"{who} has {name}", value, most[name], p)
-    on = {name: pair[1] for name, pair in optimizer.state_options.items()}
-    fresh = optimizer.new_state(p, {**group, **on}) if sharding.is_sharded(p) else {}
     state = {}
     for name, value in values.items():
-        value = sharding.sharded_like(value.detach(), fresh.get(name))
-        like = fresh.get(name, p if value.shape == p.shape else value)
-        state[name] = torch.empty_like(like, dtype=optimizer.state_dtype(p) or value.dtype, device=p.device).copy_(
-            value
-        )
+        spec = most[name]
+        like = new_tensor(spec, p) if sharding.is_sharded(p) else p if value.shape == p.shape else value
+        value = sharding.sharded_like(value.detach(), like)
+        dtype = value.dtype if spec.keeps_loaded_dtype else spec.dtype
+        state[name] = torch.empty_like(like, dtype=dtype, device=p.device).copy_(value)
     return state
 
 
-def _tensor(value: Any, like: Tensor) -> Any:
+def _tensor(value: Any, spec: StateSpec) -> Any:
     """Arrays, and the lists and numbers that JSON has in their place, as tensors; what is none of them as it is."""
     try:
         if isinstance(value, np.ndarray):
             return torch.from_numpy(np.array(value))
         if isinstance(value, (list, tuple, int, float, np.generic)):
-            return torch.tensor(value, dtype=like.dtype, device="cpu")
+            return torch.tensor(value, dtype=spec.dtype, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError):
         pass  # It is refused with its name.
     return value
 
 
-def _check_value(what: str, value: Any, like: Tensor, p: Tensor) -> None:
+def _check_value(what: str, value: Any, spec: StateSpec, p: Tensor) -> None:
+    shape = tuple(spec.shape(p))
     if not isinstance(value, Tensor):
-        raise ValueError(f"{what} of type {type(value).__name__}, expected a tensor of shape {tuple(like.shape)}")
-    if value.shape != like.shape:
-        raise ValueError(f"{what} of shape {tuple(value.shape)}, expected shape {tuple(like.shape)}")
+        raise ValueError(f"{what} of type {type(value).__name__}, expected a tensor of shape {shape}")
+    if value.shape != shape:
+        raise ValueError(f"{what} of shape {tuple(value.shape)}, expected shape {shape}")
     if sharding.is_sharded(value) and not sharding.is_sharded(p):
         raise ValueError(
             f"{what} as a DTensor, of a sharded run, and the parameter is not sharded: gather the state "
@@ -237,7 +238,10 @@ def _check_value(what: str, value: Any, like: Tensor, p: Tensor) -> None:
         )
     if value.layout is not torch.strided:
         raise ValueError(f"{what} in the layout {value.layout}, expected a dense tensor")
-    if value.dtype not in FLOATS:
+    if not spec.dtype.is_floating_point:
+        if value.dtype is not spec.dtype:
+            raise ValueError(f"{what} of dtype {value.dtype}, expected {spec.dtype}")
+    elif value.dtype not in FLOATS:
         raise ValueError(f"{what} of dtype {value.dtype}, expected a real floating dtype of 16 bits or more")
     if value.is_meta and not p.is_meta:
         raise ValueError(f"{what} on the meta device, where tensors have no values: load the checkpoint to the CPU")

@@ -17,6 +17,7 @@ from torch import Tensor
 from fusedopt import checks, sharding
 from fusedopt.backends.graphs import capturing
 from fusedopt.optimizer.state_check import all_fit
+from fusedopt.precision import NUMBER, StateSpec
 from fusedopt.without_data import has_data, is_lazy
 from fusedopt_kernels.memory import outside_inference_mode
 
@@ -143,7 +144,64 @@ def make_states(optimizer: "FusedOptimizer", groups: list[dict[str, Any]], wante
             if begun is not None:
                 steps += begun.to(device, non_blocking=True)
             for (p, group), step in zip(entries, steps.unbind()):
-                optimizer.state[p] = {"step": step, **optimizer.new_state(p, group)}
+                optimizer.state[p] = {"step": step, **new_state(optimizer, p, group)}
+            optimizer.numbers.give(optimizer, [p for p, _ in entries])
+
+
+def new_state(optimizer: "FusedOptimizer", p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+    """The state of a parameter before its first update, without its `step`; -1 where it needs a number."""
+    new = {name: new_tensor(spec, p) for name, spec in optimizer.state_specs(p, group).items()}
+    if "master_weight" in new:
+        new["master_weight"].copy_(p.detach())
+    return new
+
+
+def new_tensor(spec: StateSpec, p: Tensor) -> Tensor:
+    """A new tensor of the state of a parameter: on its device, laid out and sharded as it is; zeros, or no number."""
+    if spec.without is None:
+        return torch.zeros_like(p, dtype=spec.dtype, memory_format=torch.preserve_format)
+    if isinstance(spec.without, int):
+        return sharding.zeros_without_dim(p, p.dim() + spec.without, spec.dtype)
+    return torch.full((), -1 if spec.dtype is torch.int64 else 0, dtype=spec.dtype, device=p.device)
+
+
+class Numbers:
+    """Gives the parameters of one optimizer the numbers that their random bits depend on; none is given twice.
+
+    A parameter's number is its place among all parameters when it gets its state, the same in every process, or
+    else, if another one has it by then, the next that is free.
+    """
+
+    def __init__(self) -> None:
+        self._places: dict[Tensor, int] | None = None
+        self._used: set[int] = set()
+
+    def give(self, optimizer: "FusedOptimizer", params: list[Tensor]) -> None:
+        """Gives a number to those of these parameters, all on one device, that need one and have none yet."""
+        params = [p for p in params if NUMBER in optimizer.state[p] and not optimizer.state[p][NUMBER].is_meta]
+        have = _numbers([optimizer.state[p][NUMBER] for p in params])
+        params = [p for p, number in zip(params, have) if number < 0]
+        if not params:
+            return
+        if self._places is None:
+            everything = (p for group in optimizer.param_groups for p in group["params"])
+            self._places = {p: i for i, p in enumerate(everything)}
+            states = [
+                state[NUMBER] for state in optimizer.state.values() if isinstance(state, dict) and NUMBER in state
+            ]
+            self._used = set(_numbers([number for number in states if not number.is_meta]))
+        new = []
+        for p in params:
+            place = self._places.get(p, -1)
+            new.append(place if place >= 0 and place not in self._used else max(self._used, default=-1) + 1)
+            self._used.add(new[-1])
+        for p, number in zip(params, torch.tensor(new, device=params[0].device).unbind()):
+            optimizer.state[p][NUMBER] = number
+
+
+def _numbers(tensors: list[Tensor]) -> list[int]:
+    numbers: list[int] = torch.stack([t.cpu() for t in tensors]).tolist() if tensors else []
+    return numbers
 
 
 def settle_states(optimizer: "FusedOptimizer", groups: list[dict[str, Any]]) -> None:
@@ -152,14 +210,20 @@ def settle_states(optimizer: "FusedOptimizer", groups: list[dict[str, Any]]) -> 
     with outside_inference_mode():
         added = []
         for p, group, state in entries:
-            complete = optimizer.state_shapes(p, group).keys() <= state.keys()
+            complete = optimizer.state_specs(p, group).keys() <= state.keys()
             if not complete and capturing(p.device):
                 raise RuntimeError("an option that needs more state was set before a capture: take a step first")
-            added.append({} if complete else optimizer.new_state(p, group))
+            added.append({} if complete else new_state(optimizer, p, group))
+        incomplete: dict[torch.device, list[Tensor]] = {}
         for (p, group, state), new in zip(entries, added):
-            own, dtype = optimizer.state_shapes(p, group), optimizer.state_dtype(p)
+            specs = optimizer.state_specs(p, group)
             for name, t in {**new, **state}.items():
-                state[name] = _settled(t, p, dtype if name in own else None)
+                spec = specs.get(name)
+                state[name] = _settled(t, p, None if spec is None or spec.keeps_loaded_dtype else spec.dtype)
+            if NUMBER in specs:
+                incomplete.setdefault(p.device, []).append(p)
+        for params in incomplete.values():
+            optimizer.numbers.give(optimizer, params)
 
 
 def _settled(t: Any, p: Tensor, dtype: torch.dtype | None) -> Any:

@@ -55,17 +55,17 @@ def _misfit(optimizer: "FusedOptimizer", p: Tensor, group: dict[str, Any], state
     if made_for is not None and made_for != p.shape:
         return f"a parameter is of shape {tuple(p.shape)} now, and its state was made for one of {tuple(made_for)}"
     mine = sharding.shard(p)
-    of_shard = optimizer.state_shapes(mine, group)
-    needed = optimizer.state_shapes(p, {**group, **{name: off for name, (off, _) in optimizer.state_options.items()}})
-    for name, shape in optimizer.state_shapes(p, group).items():
-        t = state.get(name)
+    needed = optimizer.state_specs(p, {**group, **{name: off for name, (off, _) in optimizer.state_options.items()}})
+    for name, spec in optimizer.state_specs(p, group).items():
+        t, shape = state.get(name), spec.shape(p)
         if t is None and name not in needed:
             continue  # The option was switched on after the state was made: the step adds it.
-        if not isinstance(t, Tensor) or t.shape != shape or t.dtype not in FLOATS or t.layout is not torch.strided:
-            wanted = f"of shape {tuple(shape)} in a floating dtype"
+        dtypes = FLOATS if spec.dtype.is_floating_point else {spec.dtype}
+        if not isinstance(t, Tensor) or t.shape != shape or t.dtype not in dtypes or t.layout is not torch.strided:
+            wanted = f"of shape {tuple(shape)} in {'a floating dtype' if dtypes is FLOATS else str(spec.dtype)}"
         elif not _has_data(t, p):
             wanted = f"on {p.device}"
-        elif sharding.shard(t).shape != of_shard[name] or (sharding.is_sharded(t) and mine is p):
+        elif sharding.shard(t).shape != spec.shape(mine) or (sharding.is_sharded(t) and mine is p):
             wanted = f"sharded as its parameter is, which has {tuple(mine.shape)} of it here"
         elif overlaps_itself(sharding.shard(t)):
             wanted = f"without two elements in one place of memory; its strides are {t.stride()}"

@@ -155,3 +155,46 @@ def lion_update(
 def clip_factor(norm: Any, max_norm: Any, maximum_is: Any) -> Any:
     """The factor that reduces gradients of this norm to `max_norm`, as torch.nn.utils.clip_grad_norm_ defines it."""
     return maximum_is(max_norm / (norm + 1e-6), 1.0)
+
+
+# Random bits for stochastic rounding. Unsigned 32-bit arithmetic that wraps: `shift(x, n)` fills up with zeros from the
+# left, `times(x, constant)` multiplies.
+
+
+def scramble(x: typing.Any, shift: typing.Any, times: typing.Any) -> Any:
+    """A bijection of 32 bits that looks random: lowbias32 of C. Wellons, "Prospecting for Hash Functions"."""
+    x = x ^ shift(x, 16)
+    x = times(x, 0x7FEB352D)
+    x = x ^ shift(x, 15)
+    x = times(x, 0x846CA68B)
+    return x ^ shift(x, 16)
+
+
+def random_word(
+    low: typing.Any, high: typing.Any, key0: typing.Any, key1: typing.Any, scramble: typing.Any, times: typing.Any
+) -> Any:
+    """The random bits of one element at one step.
+
+    Two rounds: with one, keyed by xor alone, all steps would draw the same words in another order.
+
+    Args:
+        low, high: halves of the element's index in the whole parameter.
+        key0, key1: `rounding_keys` of parameter and step.
+        scramble: the function above, for one argument.
+        times: as there.
+    """
+    return scramble(scramble(low ^ key0) + key1 + times(high, 0x9E3779B9))
+
+
+def rounding_keys(
+    seed_low: typing.Any,
+    seed_high: typing.Any,
+    number: typing.Any,
+    step: typing.Any,
+    scramble: typing.Any,
+    times: typing.Any,
+) -> Any:
+    """Two keys for the random words of a parameter, which has a number, at a step."""
+    stream = scramble(scramble(seed_low ^ scramble(seed_high + 0x9E3779B9)) + times(number, 0x9E3779B9))
+    key0 = scramble(stream ^ step)
+    return key0, scramble(key0 + stream + times(step, 0x85EBCA6B))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fusedopt.backends.eager.elementwise import apply, parts
 from fusedopt.backends.eager.stepper import EagerStepper, Part
+from fusedopt.backends.eager.storage import Storage
 from fusedopt.backends.scratch import scratch
 from fusedopt.interface import AdamWHyper
 from fusedopt_kernels import rules
@@ -50,15 +51,29 @@ class EagerAdamW(EagerStepper):
             [s["max_exp_avg_sq"] for s in part.states] if hyper.amsgrad else [],
         )
         scalars = _scalars(hyper, part.step)
-        # torch's kernel gets an lr to divide by, and our factor through a copy, which would round 16 bits once more.
-        served = _fused_serves(columns, part.factor) if self._on_cpu and scalars[1] > 0.0 else ()
+        # torch's kernel gets an lr to divide by.
+        may_fuse = self._on_cpu and scalars[1] > 0.0
+        pairs = zip(columns.p, columns.m)
+        stored = [] if part.precision.is_plain else [i for i, two in enumerate(pairs) if any(map(_is_short, two))]
+        if stored:
+            storage = Storage.of(part, stored)
+            fused_step = part.step if may_fuse and part.precision.master_weights else None
+            _stored_update(hyper, columns.only(stored), part.factor, storage, fused_step, *scalars)
+            columns = columns.only(sorted(set(range(len(columns.p))).difference(stored)))
+        # Our factor comes through a copy, which would round 16 bits once more.
+        served = _fused_serves(columns, part.factor) if may_fuse else ()
         if served:
             fused = columns if len(served) == len(columns.p) else columns.only(served)
             for some in [fused] if part.factor == 1.0 else _scaled_parts(fused, part.factor):
                 _fused_update(hyper, some, part.step, *scalars)
         if len(served) < len(columns.p):
             rest = sorted(set(range(len(columns.p))).difference(served))
-            _rule_update(hyper, columns.only(rest), part.factor, *scalars)
+            plain = Storage([None] * len(rest), False, None, None)
+            _stored_update(hyper, columns.only(rest), part.factor, plain, None, *scalars)
+
+
+def _is_short(t: Tensor) -> bool:
+    return t.dtype.itemsize == 2
 
 
 def _scalars(hyper: AdamWHyper, step: float) -> tuple[float, float, float]:
@@ -94,7 +109,8 @@ def _fused_serves(columns: _Columns, factor: float) -> Sequence[int]:
 
 def _scaled_parts(columns: _Columns, factor: float) -> Iterator[_Columns]:
     """The same parameters a cache-sized part at a time, with copies of their gradients times `factor`."""
-    for some in map(_Columns._make, parts(columns, range(len(columns.p)), _SCALED_PART)):
+    for piece in parts(columns, range(len(columns.p)), _SCALED_PART):
+        some = _Columns._make(piece.columns)
         if len(some.g) == 1:  # in memory that all take turns in
             (g,) = some.g
             yield some._replace(g=[torch.mul(g, factor, out=scratch.like(g, "gradient", g.dtype))])
@@ -126,16 +142,36 @@ def _fused_update(
     )
 
 
-def _rule_update(
-    hyper: AdamWHyper, columns: _Columns, factor: float, decay_step: float, step_size: float, eps_hat: float
+def _stored_update(
+    hyper: AdamWHyper,
+    columns: _Columns,
+    factor: float,
+    storage: Storage,
+    fused_step: float | None,
+    decay_step: float,
+    step_size: float,
+    eps_hat: float,
 ) -> None:
-    """The rule on tensors of any layout and dtype."""
-    weight1, weight2 = 1.0 - hyper.beta1, 1.0 - hyper.beta2
+    """The update of tensors of any layout and dtype, in at least float32.
 
-    def rule(p: Tensor, g: Tensor, m: Tensor, v: Tensor, h: Tensor | None = None) -> list[Tensor]:
+    With a `fused_step`, by torch's kernel wherever it would serve for float32 tensors: master weights are those of a
+    float32 run. Its bits depend on where a tensor ends, so it gets each alone.
+    """
+    weight1, weight2 = 1.0 - hyper.beta1, 1.0 - hyper.beta2
+    ascending = hyper._replace(maximize=False)  # the sign is in the factor
+
+    def rule(sizes: list[int], p: Tensor, g: Tensor, m: Tensor, v: Tensor, h: Tensor | None = None) -> list[Tensor]:
+        if fused_step is not None and is_dense(p) and all(_is_like(t, p) for t in (g, m, v, h) if t is not None):
+            tensors = [p, g, m, v] if h is None else [p, g, m, v, h]
+            alone = [list(t.split(sizes)) if len(sizes) > 1 else [t] for t in tensors]
+            some = _Columns(*alone, *[[]] * (h is None))
+            _fused_update(ascending, some, fused_step, decay_step, step_size, eps_hat)
+            return [p, *tensors[2:]]
         m, v = rules.adam_moments(g, m, v, hyper.beta1, weight1, hyper.beta2, weight2)
         largest = v if h is None else torch.maximum(h, v)
         p = rules.adamw_update(p, m, largest, decay_step, step_size, eps_hat, sqrt=torch.sqrt, div=torch.div)
         return [p, m, v] if h is None else [p, m, v, largest]
 
-    apply(rule, columns, -factor if hyper.maximize else factor)
+    signed = -factor if hyper.maximize else factor
+    in_order = fused_step is not None
+    apply(rule, columns, signed, storage, (False, True, False), in_order=in_order)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fusedopt.backends.eager.step_counts import advance
 from fusedopt.interface import ParamSet, ShardInfo, StepArgs
+from fusedopt.precision import Precision
 
 
 class Part(NamedTuple):
@@ -18,6 +19,7 @@ class Part(NamedTuple):
         step: number of the update, from 1.
         factor: what gradients are multiplied by; without the sign of `maximize`.
         shard_infos: None where all parameters are whole.
+        precision: how weights and states are kept.
     """
 
     hyper: Any
@@ -27,6 +29,7 @@ class Part(NamedTuple):
     grads: list[Tensor]
     states: list[dict[str, Tensor]]
     shard_infos: list[ShardInfo | None] | None
+    precision: Precision
 
 
 class EagerStepper:
@@ -76,4 +79,5 @@ def _parts(param_set: ParamSet, advanced: Sequence[int], counts: Iterator[float]
         hyper = hyper._replace(lr=float(hyper.lr))
     for step, which in alike.items():
         columns: Any = (param_set.params, param_set.grads, param_set.states, param_set.shard_infos)
-        yield Part(hyper, step, factor, *(column and [column[i] for i in which] for column in columns))
+        some: Any = [column and [column[i] for i in which] for column in columns]
+        yield Part(*[hyper, step, factor, *some, param_set.precision])

@@ -8,6 +8,7 @@ from torch import Tensor
 from fusedopt.backends.eager.adafactor.tiles import TILE, tiled_update
 from fusedopt.backends.eager.adafactor.update import SMALL, Stack, run_together, update
 from fusedopt.backends.eager.stepper import EagerStepper, Part
+from fusedopt.precision import WEIGHT_STATES
 
 
 class EagerAdafactor(EagerStepper):
@@ -20,25 +21,23 @@ class EagerAdafactor(EagerStepper):
             shard_infos = part.shard_infos or [None] * len(part.params)
             for i, (p, g, state, shard_info) in enumerate(zip(part.params, part.grads, part.states, shard_infos)):
                 if shard_info is not None:
-                    shards.append(update(part, Stack([p], [g], [state], shard_info)))
+                    shards.append(update(part, Stack(part, [i], shard_info)))
                 elif self._on_cpu and p.numel() > SMALL and _tiles_serve(p, g, state):
-                    tiled_update(part.hyper, part.step, part.factor, p, g, state)
+                    tiled_update(part, i)
                 elif p.numel() > 0:
                     alike.setdefault((p.shape, p.dtype), []).append(i)
             for which in alike.values():
                 for some in _in_cache(part.params, which):
-                    stack = Stack(
-                        [part.params[i] for i in some], [part.grads[i] for i in some], [part.states[i] for i in some]
-                    )
-                    run_together([update(part, stack)])
+                    run_together([update(part, Stack(part, some))])
         run_together(shards)
 
 
 def _tiles_serve(p: Tensor, g: Tensor, state: dict[str, Tensor]) -> bool:
     """True if matrices follow each other in memory, and numpy knows the dtypes of all averages."""
-    if p.dim() > 2 and not all(t.is_contiguous() for t in (p, g, state.get("exp_avg", p))):
+    elementwise = [t for t in (p, g, *state.values()) if t.shape == p.shape]
+    if p.dim() > 2 and not all(map(Tensor.is_contiguous, elementwise)):
         return False
-    return all(t.dtype.itemsize > 2 for t in state.values())
+    return all(t.dtype.itemsize > 2 for name, t in state.items() if name not in WEIGHT_STATES)
 
 
 def _in_cache(params: Sequence[Tensor], which: Iterable[int]) -> Iterator[list[int]]:

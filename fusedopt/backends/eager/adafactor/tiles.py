@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fusedopt.backends.eager.stepper import Part
+from fusedopt.backends.eager.storage import Storage, read_weight, weight_bits, write_weight
 from fusedopt.backends.scratch import scratch
 from fusedopt.interface import AdafactorHyper
 from fusedopt_kernels import rules
@@ -34,14 +36,18 @@ class _Tiles:
     A tile is a few matrices of a batch of small ones, or a few rows of one. A vector is a matrix of one column.
     """
 
-    def __init__(self, p: Tensor, g: Tensor, scale: float) -> None:
+    def __init__(self, part: Part, which: int) -> None:
+        p, g = part.params[which], part.grads[which]
         batch, rows, columns = self.shape = _as_matrices(p)
         self.dtype = torch.promote_types(p.dtype, torch.float32)
         several = min(batch, TILE // (rows * columns))
         self._matrices = several if several > 1 else 0
         self._rows = max(1, TILE // columns)
         self._p, self._g = self.split(p), self.split(g)
-        self._scale, self._of_vector = scale, p.dim() < 2
+        self._storage = Storage.of(part, [which])
+        (master,) = self._storage.masters
+        self._masters = [None] * len(self._p) if master is None else self.split(master)
+        self._scale, self._of_vector = part.factor, p.dim() < 2
         self._update_buffer = scratch.like(self._g[0], "update", self.dtype)
         self.forward = range(len(self._p))
         self.backward = range(len(self._p) - 1, -1, -1)
@@ -67,7 +73,9 @@ class _Tiles:
 
     def parameter(self, i: int) -> Tensor:
         p = self._p[i]
-        return p if p.dtype == self.dtype else scratch.like(p, "parameter", self.dtype).copy_(p)
+        return (
+            p if p.dtype == self.dtype else read_weight(p, self._masters[i], scratch.like(p, "parameter", self.dtype))
+        )
 
     def update_buffer(self, i: int) -> Tensor:
         """Where the update of a tile is made."""
@@ -80,8 +88,11 @@ class _Tiles:
 
     def store(self, i: int, p: Tensor) -> None:
         """Rounds what `parameter` returned back into the parameter, unless it is the parameter itself."""
-        if p.dtype != self._p[i].dtype:
-            self._p[i].copy_(p)
+        bits = None
+        if self._storage.stochastic and self._storage.keys is not None:
+            start = sum(map(Tensor.numel, self._p[:i]))
+            bits = weight_bits(self._storage.words([0], [p.numel()], start, p.device)).view(p.shape)
+        write_weight(self._p[i], self._masters[i], p, bits)
 
 
 def _as_matrices(p: Tensor) -> tuple[int, int, int]:
@@ -103,10 +114,8 @@ class _Update(NamedTuple):
 
 
 @np.errstate(all="ignore")
-def tiled_update(
-    hyper: AdafactorHyper, step: float, scale: float, p: Tensor, g: Tensor, state: dict[str, Tensor]
-) -> None:
-    """One update of one parameter; more than two dimensions must be contiguous, in the state as well.
+def tiled_update(part: Part, which: int) -> None:
+    """One update of one parameter of a part; more than two dimensions must be contiguous, in the state as well.
 
     Three passes, each in the opposite direction of the last, so that it begins with what is still in the cache: the
     averages of g², the norms of update and parameter, the new parameter. The update is made twice and never stored.
@@ -114,7 +123,9 @@ def tiled_update(
     What has the length of a row or a column is numpy's: a call of torch costs ten microseconds between tiles, which
     leave nothing of its code in the cache.
     """
-    tiles = _Tiles(p, g, scale)
+    hyper: AdafactorHyper = part.hyper
+    p, state, step = part.params[which], part.states[which], part.step
+    tiles = _Tiles(part, which)
     weight = rules.square_weight(step, hyper.decay_rate, math.exp, math.log)
     average = _factored if "exp_avg_sq_row" in state else _unfactored
     update = average(tiles, state, weight, hyper.square_eps)

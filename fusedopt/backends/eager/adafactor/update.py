@@ -7,7 +7,7 @@ however many parameters there are.
 
 import math
 import operator
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import suppress
 from functools import cache
 from typing import Any
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from fusedopt.backends.eager.norms import norm
+from fusedopt.backends.eager.rounding import round_into
 from fusedopt.backends.eager.stepper import Part
+from fusedopt.backends.eager.storage import Storage, read_weight, weight_bits, write_weight
 from fusedopt.interface import AdafactorHyper, ReduceDims, ShardInfo, fmax
 from fusedopt.sharding import all_reduce_sums
 from fusedopt_kernels import rules
@@ -30,23 +32,20 @@ Update = Generator[Sums, list[Tensor], None]
 
 
 class Stack:
-    """Tensors of parameters of one shape and dtype, one behind the other; read in at least float32, rounded once.
+    """Some parameters of a part, of one shape and dtype, one behind the other; read in at least float32, rounded once.
 
     Of whole ones, whatever is made is kept until they are updated. Of a shard nothing of its size is kept while its
     update waits for others: gradient and update are made anew.
     """
 
-    def __init__(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[dict[str, Tensor]],
-        shard_info: ShardInfo | None = None,
-    ) -> None:
-        self.params, self.grads, self.states = params, grads, states
-        self.dtype = torch.promote_types(params[0].dtype, torch.float32)
+    def __init__(self, part: Part, which: list[int], shard_info: ShardInfo | None = None) -> None:
+        self.params = [part.params[i] for i in which]
+        self.grads = [part.grads[i] for i in which]
+        self.states = [part.states[i] for i in which]
+        self.dtype = torch.promote_types(self.params[0].dtype, torch.float32)
         self.is_whole = shard_info is None
-        self.shard_info = shard_info or ShardInfo(params[0].shape, (), (), ())
+        self.shard_info = shard_info or ShardInfo(self.params[0].shape, (), (), ())
+        self._storage = Storage.of(part, which)
 
     def join(self, tensors: list[Tensor]) -> Tensor:
         return torch.stack(tensors) if self.is_whole else tensors[0].unsqueeze(0)
@@ -61,11 +60,24 @@ class Stack:
 
         return self.lasting(make)
 
+    def weight(self) -> Tensor:
+        masters = [m for m in self._storage.masters if m is not None]
+        return read_weight(self.join(self.params), self.join(masters) if masters else None)
+
+    def store_weight(self, new: Tensor) -> None:
+        bits: Sequence[Tensor | None] = [None] * len(new)
+        if self._storage.stochastic and self._storage.keys is not None and new.numel():
+            words = self._storage.words(range(len(new)), [new[0].numel()] * len(new), 0, new.device)
+            bits = weight_bits(words).view(new.shape).unbind()
+        for p, master, value, own in zip(self.params, self._storage.masters, new.unbind(), bits):
+            write_weight(p, master, value, own)
+
     def state(self, name: str) -> Tensor:
-        return self.join([s[name] for s in self.states])
+        return self.join([s[name] for s in self.states]).to(self.dtype)
 
     def store(self, name: str, values: Tensor) -> None:
-        torch._foreach_copy_([s[name] for s in self.states], values.unbind())
+        for state, value in zip(self.states, values.unbind()):
+            round_into(state[name], value)
 
     def average(self, name: str, new: Tensor, weight: float) -> Tensor:
         """A running average with what is new; stored, and returned before it is rounded."""
@@ -106,7 +118,7 @@ def update(part: Part, stack: Stack) -> Update:
     weight = rules.square_weight(part.step, hyper.decay_rate, math.exp, math.log)
     average = _factored if "exp_avg_sq_row" in stack.states[0] else _unfactored
     unclipped = stack.lasting((yield from average(stack, part.factor, weight, hyper.square_eps)))
-    p = stack.lasting(lambda: stack.join(stack.params).to(stack.dtype))
+    p = stack.lasting(stack.weight)
 
     rms, *rms_of_p = yield from stack.root_mean_squares(unclipped, *[p] * hyper.scale_parameter)
     if rms_of_p:
@@ -117,7 +129,7 @@ def update(part: Part, stack: Stack) -> Update:
     if hyper.beta1 is not None:
         change = stack.average("exp_avg", change, 1.0 - hyper.beta1)
     new = rules.adafactor_apply(p(), change, rate * hyper.weight_decay)
-    torch._foreach_copy_(stack.params, new.unbind())
+    stack.store_weight(new)
 
 
 Unclipped = Callable[[], Tensor]

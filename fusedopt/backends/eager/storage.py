@@ -1,0 +1,113 @@
+"""Weights and moments as `precision` declares them: read at least in float32, and written back."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fusedopt.backends.eager.rounding import random_keys, random_words, round_into
+from fusedopt.backends.eager.stepper import Part
+from fusedopt.interface import ShardInfo
+from fusedopt.precision import MASTER_STATES, NUMBER
+
+
+def read_weight(p: Tensor, master: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """The weight of a parameter, at least in float32; `p` itself if it is one.
+
+    Whoever writes to a parameter is heard: what completes it counts only as far as it still fits.
+
+    Args:
+        p: the parameter.
+        master: what completes it, laid out alike: an int16 remainder, a float32 copy, or None.
+        out: memory that may be used for the weight of a 16-bit parameter.
+    """
+    if p.dtype.itemsize > 2:
+        return p
+    weight = p.to(torch.float32) if out is None else out.copy_(p)
+    if master is None:
+        return weight
+    if master.dtype == torch.float32:
+        return torch.where(master.to(p.dtype) == p, master, weight)
+    weight.view(torch.int32).add_(master.to(torch.int32))
+    # Zeros and infinities have remainders of one sign only: with one that is left over they would become NaN.
+    if not weight.sum() < torch.inf and weight.isnan().any():
+        weight = torch.where(weight.isnan(), p.to(torch.float32), weight)
+    return weight
+
+
+def write_weight(p: Tensor, master: Tensor | None, weight: Tensor, bits: Tensor | None) -> None:
+    """Writes a weight, whose memory may be used up, into a parameter and what completes it.
+
+    Args:
+        p: the parameter.
+        master: as in `read_weight`.
+        weight: of the shape of `p`, in the dtype that `read_weight` returned.
+        bits: for stochastic rounding, see `round_into`; None to round to nearest.
+    """
+    if master is None:
+        if weight.data_ptr() != p.data_ptr() or weight.dtype != p.dtype:
+            round_into(p, weight, bits)
+    elif master.dtype == torch.float32:
+        master.copy_(weight)
+        p.copy_(weight)
+    else:
+        # A NaN may have its bits in the lower half alone.
+        words = torch.nan_to_num(weight, torch.nan, torch.inf, -torch.inf).view(torch.int32)
+        master.copy_(words)  # the lower half
+        p.view(torch.int16).copy_(words.add_(0x8000).bitwise_right_shift_(16))
+
+
+class Storage(NamedTuple):
+    """How the parameters of a part of a step are kept: lists of one entry per parameter.
+
+    Attributes:
+        masters: what completes each; None for nothing.
+        stochastic: True if 16-bit weights are rounded stochastically.
+        keys: uint32 [parameters, 2], of their random words; None if nothing is random.
+        shard_infos: None if all are whole.
+    """
+
+    masters: list[Tensor | None]
+    stochastic: bool
+    keys: np.ndarray | None
+    shard_infos: Sequence[ShardInfo | None] | None
+
+    @classmethod
+    def of(cls, part: Part, which: Sequence[int] | None = None) -> "Storage":
+        """The storage of the parameters of a part, or of some of them."""
+        which = range(len(part.params)) if which is None else which
+        states = [part.states[i] for i in which]
+        masters: list[Tensor | None] = [None] * len(states)
+        if part.precision.master_weights:
+            masters = [_master(part.params[i], state) for i, state in zip(which, states)]
+        numbers = [] if part.precision.is_plain else [s.get(NUMBER) for s in states]
+        keys = None
+        if any(number is not None for number in numbers):
+            known = torch.stack([torch.tensor(0) if n is None else n.cpu() for n in numbers])
+            keys = random_keys(part.precision.seed, known.tolist(), part.step)
+        infos = part.shard_infos and [part.shard_infos[i] for i in which]
+        return cls(masters, part.precision.stochastic_rounding, keys, infos)
+
+    def words(self, which: Sequence[int], sizes: Sequence[int], start: int, device: torch.device) -> Tensor:
+        """The random words of consecutive elements of some parameters; see `random_words`."""
+        assert self.keys is not None
+        info = self.shard_infos[which[0]] if self.shard_infos is not None else None
+        return random_words(self.keys[which], sizes, start, None if info is None else info.position, device)
+
+
+def _master(p: Tensor, state: dict[str, Tensor]) -> Tensor | None:
+    if p.dtype.itemsize != 2:
+        return None
+    return state[MASTER_STATES[p.dtype is not torch.bfloat16]]
+
+
+def weight_bits(words: Tensor) -> Tensor:
+    """The random bits that round a weight."""
+    return words & 0xFFFF
+
+
+def moment_bits(words: Tensor) -> Tensor:
+    """The random bits that round a moment."""
+    return (words >> 16) & 0xFFFF
