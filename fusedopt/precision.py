@@ -10,9 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-MASTER_STATES = ("remainder", "master_weight")
-"""States that complete a 16-bit parameter to its float32 weight: the lower half of its bits (int16, beside bfloat16),
-or the weight itself (float32, beside float16)."""
+_MASTER_STATES = {torch.bfloat16: "remainder", torch.float16: "master_weight"}
+"""States that complete a 16-bit parameter to its float32 weight: the lower half of its bits, int16, or a copy."""
+
+
+def master_state(dtype: torch.dtype) -> str | None:
+    """The name of the state that may complete a parameter of this dtype."""
+    return _MASTER_STATES.get(dtype)
+
 
 NUMBER = "number"
 """State of a parameter whose rounding is random: an int64 that tells it from the optimizer's other parameters."""
@@ -20,7 +25,7 @@ NUMBER = "number"
 FLOAT32_COPIES = ("master_weight", "master_param")
 """States that are a float32 copy of the weight, here and in other implementations."""
 
-WEIGHT_STATES = frozenset((*MASTER_STATES, *FLOAT32_COPIES, NUMBER))
+WEIGHT_STATES = frozenset((*_MASTER_STATES.values(), *FLOAT32_COPIES, NUMBER))
 """States that belong to the weight, whatever the rule is."""
 
 
@@ -80,13 +85,8 @@ class Precision(NamedTuple):
 
     def weight_states(self, dtype: torch.dtype) -> dict[str, "StateSpec"]:
         """The states that complete a weight of this dtype."""
-        if not self.master_weights or dtype.itemsize != 2:
-            return {}
-        return (
-            {"remainder": StateSpec(torch.int16)}
-            if dtype is torch.bfloat16
-            else {"master_weight": StateSpec(torch.float32)}
-        )
+        name = master_state(dtype) if self.master_weights else None
+        return {name: StateSpec(torch.int16 if name == "remainder" else torch.float32)} if name else {}
 
 
 PLAIN = Precision()

@@ -5,8 +5,8 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from fusedopt_kernels.device import load_number, narrow
-from fusedopt_kernels.elementwise import launch_elementwise, open_piece, pointers, with_dtypes
+from fusedopt_kernels.device import dtypes_of_names, load_number, narrow
+from fusedopt_kernels.elementwise import launch_elementwise, open_piece, pointers
 from fusedopt_kernels.record import INTEGER, NUMBER, TENSOR, Record, Tables
 from fusedopt_kernels.table import LaunchTable
 
@@ -20,7 +20,7 @@ TABLES = Tables(ROW.places, HYPER.places)
 @triton.jit
 def add(chunks, rows, hyper, T: tl.constexpr, A: tl.constexpr):
     """One piece of one tensor."""
-    S: tl.constexpr = with_dtypes(A)
+    S: tl.constexpr = dtypes_of_names(A)
     _, row, first, offsets, mask = open_piece(chunks, rows, T, S)
     weight = load_number(hyper + T.hyper.weight).to(S.compute)
     g = tl.load(pointers(row + T.row.grad, S.grad, first, offsets, S), mask=mask).to(S.compute)

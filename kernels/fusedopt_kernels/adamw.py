@@ -8,15 +8,23 @@ from fusedopt_kernels import rules
 from fusedopt_kernels.device import (
     device_function,
     div_rn,
+    dtypes_of_names,
     exp,
     load_float64,
     load_number,
     narrow,
     sqrt_rn,
 )
-from fusedopt_kernels.elementwise import Elementwise, open_piece, pointers, with_dtypes
+from fusedopt_kernels.elementwise import (
+    Elementwise,
+    open_piece,
+    pointers,
+    pointers_or_none,
+    words_of_piece,
+)
 from fusedopt_kernels.record import FLOAT
 from fusedopt_kernels.step import begin_step, hyper_record, row_record, scalars_record
+from fusedopt_kernels.storage import load_weight, store_average_of_squares, store_weight
 
 ROW = row_record("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 HYPER = hyper_record(
@@ -62,7 +70,7 @@ def prologue(rows, hyper, scalars, T: tl.constexpr):
 @triton.jit
 def update(chunks, rows, scalars, T: tl.constexpr, A: tl.constexpr):
     """One piece of one tensor."""
-    S: tl.constexpr = with_dtypes(A)
+    S: tl.constexpr = dtypes_of_names(A)
     index, row, first, offsets, mask = open_piece(chunks, rows, T, S)
     scalar = scalars + index * T.scalars.length
     if tl.load(scalar + T.scalars.active) == 0.0:
@@ -74,7 +82,8 @@ def update(chunks, rows, scalars, T: tl.constexpr, A: tl.constexpr):
     g = tl.load(g_at, mask=mask).to(S.compute) * tl.load(scalar + T.scalars.factor).to(S.compute)
     m = tl.load(m_at, mask=mask).to(S.compute)
     v = tl.load(v_at, mask=mask).to(S.compute)
-    p = tl.load(p_at, mask=mask).to(S.compute)
+    master_at = pointers_or_none(row + T.row.master, S.master, first, offsets, S)
+    p = load_weight(p_at, master_at, mask, S.master, S.compute)
     if S.max_exp_avg_sq is not None:
         h_at = pointers(row + T.row.max_exp_avg_sq, S.max_exp_avg_sq, first, offsets, S)
         h = tl.load(h_at, mask=mask).to(S.compute)
@@ -85,7 +94,8 @@ def update(chunks, rows, scalars, T: tl.constexpr, A: tl.constexpr):
         g, m, v, beta1.to(S.compute), (1.0 - beta1).to(S.compute), beta2.to(S.compute), (1.0 - beta2).to(S.compute)
     )
     tl.store(m_at, narrow(m, S.exp_avg), mask=mask)
-    tl.store(v_at, narrow(v, S.exp_avg_sq), mask=mask)
+    words = words_of_piece(row, scalar, first, offsets, T, S)
+    store_average_of_squares(v, v_at, words, mask, S.exp_avg_sq, S.rounding)
     if S.max_exp_avg_sq is not None:
         v = tl.maximum(h, v, propagate_nan=tl.PropagateNan.ALL)
         tl.store(h_at, narrow(v, S.max_exp_avg_sq), mask=mask)
@@ -93,7 +103,7 @@ def update(chunks, rows, scalars, T: tl.constexpr, A: tl.constexpr):
     step_size = tl.load(scalar + T.scalars.step_size).to(S.compute)
     eps_hat = tl.load(scalar + T.scalars.eps_hat).to(S.compute)
     p = _adamw_update(p, m, v, decay_step, step_size, eps_hat, sqrt_rn, div_rn)
-    tl.store(p_at, narrow(p, S.param), mask=mask)
+    store_weight(p, p_at, master_at, words, mask, S.param, S.master, S.rounding)
 
 
 ADAMW = Elementwise(ROW, HYPER, SCALARS, prologue, update)

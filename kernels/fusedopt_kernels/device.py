@@ -21,7 +21,20 @@ TRITON_DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float32: tl.float32,
     torch.float64: tl.float64,
+    torch.int16: tl.int16,
 }
+
+
+_BY_NAME = {dtype.name: dtype for dtype in TRITON_DTYPES.values() if dtype is not None}
+
+
+def dtype_name(dtype: torch.dtype | None) -> str | None:
+    """The name that Triton has for a dtype, None for None.
+
+    Constants of kernels hold names: what serializes them (compile hooks, `JITFunction.preload`) knows no tuple that
+    holds dtypes.
+    """
+    return None if dtype is None else TRITON_DTYPES[dtype].name
 
 
 def options(threads: int) -> dict[str, Any]:
@@ -41,6 +54,13 @@ def device_function(function: Callable[..., Any]) -> Callable[..., Any]:
 def constant_function(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of constants that kernels call. The interpreter runs it as it is: triton 3.6 drops names of tuples."""
     return function if _INTERPRETED else triton.constexpr_function(function)
+
+
+@constant_function
+def dtypes_of_names(constants: Any) -> Any:
+    """A tuple of constants with dtypes in the place of their names, inside of a kernel."""
+    values = [_BY_NAME[value] if isinstance(value, str) else value for value in constants]
+    return type(constants)(*values)
 
 
 def _loop_range(first: Any, last: Any, step: Any) -> range:

@@ -9,9 +9,8 @@ import torch
 import triton.language as tl
 
 from fusedopt_kernels.device import (
-    TRITON_DTYPES,
-    constant_function,
     device_function,
+    dtype_name,
     load_pointer,
     load_size,
     my_piece,
@@ -19,6 +18,7 @@ from fusedopt_kernels.device import (
 )
 from fusedopt_kernels.record import Record, Tables
 from fusedopt_kernels.step import run_prologue
+from fusedopt_kernels.storage import random_words
 from fusedopt_kernels.table import LaunchTable, launch_class
 
 BLOCK = 2048
@@ -29,8 +29,7 @@ THREADS = 256
 def access_of(record: Record, key: int, decisive: int = 1, *, block: int) -> Any:
     """The constexpr argument of a kernel: dtypes, and how it reaches elements.
 
-    What serializes the constants of a kernel (compile hooks, `JITFunction.preload`) knows no tuple that holds dtypes:
-    they are here by name, and `with_dtypes` puts them in, inside of the kernel.
+    Dtypes are here by name; `dtypes_of_names` puts them in, inside of the kernel.
 
     Args:
         record: of a row; each of its tensors has a dtype.
@@ -38,21 +37,13 @@ def access_of(record: Record, key: int, decisive: int = 1, *, block: int) -> Any
         decisive: how many of these tensors, from the first, decide the arithmetic: float64 if one of them is.
         block: elements of a piece.
     """
-    dtypes, aligned = launch_class(key, len(record.tensors))
+    dtypes, aligned, rounding, sharded = launch_class(key, len(record.tensors))
     compute = torch.float64 if torch.float64 in dtypes[:decisive] else torch.float32
-    names = [None if dtype is None else TRITON_DTYPES[dtype].name for dtype in (*dtypes, compute)]
+    names = map(dtype_name, (*dtypes, compute))
     make: Any = namedtuple
-    access = make("Access", [*record.tensors, "compute", "aligned", "vector_width", "block"])
-    return access(*names, aligned, 16 // max(dtype.itemsize for dtype in dtypes if dtype), block)
-
-
-_BY_NAME = {dtype.name: dtype for dtype in TRITON_DTYPES.values() if dtype is not None}
-
-
-@constant_function
-def with_dtypes(access: Any) -> Any:
-    """`access_of` with dtypes in the place of their names."""
-    return type(access)(*(_BY_NAME[value] if isinstance(value, str) else value for value in access))
+    width = 16 // max(dtype.itemsize for dtype in dtypes if dtype)
+    access = make("Access", [*record.tensors, "compute", "aligned", "rounding", "sharded", "vector_width", "block"])
+    return access(*names, aligned, rounding, sharded, width, block)
 
 
 @device_function
@@ -73,6 +64,38 @@ def open_piece(chunks, rows, T: tl.constexpr, A: tl.constexpr):
 def pointers(cell, DTYPE: tl.constexpr, first, offsets, A: tl.constexpr):
     """Where the elements of a piece are of the tensor whose address is in this cell of its row."""
     return load_pointer(cell, DTYPE, A.aligned, A.vector_width) + first + offsets
+
+
+@device_function
+def pointers_or_none(cell, DTYPE: tl.constexpr, first, offsets, A: tl.constexpr):
+    """`pointers`, or None where the launch has no such tensor."""
+    at = None
+    if DTYPE is not None:
+        at = pointers(cell, DTYPE, first, offsets, A)
+    return at
+
+
+@device_function
+def words_of_piece(row, scalar, first, offsets, T: tl.constexpr, A: tl.constexpr):
+    """The random words of the elements of a piece; None where nothing is rounded stochastically."""
+    words = None
+    if A.rounding > 0:
+        if A.sharded:
+            # Lines of a shard, of `length` elements each, are apart in the whole parameter. `line` is that of the first
+            # element, of whose line the piece has `rest`; 64-bit divisions for each element would be slow.
+            length = tl.load(row + T.row.shard_length)
+            gap = tl.load(row + T.row.shard_gap)
+            line = first // length
+            step = tl.minimum(length, A.block).to(tl.int32)
+            rest = tl.minimum((line + 1) * length - first, step.to(tl.int64)).to(tl.int32)
+            lines = (offsets + (step - rest)) // step
+            start = first + line * gap + tl.load(row + T.row.shard_offset)
+            index = start + offsets + lines.to(tl.int64) * gap
+            words = random_words(scalar, index.to(tl.uint32), (index >> 32).to(tl.uint32), T.scalars)
+        else:
+            low = first.to(tl.uint32) + offsets.to(tl.uint32)
+            words = random_words(scalar, low, (first >> 32).to(tl.uint32), T.scalars)
+    return words
 
 
 def launch_elementwise(
@@ -126,7 +149,8 @@ class Elementwise(NamedTuple):
             keys: int64 [tensors], the launch class of each row.
             numel: int64 [tensors].
         """
-        tables = Tables(self.row.places, self.hyper.places, self.scalars.places)
+        random = any(launch_class(key, len(self.row.tensors)).rounding for key in set(keys.tolist()))
+        tables = Tables(self.row.places, self.hyper.places, self.scalars.places, random)
         # First: a captured step whose launch cannot be captured is refused before anything is queued.
         table.chunks("update", keys, -(-numel // BLOCK))
         scalars = run_prologue(self.prologue, table, tables)

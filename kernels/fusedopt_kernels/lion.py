@@ -5,10 +5,17 @@ import triton
 import triton.language as tl
 
 from fusedopt_kernels import rules
-from fusedopt_kernels.device import device_function, load_float64, load_number, narrow, sign
-from fusedopt_kernels.elementwise import Elementwise, open_piece, pointers, with_dtypes
+from fusedopt_kernels.device import device_function, dtypes_of_names, load_float64, load_number, narrow, sign
+from fusedopt_kernels.elementwise import (
+    Elementwise,
+    open_piece,
+    pointers,
+    pointers_or_none,
+    words_of_piece,
+)
 from fusedopt_kernels.record import FLOAT
 from fusedopt_kernels.step import begin_step, hyper_record, row_record, scalars_record
+from fusedopt_kernels.storage import load_weight, store_weight
 
 _running_average = device_function(rules.running_average)
 _lion_update = device_function(rules.lion_update)
@@ -27,7 +34,7 @@ def prologue(rows, hyper, scalars, T: tl.constexpr):
 @triton.jit
 def update(chunks, rows, scalars, T: tl.constexpr, A: tl.constexpr):
     """One piece of one tensor."""
-    S: tl.constexpr = with_dtypes(A)
+    S: tl.constexpr = dtypes_of_names(A)
     index, row, first, offsets, mask = open_piece(chunks, rows, T, S)
     scalar = scalars + index * T.scalars.length
     if tl.load(scalar + T.scalars.active) == 0.0:
@@ -37,14 +44,17 @@ def update(chunks, rows, scalars, T: tl.constexpr, A: tl.constexpr):
     m_at = pointers(row + T.row.exp_avg, S.exp_avg, first, offsets, S)
     g = tl.load(g_at, mask=mask).to(S.compute) * tl.load(scalar + T.scalars.factor).to(S.compute)
     m = tl.load(m_at, mask=mask).to(S.compute)
-    p = tl.load(p_at, mask=mask).to(S.compute)
+    master_at = pointers_or_none(row + T.row.master, S.master, first, offsets, S)
+    p = load_weight(p_at, master_at, mask, S.master, S.compute)
 
     direction = _running_average(m, g, tl.load(scalar + T.scalars.weight1).to(S.compute))
     m = _running_average(m, g, tl.load(scalar + T.scalars.weight2).to(S.compute))
     lr = tl.load(scalar + T.scalars.lr).to(S.compute)
     weight_decay = tl.load(scalar + T.scalars.weight_decay).to(S.compute)
     tl.store(m_at, narrow(m, S.exp_avg), mask=mask)
-    tl.store(p_at, narrow(_lion_update(p, direction, lr, weight_decay, sign), S.param), mask=mask)
+    p = _lion_update(p, direction, lr, weight_decay, sign)
+    words = words_of_piece(row, scalar, first, offsets, T, S)
+    store_weight(p, p_at, master_at, words, mask, S.param, S.master, S.rounding)
 
 
 LION = Elementwise(

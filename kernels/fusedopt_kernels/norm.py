@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedopt_kernels.device import options
-from fusedopt_kernels.elementwise import access_of, open_piece, pointers, with_dtypes
+from fusedopt_kernels.device import dtypes_of_names, options
+from fusedopt_kernels.elementwise import access_of, open_piece, pointers
 from fusedopt_kernels.record import INTEGER, TENSOR, Record, Tables
 from fusedopt_kernels.table import LaunchTable
 
@@ -23,7 +23,7 @@ THREADS = 256
 @triton.jit
 def sum_of_squares(chunks, rows, sums, T: tl.constexpr, A: tl.constexpr):
     """One piece of one gradient. Always added up in the same order."""
-    S: tl.constexpr = with_dtypes(A)
+    S: tl.constexpr = dtypes_of_names(A)
     _, row, first, offsets, mask = open_piece(chunks, rows, T, S)
     g = tl.load(pointers(row + T.row.grad, S.grad, first, offsets, S), mask=mask, other=0.0).to(S.compute)
     # Relative to the largest, whose square float32 may not hold. NaN comes through as NaN, inf as inf.

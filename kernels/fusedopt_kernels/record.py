@@ -101,8 +101,10 @@ class Tables(NamedTuple):
         row: of the launch table's rows.
         hyper: of its sets of hyper-parameters.
         scalars: of what the prologue leaves for each row, float64.
+        random: whether it leaves keys for stochastic rounding.
     """
 
     row: Any
     hyper: Any = None
     scalars: Any = None
+    random: bool = False

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fusedopt_kernels.device import device_function, load_behind, load_float64, load_number, options
 from fusedopt_kernels.record import ADDRESS, FLOAT, INTEGER, NUMBER, TENSOR, Field, Record, Tables
+from fusedopt_kernels.storage import rounding_keys
 from fusedopt_kernels.table import ROWS_PER_PROGRAM, LaunchTable
 
 _ROWS = tl.constexpr(ROWS_PER_PROGRAM)
@@ -20,10 +21,13 @@ _ROWS = tl.constexpr(ROWS_PER_PROGRAM)
 def row_record(*states: str, **fields: Field) -> Record:
     """A row of an optimizer's table: parameter, gradient, states of the same shape; step count, size, hyper-parameters.
 
-    `hyper_index` is the row of `hyper` that the parameter is updated with.
+    `master` completes a 16-bit parameter to its weight. `hyper_index` is the row of `hyper` that the update reads.
+    Element i of a shard is element `i + i // shard_length * shard_gap + shard_offset` of the whole parameter, on which,
+    on the parameter's `number` and on the seed random rounding depends.
     """
-    tensors = {name: TENSOR for name in ("param", "grad", *states)}
-    return Record(**tensors, step=ADDRESS, numel=INTEGER, hyper_index=INTEGER, **fields)
+    tensors = {name: TENSOR for name in ("param", "grad", *states, "master")}
+    position = {name: INTEGER for name in ("shard_length", "shard_gap", "shard_offset")}
+    return Record(**tensors, step=ADDRESS, number=ADDRESS, numel=INTEGER, hyper_index=INTEGER, **position, **fields)
 
 
 def hyper_record(**fields: Field) -> Record:
@@ -33,13 +37,16 @@ def hyper_record(**fields: Field) -> Record:
     With `shared_steps`, counts go on without a gradient too.
     """
     return Record(
-        shared_steps=INTEGER, sign=FLOAT, scale=NUMBER, grad_scale=ADDRESS, found_inf=ADDRESS, lr=NUMBER, **fields
+        **{"shared_steps": INTEGER, "sign": FLOAT, "scale": NUMBER, "grad_scale": ADDRESS, "found_inf": ADDRESS},
+        **{"seed": INTEGER, "lr": NUMBER},
+        **fields,
     )
 
 
 def scalars_record(*names: str) -> Record:
-    """The record that a prologue writes per row: if it is active, the factor on its gradient, and the names given."""
-    return Record(active=FLOAT, factor=FLOAT, **{name: FLOAT for name in names})
+    """The record that a prologue writes per row: if it is active, the factor on its gradient, the keys of its random
+    words, and the names given."""
+    return Record(**{name: FLOAT for name in ("active", "factor", "key0", "key1", *names)})
 
 
 @device_function
@@ -64,6 +71,11 @@ def begin_step(rows, hyper, scalars, T: tl.constexpr):
     unscaled_by = load_behind(tl.load(h + T.hyper.grad_scale), tl.float32, 1.0).to(tl.float64)
     tl.store(out + T.scalars.active, (finite & has_gradient).to(tl.float64))
     tl.store(out + T.scalars.factor, scale / unscaled_by)
+    if T.random:
+        number = load_behind(tl.load(row + T.row.number), tl.int64, 0)
+        key0, key1 = rounding_keys(tl.load(h + T.hyper.seed), number, count.to(tl.float64))
+        tl.store(out + T.scalars.key0, key0.to(tl.float64))
+        tl.store(out + T.scalars.key1, key1.to(tl.float64))
     return h, out, count.to(tl.float64)
 
 

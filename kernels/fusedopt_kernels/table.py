@@ -20,9 +20,13 @@ ROWS_PER_PROGRAM = 128
 
 _NOWHERE = 16  # Stands for the address of a tensor without elements, which has none: 0 says that there is no tensor.
 
-_DTYPES: tuple[torch.dtype | None, ...] = (None, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_DTYPES: tuple[torch.dtype | None, ...] = (
+    *(None, torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    torch.int16,
+)
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 _BITS = 3
+_FLAGS = 4
 
 Upload = Callable[[np.ndarray, torch.device], Tensor]
 """Copies int64 from the host into a new tensor on the device, without waiting for the device."""
@@ -41,10 +45,14 @@ class LaunchClass(NamedTuple):
     Attributes:
         dtypes: of the tensors in each column; None where there is none.
         aligned: whether all addresses are multiples of 16 bytes and all sizes of 16 elements.
+        rounding: of `storage`: what is rounded stochastically.
+        sharded: whether that depends on where shards are in their tensors.
     """
 
     dtypes: tuple[torch.dtype | None, ...]
     aligned: bool
+    rounding: int = 0
+    sharded: bool = False
 
 
 class LaunchTable:
@@ -183,18 +191,20 @@ def dtype_codes(dtypes: Sequence[torch.dtype | None]) -> np.ndarray:
     return np.array([_CODES[dtype] for dtype in dtypes], np.int64)
 
 
-def launch_keys(codes: Sequence[np.ndarray], aligned: np.ndarray) -> np.ndarray:
-    """The launch class of each row as a number, from the `dtype_codes` of each column and the rows' alignment."""
-    keys = aligned.astype(np.int64)
+def launch_keys(
+    codes: Sequence[np.ndarray], aligned: np.ndarray, rounding: np.ndarray | int = 0, sharded: np.ndarray | int = 0
+) -> np.ndarray:
+    """The launch class of each row as a number, from the `dtype_codes` of each column and the rest of the class."""
+    keys = aligned.astype(np.int64) | rounding << 1 | sharded << 3
     for place, column in enumerate(codes):
-        keys |= column << (_BITS * place + 1)
+        keys |= column << (_BITS * place + _FLAGS)
     return keys
 
 
 def launch_class(key: int, columns: int) -> LaunchClass:
     """The launch class that a number from `launch_keys` stands for."""
-    codes = [key >> (_BITS * place + 1) & (1 << _BITS) - 1 for place in range(columns)]
-    return LaunchClass(tuple(_DTYPES[code] for code in codes), bool(key & 1))
+    codes = [key >> (_BITS * place + _FLAGS) & (1 << _BITS) - 1 for place in range(columns)]
+    return LaunchClass(tuple(_DTYPES[code] for code in codes), bool(key & 1), key >> 1 & 3, bool(key & 8))
 
 
 def are_aligned(numbers: np.ndarray) -> np.ndarray:

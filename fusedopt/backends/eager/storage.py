@@ -10,7 +10,7 @@ from torch import Tensor
 from fusedopt.backends.eager.rounding import random_keys, random_words, round_into
 from fusedopt.backends.eager.stepper import Part
 from fusedopt.interface import ShardInfo
-from fusedopt.precision import MASTER_STATES, NUMBER
+from fusedopt.precision import NUMBER, master_state
 
 
 def read_weight(p: Tensor, master: Tensor | None, out: Tensor | None = None) -> Tensor:
@@ -98,9 +98,8 @@ class Storage(NamedTuple):
 
 
 def _master(p: Tensor, state: dict[str, Tensor]) -> Tensor | None:
-    if p.dtype.itemsize != 2:
-        return None
-    return state[MASTER_STATES[p.dtype is not torch.bfloat16]]
+    name = master_state(p.dtype)
+    return None if name is None else state[name]
 
 
 def weight_bits(words: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fusedopt.backends.triton.rows import Rows
-from fusedopt.backends.triton.stepper import States, TritonStepper, gradients
+from fusedopt.backends.triton.stepper import States, TritonStepper, gradients, masters, roundings, shard_infos
 from fusedopt.interface import AdafactorHyper, ParamSet, ShardInfo
 from fusedopt.sharding import all_reduce_in_place
 from fusedopt_kernels import rules
@@ -29,30 +29,32 @@ class TritonAdafactor(TritonStepper):
         self._plans = _PlanCache()
 
     def refresh(self, rows: Rows, param_sets: Sequence[ParamSet], params: list[Tensor], states: States) -> None:
-        shards = _shards(param_sets)
+        infos = shard_infos(param_sets)
         exp_avg, exp_avg_sq = ([s.get(name) for s in states] for name in ("exp_avg", "exp_avg_sq"))
         averages = [param_set.hyper.beta1 is not None for param_set in param_sets for _ in param_set.params]
         rows.refresh(
             params,
             gradients(param_sets),
+            masters(param_sets),
             [m if a else None for m, a in zip(exp_avg, averages)],
             exp_avg_sq,
-            like=lambda i: _like(params[i], shards[i]),
+            like=lambda i: _like(params[i], infos[i]),
         )
+        rounding = np.broadcast_to(roundings(param_sets), len(params))
+        self._keys = rows.update_classes(rounding, np.array([info is not None for info in infos]) & (rounding > 0))
 
     def fill_rows(self, rows: np.ndarray, param_sets: Sequence[ParamSet], params: list[Tensor], states: States) -> None:
-        self._keys = self._rows.dtype_classes(2)
-        shapes, self._plan = self._plans.of(params, self._keys, _shards(param_sets))
+        shapes, self._plan = self._plans.of(params, self._keys, shard_infos(param_sets))
         for fields in (shapes._asdict(), self._plan.fields):
             for name, column in fields.items():
                 rows[name] = column
         row, col, rms = (_addresses(states, name) for name in ("exp_avg_sq_row", "exp_avg_sq_col", "RMS"))
-        elementwise, is_vector = self._rows.addresses[:, :4], shapes.kind == VECTOR.value
+        elementwise, is_vector = self._rows.addresses, shapes.kind == VECTOR.value
         # Every row of a matrix begins at a multiple of 16 bytes if the first does and its length is a multiple of 16.
         length = np.where(is_vector, shapes.numel, shapes.width)
         rows["aligned"] = are_aligned(np.column_stack([elementwise, length]))
-        rows["exp_avg"] = elementwise[:, 2]
-        rows["exp_avg_sq_row"] = np.where(is_vector, elementwise[:, 3], row)
+        rows["exp_avg"] = elementwise[:, 3]
+        rows["exp_avg_sq_row"] = np.where(is_vector, elementwise[:, 4], row)
         rows["exp_avg_sq_col"] = col
         rows["rms32"] = np.where(self._plan.in_float64, 0, rms)
         rows["rms64"] = np.where(self._plan.in_float64, rms, 0)
@@ -101,10 +103,6 @@ def _like(p: Tensor, shard_info: ShardInfo | None) -> Tensor:
     """p, if the kernels can walk over it as it lies; else something contiguous of its shape."""
     walkable = shape_of(p) if shard_info is None else p.is_contiguous()
     return p if walkable else torch.empty(p.shape, dtype=p.dtype, device=p.device)
-
-
-def _shards(param_sets: Sequence[ParamSet]) -> list[ShardInfo | None]:
-    return [s for param_set in param_sets for s in param_set.shard_infos or [None] * len(param_set.params)]
 
 
 def _shards_of(shapes: Shapes, shard_infos: list[ShardInfo | None]) -> Shards:

@@ -3,11 +3,12 @@
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fusedopt.backends.triton.rows import Rows
-from fusedopt.backends.triton.stepper import States, TritonStepper, gradients
+from fusedopt.backends.triton.rows import Rows, without_gaps
+from fusedopt.backends.triton.stepper import States, TritonStepper, gradients, masters, roundings, shard_infos
 from fusedopt.interface import ParamSet
 from fusedopt_kernels.elementwise import Elementwise
 from fusedopt_kernels.table import LaunchTable
@@ -21,7 +22,7 @@ class ElementwiseStepper(TritonStepper):
         self.row, self.hyper, self._kernels = kernels.row, kernels.hyper, kernels
 
     def refresh(self, rows: Rows, param_sets: Sequence[ParamSet], params: list[Tensor], states: States) -> None:
-        names = self.row.tensors[2:]
+        names = self.row.tensors[2:-1]
         columns: list[list[Tensor | None]] = [[] for _ in names]
         for param_set in param_sets:
             used = self.used_states(param_set.hyper)
@@ -32,14 +33,29 @@ class ElementwiseStepper(TritonStepper):
                     column += [s[name] if s else p for s, p in zip(param_set.states, param_set.params)]
                 else:
                     column += [None] * len(param_set.params)
-        rows.refresh(params, gradients(param_sets), *columns)
+        rounding, infos = roundings(param_sets), shard_infos(param_sets)
+        is_random = np.broadcast_to(rounding, len(params)) > 0
+
+        def like(i: int) -> Tensor:
+            # Elements are numbered in the order of contiguous tensors.
+            return (
+                torch.empty(params[i].shape, dtype=params[i].dtype, device=params[i].device)
+                if is_random[i]
+                else without_gaps(params[i])
+            )
+
+        sharded = is_random & np.array([info is not None for info in infos])
+        rows.refresh(
+            params, gradients(param_sets), *columns, masters(param_sets), like=like, rounding=rounding, sharded=sharded
+        )
+        self._has_state = np.array(list(map(bool, states)))
 
     def used_states(self, hyper: Any) -> Collection[str]:
         """Names of the states that updates with these hyper-parameters read."""
-        return self.row.tensors[2:]
+        return self.row.tensors[2:-1]
 
     def hyper_values(self, hyper: Any) -> dict[str, float]:
         return {name: value for name, value in hyper._asdict().items() if name in self.hyper.fields and name != "lr"}
 
     def launch(self, table: LaunchTable) -> None:
-        self._kernels.step(table, self._rows.keys, self._rows.numel)
+        self._kernels.step(table, self._rows.keys, np.where(self._has_state, self._rows.numel, 0))

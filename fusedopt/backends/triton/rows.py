@@ -19,10 +19,11 @@ from fusedopt_kernels.table import addresses, are_aligned, dtype_codes, launch_k
 Column = Sequence[Tensor | None]
 """One tensor per row, or None."""
 
-_ITEMSIZES = np.array([0, 2, 2, 4, 8])  # by dtype code
+_ITEMSIZES = np.array([0, 2, 2, 4, 8, 2])  # by dtype code
 
 
-def _without_gaps(p: Tensor) -> Tensor:
+def without_gaps(p: Tensor) -> Tensor:
+    """p, or memory for its elements in the same order without gaps."""
     return p if is_dense(p) else torch.empty_like(p)
 
 
@@ -59,6 +60,8 @@ class Rows:
         grads: Column,
         *states: Column,
         like: Callable[[int], Tensor] | None = None,
+        rounding: np.ndarray | int = 0,
+        sharded: np.ndarray | int = 0,
     ) -> None:
         """Takes the tensors of this step.
 
@@ -66,6 +69,8 @@ class Rows:
         possible. Default: without gaps.
 
         Where a tensor does not lie in memory as its parameter does, or the parameter has gaps, the kernel gets a copy.
+        `rounding`, `sharded`: int64 [rows], those parts of the launch class.
+
         In the place of states that do not exist yet there may be any tensor of their dtype, such as the parameter.
 
         Raises:
@@ -91,15 +96,21 @@ class Rows:
         ]
         at = lay_at.copy() if strided else lay_at
         for i in strided:
-            like_row = like(i) if like else _without_gaps(params[i])
+            like_row = like(i) if like else without_gaps(params[i])
             at[:, i] = addresses(self._laid_out(like_row, [column[i] for column in columns]))
         self.addresses = at.T
-        self.keys = launch_keys(self._codes, are_aligned(np.vstack([at, self.numel]).T))
+        self.keys = launch_keys(self._codes, are_aligned(np.vstack([at, self.numel]).T), rounding, sharded)
         self._refuse_shared_memory()
 
-    def dtype_classes(self, columns: int) -> np.ndarray:
-        """As `keys`, from the dtypes of so many columns alone."""
-        return launch_keys(self._codes[:columns], np.zeros(len(self.numel), bool))
+    def update_classes(self, rounding: np.ndarray, sharded: np.ndarray) -> np.ndarray:
+        """As `keys`, whatever the alignment is: of parameters, gradients, and the first two columns of states.
+
+        The second of them counts as of the dtype of the arithmetic where there is none.
+        """
+        param, grad, master, average = self._codes[:4]
+        narrow, wide = dtype_codes([torch.float32, torch.float64])
+        average = np.where(average == 0, np.where(param == wide, wide, narrow), average)
+        return launch_keys([param, grad, master, average], np.zeros(len(self.numel), bool), rounding, sharded)
 
     def counts(self, steps: Column) -> list[int]:
         """Addresses of step counts, one per row.

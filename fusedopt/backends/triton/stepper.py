@@ -11,8 +11,11 @@ from fusedopt.backends.graphs import on_device
 from fusedopt.backends.triton.capture import Tables
 from fusedopt.backends.triton.rows import Column, Rows
 from fusedopt.backends.triton.scalars import DeviceScalars
-from fusedopt.interface import ParamSet, StepArgs
+from fusedopt.interface import ParamSet, ShardInfo, StepArgs
+from fusedopt.precision import NUMBER, Precision, master_state
 from fusedopt_kernels.record import Record
+from fusedopt_kernels.storage import EVERYTHING, MOMENTS, NEAREST
+from fusedopt_kernels.table import addresses
 
 States = Sequence[dict[str, Tensor]]
 
@@ -48,13 +51,14 @@ class TritonStepper:
         with on_device(self._device):
             self.refresh(self._rows, param_sets, params, states)
             rows = self.row.rows(len(params))
-            for name, addresses in zip(self.row.tensors, self._rows.addresses.T):
-                rows[name] = addresses
+            for name, column in zip(self.row.tensors, self._rows.addresses.T):
+                rows[name] = column
             rows["step"] = self._rows.counts([s.get("step") for s in states])
             rows["numel"] = self._rows.numel
             rows["hyper_index"] = np.repeat(
                 np.arange(len(param_sets)), [len(param_set.params) for param_set in param_sets]
             )
+            self._fill_in_rounding(rows, param_sets, states)
             self.fill_rows(rows, param_sets, params, states)
             scalars = DeviceScalars(self._device)
             hyper = self._hyper(param_sets, args, scalars)
@@ -70,11 +74,21 @@ class TritonStepper:
         for i, param_set in enumerate(param_sets):
             hyper["shared_steps"][i] = param_set.shares_steps
             hyper["sign"][i] = -1.0 if param_set.hyper.maximize else 1.0
+            hyper["seed"][i] = param_set.precision.seed
             if param_set.hyper.lr is not None:
                 hyper["lr"][i] = scalars.number("lr", param_set.hyper.lr)
             for name, value in self.hyper_values(param_set.hyper).items():
                 hyper[name][i] = value
         return hyper
+
+    def _fill_in_rounding(self, rows: np.ndarray, param_sets: Sequence[ParamSet], states: States) -> None:
+        """What random bits depend on."""
+        if all(param_set.precision.is_plain for param_set in param_sets):
+            return
+        rows["number"] = addresses([s.get(NUMBER) for s in states])
+        for row, info in zip(rows, shard_infos(param_sets)):
+            if info is not None and info.position is not None:
+                row["shard_length"], row["shard_gap"], row["shard_offset"] = info.position
 
     # What a subclass fills in.
 
@@ -97,6 +111,34 @@ class TritonStepper:
 def gradients(param_sets: Sequence[ParamSet]) -> Column:
     """Returns the gradients of all sets, one per row."""
     return [g for param_set in param_sets for g in param_set.grads]
+
+
+def shard_infos(param_sets: Sequence[ParamSet]) -> list[ShardInfo | None]:
+    """Returns what is known of the shards of all sets, one entry per row."""
+    return [s for param_set in param_sets for s in param_set.shard_infos or [None] * len(param_set.params)]
+
+
+def masters(param_sets: Sequence[ParamSet]) -> Column:
+    """Returns what completes the parameters of all sets, one per row."""
+    column: list[Tensor | None] = []
+    for params, states, wanted in ((s.params, s.states, s.precision.master_weights) for s in param_sets):
+        column += [state.get(master_state(p.dtype) or "") if wanted else None for p, state in zip(params, states)]
+    return column
+
+
+def roundings(param_sets: Sequence[ParamSet]) -> np.ndarray | int:
+    """Returns what is rounded stochastically, one entry per row, as `storage` numbers it."""
+    if all(param_set.precision.is_plain for param_set in param_sets):
+        return NEAREST
+    return np.array(
+        [_rounding(p, s, ps.precision) for ps in param_sets for p, s in zip(ps.params, ps.states)], np.int64
+    )
+
+
+def _rounding(p: Tensor, state: dict[str, Tensor], precision: Precision) -> int:
+    if precision.is_plain or NUMBER not in state:
+        return NEAREST
+    return EVERYTHING if precision.rounds_stochastically(p.dtype) else MOMENTS
 
 
 def _has_work(param_set: ParamSet) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fusedopt_kernels.adafactor.layout import MATRIX, SMALL, VECTOR
 from fusedopt_kernels.adafactor.splits import Segment, Shards, Workspace, no_shards
-from fusedopt_kernels.device import constant_function
+from fusedopt_kernels.device import constant_function, dtype_name, dtypes_of_names
 from fusedopt_kernels.table import launch_class
 
 BLOCK = 2048
@@ -72,15 +72,18 @@ class Sizes(NamedTuple):
 class Spec(NamedTuple):
     """The constexpr argument of a kernel that reads gradients.
 
-    Its device functions take it whole. The kernel takes the parts and puts them together with `as_spec`: what
-    serializes the constants of a kernel (compile hooks, `JITFunction.preload`) knows no tuple that holds dtypes.
+    Its device functions take it whole. The kernel takes the parts and puts them together with `as_spec`.
     """
 
     row: Any
     scalars: Any
     param: Any
     grad: Any
+    master: Any
+    exp_avg: Any
     compute: Any
+    rounding: int
+    sharded: bool
     block: int
     half_block: int
     tile_width: int
@@ -96,9 +99,28 @@ def sizes_of(grad_itemsize: int) -> Sizes:
 
 
 @constant_function
-def as_spec(tables: Any, sizes: Any, param: Any, grad: Any, compute: Any) -> Spec:
-    """The `Spec` of a kernel's constants, inside of the kernel."""
-    return Spec(tables.row, tables.scalars, param, grad, compute, *sizes)
+def as_spec(tables: Any, sizes: Any, access: Any) -> Spec:
+    """The `Spec` of a kernel's constants, inside of the kernel: of dtypes, it gets the names."""
+    return Spec(tables.row, tables.scalars, *dtypes_of_names(access), *sizes)
+
+
+class Access(NamedTuple):
+    """What a launch class says of tensors, with dtypes by name."""
+
+    param: str | None
+    grad: str | None
+    master: str | None
+    exp_avg: str | None
+    compute: str
+    rounding: int
+    sharded: bool
+
+
+def access_of(key: int) -> Access:
+    """What a launch class says of tensors: its columns are parameter, gradient, `master`, and average of updates."""
+    dtypes, _, rounding, sharded = launch_class(key, 4)
+    compute = torch.float64 if dtypes[0] is torch.float64 else torch.float32
+    return Access._make([*map(dtype_name, (*dtypes, compute)), rounding, sharded])
 
 
 class Shapes(NamedTuple):
@@ -177,7 +199,7 @@ def plan_of(shapes: Shapes, keys: np.ndarray, shards: Shards | None = None) -> P
 
     Args:
         shapes: of the tensors.
-        keys: int64 [tensors], the `launch_keys` of their parameters and gradients.
+        keys: int64 [tensors], their launch classes.
         shards: which of them are shards, and of what; default: none. Matrices of shards are no small ones.
     """
     shards = shards or no_shards(shapes.numel, shapes.height, shapes.width)

@@ -14,11 +14,13 @@ from fusedopt_kernels.adafactor.tiles import (
     factored_update,
     load_gradient,
     load_step,
+    load_weights,
     row_factor,
     running_average,
     scaled_gradient,
     store_squares,
     store_updated,
+    weights_at,
 )
 from fusedopt_kernels.device import device_function, div_rn, load_pointer, loop_range, sqrt_rn
 
@@ -79,7 +81,7 @@ def small_sums(row, scalar, square_partials, piece, SPEC: tl.constexpr):
     """Brings the averages of some rows and columns up to date; the parameter's sum of squares."""
     height, width, inner = _sides(row, SPEC)
     g_at, factor = load_gradient(row, scalar, SPEC, False)
-    p_at = load_pointer(row + SPEC.row.param, SPEC.param, False)
+    p_at, master_at = load_weights(row, SPEC, False)
     row_at = load_pointer(row + SPEC.row.exp_avg_sq_row, SPEC.compute, False)
     col_at = load_pointer(row + SPEC.row.exp_avg_sq_col, SPEC.compute, False)
     scaled = tl.broadcast_to(tl.load(scalar + SPEC.scalars.scale_parameter).to(tl.int32), [SPEC.lines]) != 0
@@ -94,7 +96,7 @@ def small_sums(row, scalar, square_partials, piece, SPEC: tl.constexpr):
         _averaged(scalar, (g_at + above, factor), at, width, inner, average_at, mask, SPEC)
         for x in loop_range(0, width, SPEC.strip):
             offsets, inside = _strip(x, width, at, inner, mask & scaled, SPEC)
-            p = tl.load(p_at + above + offsets, mask=inside, other=0.0).to(SPEC.compute)
+            p = weights_at((p_at + above, master_at + above), offsets, inside, SPEC)
             p_squares += p * p
     store_squares(row, square_partials, piece, None, tl.sum(p_squares), SPEC)
 
@@ -125,7 +127,8 @@ def small_update(row, scalar, square_partials, piece, SPEC: tl.constexpr, APPLY:
     g_at, factor = load_gradient(row, scalar, SPEC, False)
     row_at = load_pointer(row + SPEC.row.exp_avg_sq_row, SPEC.compute, False)
     col_at = load_pointer(row + SPEC.row.exp_avg_sq_col, SPEC.compute, False)
-    p_at, m_at, averages, scales = load_step(row, scalar, SPEC, False)
+    weights, m_at, averages, scales = load_step(row, scalar, SPEC, False)
+    p_at, master_at = weights
     u_squares = tl.full([SPEC.lines, SPEC.strip], 0.0, SPEC.compute)
     first, last = _share(row, piece, width, SPEC)
     for line in loop_range(first, last, SPEC.lines):
@@ -140,7 +143,9 @@ def small_update(row, scalar, square_partials, piece, SPEC: tl.constexpr, APPLY:
             g = scaled_gradient((g_at + above, factor), at, inside, SPEC)
             u = factored_update(g, row_factors[:, None], column_factor(col, sqrt_rn, div_rn))
             if APPLY:
-                store_updated((p_at + above, m_at + above, averages, scales), at, inside, u, SPEC)
+                index = start * (inner * height * width) + (cols + (matrix * height + y - matrix)[:, None] * width)
+                step = (p_at + above, master_at + above), m_at + above, averages, scales
+                store_updated(step, scalar, at, index, inside, u, SPEC)
             else:
                 u = tl.where(inside, u, 0.0)
                 u_squares += u * u

@@ -28,13 +28,13 @@ from torch import Tensor
 from fusedopt_kernels import rules
 from fusedopt_kernels.adafactor.averages import averages, averages_options
 from fusedopt_kernels.adafactor.layout import MATRIX, SMALL, TABLES
-from fusedopt_kernels.adafactor.plan import SQUARES, Plan, as_spec, sizes_of
+from fusedopt_kernels.adafactor.plan import SQUARES, Plan, access_of, as_spec, sizes_of
 from fusedopt_kernels.adafactor.shards import AllReduce, ShardPhases, sum_up
 from fusedopt_kernels.adafactor.small import small_sums, small_update
 from fusedopt_kernels.adafactor.tiles import matrix_sums, matrix_update, vector_apply, vector_sums
 from fusedopt_kernels.device import (
-    TRITON_DTYPES,
     device_function,
+    dtype_name,
     exp,
     load_float64,
     load_number,
@@ -94,12 +94,10 @@ def sums(
     square_partials,
     T: tl.constexpr,
     SIZES: tl.constexpr,
-    P: tl.constexpr,
-    G: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    A: tl.constexpr,
 ):
     """The contribution of one piece of a tensor to the averages of squares, and its parameter's sum of squares."""
-    SPEC: tl.constexpr = as_spec(T, SIZES, P, G, COMPUTE)
+    SPEC: tl.constexpr = as_spec(T, SIZES, A)
     index, piece = my_piece(chunks)
     row = rows + index * SPEC.row.length
     scalar = scalars + index * SPEC.scalars.length
@@ -130,12 +128,10 @@ def squares(
     square_partials,
     T: tl.constexpr,
     SIZES: tl.constexpr,
-    P: tl.constexpr,
-    G: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    A: tl.constexpr,
 ):
     """The sum of squares of one piece of one tensor's update; a vector's is known from `sums`."""
-    SPEC: tl.constexpr = as_spec(T, SIZES, P, G, COMPUTE)
+    SPEC: tl.constexpr = as_spec(T, SIZES, A)
     # Backwards: what `sums` read last may still be in the cache.
     index, piece = piece_of(chunks, tl.num_programs(0) - 1 - tl.program_id(0))
     row = rows + index * SPEC.row.length
@@ -188,12 +184,10 @@ def apply(
     square_partials,
     T: tl.constexpr,
     SIZES: tl.constexpr,
-    P: tl.constexpr,
-    G: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    A: tl.constexpr,
 ):
     """Updates one piece of one tensor."""
-    SPEC: tl.constexpr = as_spec(T, SIZES, P, G, COMPUTE)
+    SPEC: tl.constexpr = as_spec(T, SIZES, A)
     index, piece = my_piece(chunks)
     row = rows + index * SPEC.row.length
     scalar = scalars + index * SPEC.scalars.length
@@ -220,7 +214,7 @@ def adafactor(table: LaunchTable, keys: np.ndarray, plan: Plan, all_reduce: AllR
 
     Args:
         table: rows of `layout.ROW`, sets of hyper-parameters of `layout.HYPER`.
-        keys: int64 [tensors], the dtype class of each row: `launch_keys` of parameter and gradient.
+        keys: int64 [tensors], the dtype class of each row, see `plan.access_of`.
         plan: of the same tensors.
         all_reduce: puts the sums over all processes that have a share in the place of local sums; for a plan with
             shards.
@@ -232,7 +226,8 @@ def adafactor(table: LaunchTable, keys: np.ndarray, plan: Plan, all_reduce: AllR
     of_squares = _Launches(table, "squares", keys, plan.matrix_pieces)
     of_tensors = _Launches(table, "finish", all_rows, plan.whole)
 
-    scalars = run_prologue(prologue, table, TABLES)
+    random = any(access_of(key).rounding for key in set(keys.tolist()))
+    scalars = run_prologue(prologue, table, TABLES._replace(random=random))
     square_partials = table.scratch("square_partials", plan.square_partials, dtype=torch.float64)
     dtypes = torch.float32, torch.float64
     partial_sums = [table.scratch(f"partial_sums {d}", n, dtype=d) for d, n in zip(dtypes, plan.partial_sums)]
@@ -277,8 +272,7 @@ class _Launches:
 
 def _constants(key: int) -> tuple[tuple[Any, ...], int]:
     """The constexpr arguments of a launch; and 1 if it computes in float64, else 0."""
-    (param, grad), _ = launch_class(key, 2)
-    assert param is not None and grad is not None
-    wide = int(param is torch.float64)
-    dtypes = TRITON_DTYPES[param], TRITON_DTYPES[grad], tl.float64 if wide else tl.float32
-    return (TABLES, sizes_of(grad.itemsize), *dtypes), wide
+    access = access_of(key)
+    grad = launch_class(key, 2).dtypes[1]
+    assert grad is not None
+    return (TABLES, sizes_of(grad.itemsize), access), int(access.compute == dtype_name(torch.float64))

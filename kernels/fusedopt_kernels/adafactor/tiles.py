@@ -5,6 +5,7 @@ import triton.language as tl
 
 from fusedopt_kernels import rules
 from fusedopt_kernels.device import device_function, div_rn, load_pointer, load_size, loop_range, narrow, sqrt_rn
+from fusedopt_kernels.storage import load_weight, random_words, store_weight
 
 running_average = device_function(rules.running_average)
 row_factor = device_function(rules.row_factor)
@@ -28,6 +29,23 @@ def scaled_gradient(gradient, at, mask, SPEC: tl.constexpr):
 
 
 @device_function
+def load_weights(row, SPEC: tl.constexpr, ALIGNED: tl.constexpr):
+    """Where the parameter is, and what completes it; twice the parameter if nothing does."""
+    p_at = load_pointer(row + SPEC.row.param, SPEC.param, ALIGNED)
+    master_at = p_at
+    if SPEC.master is not None:
+        master_at = load_pointer(row + SPEC.row.master, SPEC.master, ALIGNED)
+    return p_at, master_at
+
+
+@device_function
+def weights_at(weights, at, mask, SPEC: tl.constexpr):
+    """The weights at these offsets, 0 outside of the mask."""
+    p_at, master_at = weights
+    return load_weight(p_at + at, master_at + at, mask, SPEC.master, SPEC.compute, 0.0)
+
+
+@device_function
 def store_squares(row, square_partials, piece, update_squares, param_squares, SPEC: tl.constexpr):
     """Keeps a piece's sums of squares; None for those that another phase keeps."""
     at = square_partials + tl.load(row + SPEC.row.square_partials) + piece
@@ -41,8 +59,8 @@ def store_squares(row, square_partials, piece, update_squares, param_squares, SP
 def load_step(row, scalar, SPEC: tl.constexpr, ALIGNED: tl.constexpr):
     """The arguments of `store_updated`."""
     return (
-        load_pointer(row + SPEC.row.param, SPEC.param, ALIGNED),
-        load_pointer(row + SPEC.row.exp_avg, SPEC.compute, ALIGNED),
+        load_weights(row, SPEC, ALIGNED),
+        load_pointer(row + SPEC.row.exp_avg, SPEC.exp_avg, ALIGNED),
         tl.load(row + SPEC.row.exp_avg) != 0,
         (
             tl.load(scalar + SPEC.scalars.step_size).to(SPEC.compute),
@@ -53,16 +71,33 @@ def load_step(row, scalar, SPEC: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @device_function
-def store_updated(step, at, mask, u, SPEC: tl.constexpr):
-    """Averages the update u and takes it off the parameter, at these offsets."""
-    p_at, m_at, averages, scales = step
+def store_updated(step, scalar, at, index, mask, u, SPEC: tl.constexpr):
+    """Averages the update u and takes it off the parameter, at these offsets.
+
+    `index`: of the elements in the whole parameter, int64, in the order of contiguous tensors.
+    """
+    weights, m_at, averages, scales = step
     step_size, one_minus_beta1, decay_step = scales
-    p = tl.load(p_at + at, mask=mask, other=0.0).to(SPEC.compute)
+    p = weights_at(weights, at, mask, SPEC)
     u *= step_size
     if averages:
-        u = running_average(tl.load(m_at + at, mask=mask, other=0.0), u, one_minus_beta1)
-        tl.store(m_at + at, u, mask=mask)
-    tl.store(p_at + at, narrow(adafactor_apply(p, u, decay_step), SPEC.param), mask=mask)
+        u = running_average(tl.load(m_at + at, mask=mask, other=0.0).to(SPEC.compute), u, one_minus_beta1)
+        tl.store(m_at + at, narrow(u, SPEC.exp_avg), mask=mask)
+    words = None
+    if SPEC.rounding > 0:
+        words = random_words(scalar, index.to(tl.uint32), (index >> 32).to(tl.uint32), SPEC.scalars)
+    p_at, master_at = weights
+    p = adafactor_apply(p, u, decay_step)
+    store_weight(p, p_at + at, master_at + at, words, mask, SPEC.param, SPEC.master, SPEC.rounding)
+
+
+@device_function
+def shard_index(row, index, start, SPEC: tl.constexpr):
+    """The index in the whole parameter of elements of a shard; those of a line have the same `start` of their line."""
+    if SPEC.sharded:
+        length = tl.load(row + SPEC.row.shard_length)
+        index = index + start // length * tl.load(row + SPEC.row.shard_gap) + tl.load(row + SPEC.row.shard_offset)
+    return index
 
 
 @device_function
@@ -75,8 +110,7 @@ def vector_sums(row, scalar, square_partials, piece, SPEC: tl.constexpr, ALIGNED
     v_at = load_pointer(row + SPEC.row.exp_avg_sq_row, SPEC.compute, ALIGNED) + at
     g = scaled_gradient(load_gradient(row, scalar, SPEC, ALIGNED), at, mask, SPEC)
     v = tl.load(v_at, mask=mask, other=0.0)
-    p_at = load_pointer(row + SPEC.row.param, SPEC.param, ALIGNED) + at
-    p = tl.load(p_at, mask=mask & scaled, other=0.0).to(SPEC.compute)
+    p = weights_at(load_weights(row, SPEC, ALIGNED), at, mask & scaled, SPEC)
     new = g * g + tl.load(scalar + SPEC.scalars.square_eps).to(SPEC.compute)
     v = running_average(v, new, tl.load(scalar + SPEC.scalars.square_weight).to(SPEC.compute))
     tl.store(v_at, v, mask=mask)
@@ -92,7 +126,8 @@ def vector_apply(row, scalar, piece, SPEC: tl.constexpr, ALIGNED: tl.constexpr):
     g = scaled_gradient(load_gradient(row, scalar, SPEC, ALIGNED), at, mask, SPEC)
     v = tl.load(load_pointer(row + SPEC.row.exp_avg_sq_row, SPEC.compute, ALIGNED) + at, mask=mask, other=1.0)
     u = unfactored_update(g, v, sqrt_rn, div_rn)
-    store_updated(load_step(row, scalar, SPEC, ALIGNED), at, mask, u, SPEC)
+    index = shard_index(row, at, piece * 0, SPEC)  # a vector is one line
+    store_updated(load_step(row, scalar, SPEC, ALIGNED), scalar, at, index, mask, u, SPEC)
 
 
 @device_function
@@ -127,7 +162,7 @@ def matrix_sums(row, scalar, partial_sums, square_partials, piece, SPEC: tl.cons
 
     matrix, first, last, columns, inside = _tile(row, piece, SPEC, ALIGNED)
     gradient = load_gradient(row, scalar, SPEC, ALIGNED)
-    p_at = load_pointer(row + SPEC.row.param, SPEC.param, ALIGNED)
+    weights = load_weights(row, SPEC, ALIGNED)
     scaled = tl.load(scalar + SPEC.scalars.scale_parameter).to(tl.int32)
     scaled = tl.broadcast_to(scaled, [ROWS, SPEC.tile_width]) != 0
     column_sums = tl.full([ROWS, SPEC.tile_width], 0.0, SPEC.compute)
@@ -135,7 +170,7 @@ def matrix_sums(row, scalar, partial_sums, square_partials, piece, SPEC: tl.cons
     for y in loop_range(first, last, ROWS):
         ys, exists, at, mask = _some_rows(row, matrix, y, last, columns, inside, SPEC, ALIGNED, ROWS)
         g = scaled_gradient(gradient, at, mask, SPEC)
-        p = tl.load(p_at + at, mask=mask & scaled, other=0.0).to(SPEC.compute)
+        p = weights_at(weights, at, mask & scaled, SPEC)
         tl.store(row_sums_at + ys, tl.sum(g * g, axis=1), mask=exists)
         column_sums += g * g
         p_squares += p * p
@@ -181,7 +216,9 @@ def matrix_update(
         row_factors = row_factor(tl.load(row_at + ys, mask=exists, other=1.0), row_mean, sqrt_rn, div_rn)
         u = factored_update(g, row_factors[:, None], column_factors[None, :])
         if APPLY:
-            store_updated(step, at, mask, u, SPEC)
+            lines = matrix * tl.load(row + SPEC.row.height) + ys
+            index = shard_index(row, at, (lines * tl.load(row + SPEC.row.width))[:, None], SPEC)
+            store_updated(step, scalar, at, index, mask, u, SPEC)
         else:
             u = tl.where(mask, u, 0.0)
             u_squares += u * u

@@ -1,0 +1,125 @@
+# mypy: allow-untyped-defs
+"""Weights and moments as they are kept: how kernels read them, and how they round them to 16 bits.
+
+`MASTER` is the dtype of what completes a weight: int16 for the lower half of its bits, beside bfloat16; float32 for the
+weight itself, beside float16; None for nothing.
+"""
+
+import triton.language as tl
+
+from fusedopt_kernels import rules
+from fusedopt_kernels.device import device_function, narrow
+
+NEAREST, MOMENTS, EVERYTHING = range(3)
+"""What a launch rounds stochastically, of what has 16 bits: nothing, averages of squares, weights as well."""
+
+_STOCHASTIC_WEIGHTS = tl.constexpr(EVERYTHING)
+
+_rules_scramble = device_function(rules.scramble)
+_rules_random_word = device_function(rules.random_word)
+_rules_rounding_keys = device_function(rules.rounding_keys)
+
+
+@device_function
+def _shift(x, n):
+    return x >> n
+
+
+@device_function
+def _times(x, constant):
+    return x * constant
+
+
+@device_function
+def _scramble(x):
+    return _rules_scramble(x, _shift, _times)
+
+
+@device_function
+def rounding_keys(seed, number, step):
+    """The two keys of rows, as uint32, from int64 seeds and numbers and float64 step counts."""
+    return _rules_rounding_keys(
+        seed.to(tl.uint32),
+        (seed >> 32).to(tl.uint32),
+        number.to(tl.uint32),
+        step.to(tl.int64).to(tl.uint32),
+        _scramble,
+        _times,
+    )
+
+
+@device_function
+def random_words(scalar, low, high, T: tl.constexpr):
+    """The random words of the elements of a row with these indices, given as uint32 halves."""
+    key0 = tl.load(scalar + T.key0).to(tl.int64).to(tl.uint32)
+    key1 = tl.load(scalar + T.key1).to(tl.int64).to(tl.uint32)
+    return _rules_random_word(low, high, key0, key1, _scramble, _times)
+
+
+@device_function
+def load_weight(p_at, master_at, mask, MASTER: tl.constexpr, COMPUTE: tl.constexpr, OTHER: tl.constexpr = None):
+    """Weights at these addresses; `OTHER` outside of the mask.
+
+    What completes a parameter counts only as far as it still fits: others may have written to the parameter.
+    """
+    p = tl.load(p_at, mask=mask, other=OTHER)
+    if MASTER is None:
+        weight = p.to(COMPUTE)
+    elif tl.float32 == MASTER:
+        copy = tl.load(master_at, mask=mask, other=OTHER)
+        weight = tl.where(narrow(copy, p.dtype).to(tl.float32) == p.to(tl.float32), copy, p.to(tl.float32))
+    else:
+        bits = (p.to(tl.int16, bitcast=True).to(tl.int32) << 16) + tl.load(master_at, mask=mask, other=OTHER).to(
+            tl.int32
+        )
+        weight = bits.to(tl.float32, bitcast=True)
+        # Zeros and infinities have remainders of one sign only: with one that is left over they would become NaN.
+        weight = tl.where(weight != weight, p.to(tl.float32), weight)
+    return weight
+
+
+@device_function
+def store_weight(weight, p_at, master_at, words, mask, P: tl.constexpr, MASTER: tl.constexpr, ROUNDING: tl.constexpr):
+    """Stores weights at these addresses, and what completes them. `words` is None where nothing is random."""
+    if MASTER is None:
+        if ROUNDING == _STOCHASTIC_WEIGHTS and P.primitive_bitwidth == 16:
+            tl.store(p_at, _stochastic(weight, words & 0xFFFF, P), mask=mask)
+        else:
+            tl.store(p_at, narrow(weight, P), mask=mask)
+    elif tl.float32 == MASTER:
+        tl.store(master_at, weight, mask=mask)
+        tl.store(p_at, narrow(weight, P), mask=mask)
+    else:
+        bits = tl.where(weight != weight, 0x7FC00000, weight.to(tl.int32, bitcast=True))
+        tl.store(master_at, bits.to(tl.int16), mask=mask)
+        tl.store(p_at, ((bits + 0x8000) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), mask=mask)
+
+
+@device_function
+def store_average_of_squares(x, at, words, mask, DTYPE: tl.constexpr, ROUNDING: tl.constexpr):
+    """Stores a moment that would freeze in 16 bits, were it rounded to nearest."""
+    if ROUNDING > 0 and DTYPE.primitive_bitwidth == 16:
+        tl.store(at, _stochastic(x.to(tl.float32), words >> 16, DTYPE), mask=mask)
+    else:
+        tl.store(at, narrow(x, DTYPE), mask=mask)
+
+
+@device_function
+def _stochastic(x, bits, DTYPE: tl.constexpr):
+    """float32 rounded to DTYPE, up in magnitude if the part that does not fit and these 16 bits make a whole unit.
+
+    What would round past the largest number becomes it; infinities and NaN stay what they are.
+    """
+    if tl.bfloat16 == DTYPE:
+        moved = (x.to(tl.uint32, bitcast=True) + bits) & 0xFFFF0000
+        rounded = moved.to(tl.float32, bitcast=True)
+        rounded = tl.minimum(tl.maximum(rounded, -3.3895313892515355e38), 3.3895313892515355e38)
+    else:
+        # The 13 bits that do not fit are those behind the 10 of float16. Where it has fewer, a number gets them when
+        # the least normal one is added, which has the same unit.
+        magnitude = tl.abs(x)
+        added = tl.where(magnitude < 0.00006103515625, 0.00006103515625, 0.0)
+        moved = ((magnitude + added).to(tl.uint32, bitcast=True) + (bits >> 3)) & 0xFFFFE000
+        rounded = tl.minimum(moved.to(tl.float32, bitcast=True) - added, 65504.0)
+        rounded = tl.where(x < 0.0, -rounded, rounded)
+    return narrow(tl.where(tl.abs(x) < float("inf"), rounded, x), DTYPE)
