@@ -5,6 +5,7 @@ from fusedopt.adafactor import Adafactor
 from fusedopt.adafactor_schedule import AdafactorSchedule, get_adafactor_schedule
 from fusedopt.adamw import AdamW
 from fusedopt.decay_groups import decay_groups
+from fusedopt.float32 import float32_parameters, load_float32_parameters
 from fusedopt.in_backward import register_step_in_backward
 from fusedopt.keras import AdamWeightDecay
 from fusedopt.keras_recipe import create_optimizer
@@ -29,7 +30,9 @@ __all__ = [
     "WarmUp",
     "create_optimizer",
     "decay_groups",
+    "float32_parameters",
     "get_adafactor_schedule",
+    "load_float32_parameters",
     "plot_gallery",
     "plot_schedule",
     "plot_verification",

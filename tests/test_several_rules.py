@@ -22,14 +22,8 @@ class AdafactorWithAdamW(AdamW):
     def hyper(self, group):
         return (Adafactor if group.get("rule") == "adafactor" else AdamW).hyper(self, group)
 
-    def new_state(self, p, group):
-        return Adafactor.new_state(self, p, ADAFACTOR) if p.dim() >= 2 else super().new_state(p, group)
-
-    def state_shapes(self, p, group):
-        return Adafactor.state_shapes(self, p, ADAFACTOR) if p.dim() >= 2 else super().state_shapes(p, group)
-
-    def state_dtype(self, p):
-        return Adafactor.state_dtype(self, p)
+    def moments(self, p, group):
+        return Adafactor.moments(self, p, ADAFACTOR) if p.dim() >= 2 else super().moments(p, group)
 
 
 def model(device: torch.device) -> torch.nn.Sequential:

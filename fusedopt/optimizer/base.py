@@ -11,6 +11,7 @@ from fusedopt import backends, checks
 from fusedopt.interface import StepArgs
 from fusedopt.optimizer import compile, loading
 from fusedopt.optimizer.clipping import Clipping, Guard
+from fusedopt.optimizer.described import described
 from fusedopt.optimizer.engine import Engine, Part
 from fusedopt.optimizer.state import (
     Numbers,
@@ -284,6 +285,44 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise RuntimeError("a lazy parameter has no shape yet, so its state has none: run a forward pass first")
         groups = self.param_groups
         make_states(self, groups, [[p if p.requires_grad else None for p in group["params"]] for group in groups])
+
+    @torch.no_grad()
+    def reset_master_weights(self) -> None:
+        """Makes the parameters as they are the weights that the next update starts from.
+
+        With `master_weights=True`, after something else wrote to the parameters: the next update then forgets what
+        completed them before. Without this call, an old remainder moves a new bfloat16 weight by half a unit at most.
+
+        Example:
+            >>> import fusedopt, torch
+            >>> w = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+            >>> optimizer = fusedopt.AdamW([w], lr=1e-3, master_weights=True)
+            >>> w.grad = torch.ones_like(w)
+            >>> optimizer.step()
+            >>> optimizer.state[w]["remainder"].tolist()
+            [15729, 15729]
+            >>> optimizer.reset_master_weights()
+            >>> optimizer.state[w]["remainder"].tolist()
+            [0, 0]
+        """
+        for p, state in self.state.items():
+            if "remainder" in state:
+                state["remainder"].zero_()
+            if "master_weight" in state:
+                state["master_weight"].copy_(p)
+
+    def describe(self) -> str:
+        """Returns what is kept of each parameter, in which dtype, and how many bytes: a line per group and dtype.
+
+        Gradients are not counted, nor are a few bytes per tensor (step counts). Lines do not need a state to exist.
+
+        Example:
+            >>> import fusedopt, torch
+            >>> model = torch.nn.Linear(1000, 1000, dtype=torch.bfloat16)
+            >>> print(fusedopt.Lion(model.parameters(), master_weights=True).describe())
+            group 0: 1,001,000 parameters: bfloat16 2 + exp_avg float32 4 + remainder int16 2 = 8 bytes
+        """
+        return described(self)
 
     def _forget(self) -> None:
         """Drops what was derived from groups and states."""

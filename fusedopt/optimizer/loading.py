@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from fusedopt import sharding
+from fusedopt.backends.eager.storage import remainder_beside
 from fusedopt.checks import FLOATS
 from fusedopt.optimizer import whose
 from fusedopt.optimizer.state import new_tensor, plain
-from fusedopt.precision import WEIGHT_STATES, StateSpec
+from fusedopt.precision import FLOAT32_COPIES, WEIGHT_STATES, StateSpec, master_state
 from fusedopt.without_data import is_lazy
 
 if TYPE_CHECKING:
@@ -210,6 +211,13 @@ def _laid_out(
         value = sharding.sharded_like(value.detach(), like)
         dtype = value.dtype if spec.keeps_loaded_dtype else spec.dtype
         state[name] = torch.empty_like(like, dtype=dtype, device=p.device).copy_(value)
+    completing = master_state(p.dtype)
+    if completing and completing in optimizer.state_specs(p, group) and completing not in saved:
+        copies = [saved[name] for name in FLOAT32_COPIES if name in saved]
+        if copies and isinstance(copies[0], Tensor) and copies[0].shape == p.shape:
+            copy = sharding.shard(sharding.sharded_like(copies[0].detach().to(p.device, torch.float32), p))
+            mine = copy if p.dtype is torch.float16 else remainder_beside(sharding.shard(p.detach()), copy)
+            state[completing] = sharding.with_shard(p.detach(), mine)
     return state
 
 

@@ -4,8 +4,10 @@ What is loaded is the subject of `loading`; whether a state fits its parameter, 
 """
 
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterable
+from functools import cache
 from itertools import chain, repeat
 from operator import attrgetter, is_, is_not
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,7 @@ from torch import Tensor
 from fusedopt import checks, sharding
 from fusedopt.backends.graphs import capturing
 from fusedopt.optimizer.state_check import all_fit
-from fusedopt.precision import NUMBER, StateSpec
+from fusedopt.precision import NUMBER, Precision, StateSpec
 from fusedopt.without_data import has_data, is_lazy
 from fusedopt_kernels.memory import outside_inference_mode
 
@@ -140,12 +142,37 @@ def make_states(optimizer: "FusedOptimizer", groups: list[dict[str, Any]], wante
     begun = next((count for count in counts if not count.is_meta), None) if optimizer.shares_steps() else None
     with outside_inference_mode():
         for device, entries in missing.items():
+            _warn_of_frozen_moments(optimizer, entries)
             steps = torch.zeros(len(entries), dtype=torch.float32, device=device)
             if begun is not None:
                 steps += begun.to(device, non_blocking=True)
             for (p, group), step in zip(entries, steps.unbind()):
                 optimizer.state[p] = {"step": step, **new_state(optimizer, p, group)}
             optimizer.numbers.give(optimizer, [p for p, _ in entries])
+
+
+_LONG_MEMORY = 0.99
+"""From this beta2 on, steps of an average of squares are so small that bfloat16 loses most of them."""
+
+
+def _warn_of_frozen_moments(optimizer: "FusedOptimizer", entries: list[tuple[Tensor, dict[str, Any]]]) -> None:
+    """Warns once of moments that stay too large for a long time after gradients fall."""
+    for p, group in entries:
+        if p.dtype is torch.bfloat16 and Precision.of(group, 0).is_plain:
+            beta2 = group.get("betas", (0.0, 0.0))[1]
+            if beta2 >= _LONG_MEMORY and "exp_avg_sq" in optimizer.state_specs(p, group):
+                _warn_once(
+                    f"bfloat16 parameters and moments are rounded to nearest: with beta2={beta2!r}, exp_avg_sq hardly "
+                    "follows gradients that become smaller, and small updates and weight decay are lost. Pass "
+                    "master_weights=True (float32 weights in 2 more bytes per parameter, float32 moments) or "
+                    "stochastic_rounding=True (no more memory)"
+                )
+                return
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
 
 
 def new_state(optimizer: "FusedOptimizer", p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
@@ -207,6 +234,7 @@ def _numbers(tensors: list[Tensor]) -> list[int]:
 def settle_states(optimizer: "FusedOptimizer", groups: list[dict[str, Any]]) -> None:
     """Moves states to their parameters, adds what an option asks for that was switched on, converts what was loaded."""
     entries = [(p, group, optimizer.state[p]) for group in groups for p in group["params"] if optimizer.state.get(p)]
+    _warn_of_frozen_moments(optimizer, [(p, group) for p, group, _ in entries])
     with outside_inference_mode():
         added = []
         for p, group, state in entries:

@@ -59,6 +59,13 @@ def write_weight(p: Tensor, master: Tensor | None, weight: Tensor, bits: Tensor 
         p.view(torch.int16).copy_(words.add_(0x8000).bitwise_right_shift_(16))
 
 
+def remainder_beside(p: Tensor, weight: Tensor) -> Tensor:
+    """The remainder that completes a bfloat16 parameter to a float32 weight; 0 where it rounds to another parameter."""
+    difference = weight.view(torch.int32) - (p.view(torch.int16).to(torch.int32) << 16)
+    fits = (difference >= -0x8000) & (difference <= 0x8000)  # a tie may have been rounded down
+    return torch.where(fits, difference.clamp(max=0x7FFF), 0).to(torch.int16)
+
+
 class Storage(NamedTuple):
     """How the parameters of a part of a step are kept: lists of one entry per parameter.
 
