@@ -8,11 +8,11 @@ from torch import Tensor
 
 from fusedopt.backends.eager.rounding import round_into
 from fusedopt.backends.eager.stepper import EagerStepper, Part
-from fusedopt.backends.eager.storage import Storage, moment_bits, read_weight, weight_bits, write_weight
+from fusedopt.backends.eager.storage import Storage, as_cached, moment_bits, read_weight, weight_bits, write_weight
 from fusedopt.precision import FREEZING
 from fusedopt_kernels.layout import is_dense, same_layout
 
-_PART = 1 << 16
+_PART = 1 << 18
 """Elements that a rule is given at a time: many small tensors joined, or a piece of a large one."""
 
 Columns = Sequence[list[Tensor]]
@@ -70,7 +70,8 @@ def apply(
         for piece in parts(everything, which, _PART, in_order=in_order):
             params, grads, *states, completing = piece.columns
             p = _weights(params, completing)
-            g, *others = (_joined(column).to(p.dtype) for column in (grads, *states) if column)
+            g = as_cached(_joined(grads), "gradient", p.dtype)
+            others = [_joined(column).to(p.dtype) for column in states if column]
             new = rule(piece.sizes, p, g if factor == 1.0 else g * factor, *others)
             words = None
             if numbered or (
@@ -144,7 +145,9 @@ def _pieces(i: int, one: list[list[Tensor]], size: int) -> Iterator[Piece]:
 
 
 def _weights(params: list[Tensor], masters: list[Tensor]) -> Tensor:
-    return read_weight(_joined(params), _joined(masters) if masters else None)
+    p = _joined(params)
+    out = as_cached(p, "weight", torch.float32) if p.dtype.itemsize == 2 and p.is_contiguous() else None
+    return read_weight(p, _joined(masters) if masters else None, out)
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:
