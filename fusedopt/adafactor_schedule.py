@@ -7,7 +7,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fusedopt import checks
 from fusedopt.adafactor import Adafactor
-from fusedopt.scheduler_checks import refuse_other_kind
+from fusedopt.schedules.checks import refuse_other_kind
 from fusedopt.wrappers import unwrapped_optimizer
 
 

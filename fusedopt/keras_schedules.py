@@ -12,9 +12,10 @@ from typing import Any, overload
 import numpy as np
 from torch import Tensor
 
-from fusedopt import checks, closed_forms
-from fusedopt.followed import Followed
-from fusedopt.schedule_base import PYTHON, TORCH, Functions, non_negative, number
+from fusedopt import checks
+from fusedopt.schedules import forms
+from fusedopt.schedules.base import PYTHON, TORCH, Functions, non_negative, number
+from fusedopt.schedules.followed import Followed
 
 RateFunction = Callable[[Any], Any]
 """Takes the number of steps taken so far (0 at the first step), returns the learning rate."""
@@ -229,9 +230,9 @@ def takes_tensors(rate: Any) -> bool:
     """
     if type(rate) in (WarmUp, PolynomialDecay):
         return bool(rate._is_sound())
-    if isinstance(rate, closed_forms.PolynomialSchedule) and rate.lr_end < 0:
+    if isinstance(rate, forms.PolynomialSchedule) and rate.lr_end < 0:
         return False
-    return type(rate).__module__ == closed_forms.__name__  # A subclass of the user's is a function like any other.
+    return type(rate).__module__ == forms.__name__  # A subclass of the user's is a function like any other.
 
 
 def rate_on_device(rate: Any, steps: Tensor) -> Tensor:

@@ -13,10 +13,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fusedopt import checks
 from fusedopt.files import write_atomically
-from fusedopt.plotting import plot_gallery, plot_schedule, plot_verification
-from fusedopt.recorder import LRRecorder
-from fusedopt.schedule_base import count
 from fusedopt.schedules import SchedulerType, example_arguments, get_scheduler, needs_metric
+from fusedopt.schedules.base import count
+from fusedopt.schedules.plotting import plot_gallery, plot_schedule, plot_verification
+from fusedopt.schedules.recorder import LRRecorder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,11 +11,11 @@ from fusedopt.keras import AdamWeightDecay
 from fusedopt.keras_recipe import create_optimizer
 from fusedopt.keras_schedules import PolynomialDecay, WarmUp
 from fusedopt.lion import Lion
-from fusedopt.plotting import plot_gallery, plot_schedule, plot_verification
-from fusedopt.recorder import LRRecorder
 from fusedopt.schedules import *  # noqa: F403
 from fusedopt.schedules import __all__ as _schedules
-from fusedopt.verification import Verification, verify_schedule
+from fusedopt.schedules.plotting import plot_gallery, plot_schedule, plot_verification
+from fusedopt.schedules.recorder import LRRecorder
+from fusedopt.schedules.verification import Verification, verify_schedule
 
 __all__ = [
     "Adafactor",

@@ -16,9 +16,9 @@ from fusedopt.backends.eager.adamw import EagerAdamW
 from fusedopt.interface import StepArgs
 from fusedopt.keras import AdamWeightDecay
 from fusedopt.keras_schedules import PolynomialDecay, WarmUp, describe, revive
-from fusedopt.plotting import plot_schedule
-from fusedopt.recorder import LRRecorder
-from fusedopt.verification import verify_schedule
+from fusedopt.schedules.plotting import plot_schedule
+from fusedopt.schedules.recorder import LRRecorder
+from fusedopt.schedules.verification import verify_schedule
 
 SCHEDULES = recorded("tf_schedules")
 

@@ -16,12 +16,12 @@ import torch
 from helpers.schedules import CLOSED_FORMS, EVERY_NAME, METRIC_DRIVEN, advance, by_name, sgd
 
 from fusedopt import schedules
-from fusedopt.curves import example_metric
 from fusedopt.keras_schedules import PolynomialDecay, WarmUp
 from fusedopt.plot_command import add_plot_command
-from fusedopt.plotting import plot_gallery, plot_schedule, plot_verification
-from fusedopt.recorder import LRRecorder
 from fusedopt.schedules import SchedulerType, example_arguments
+from fusedopt.schedules.curves import example_metric
+from fusedopt.schedules.plotting import plot_gallery, plot_schedule, plot_verification
+from fusedopt.schedules.recorder import LRRecorder
 
 mpl = pytest.importorskip("matplotlib")
 
@@ -360,9 +360,7 @@ def test_verification_of_a_resumed_run_shows_its_own_steps() -> None:
 
 
 def test_pictures_do_not_touch_pyplot() -> None:
-    code = (
-        "import sys; from fusedopt.plotting import *; plot_gallery(1, 9); assert 'matplotlib.pyplot' not in sys.modules"
-    )
+    code = "import sys; from fusedopt import *; plot_gallery(1, 9); assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run(
         [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     )

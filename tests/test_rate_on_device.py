@@ -12,11 +12,11 @@ from helpers.schedules import CLOSED_FORMS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedopt import checks, create_optimizer, register_step_in_backward
-from fusedopt.closed_forms import PolynomialSchedule
 from fusedopt.interface import StepArgs
 from fusedopt.keras import AdamWeightDecay
 from fusedopt.keras_schedules import PolynomialDecay, WarmUp, rate_on_device, takes_tensors
-from fusedopt.recorder import LRRecorder
+from fusedopt.schedules.forms import PolynomialSchedule
+from fusedopt.schedules.recorder import LRRecorder
 
 RATE = WarmUp(0.5, PolynomialDecay(0.5, 8, 0.1, power=2.0), 3)
 TRITON = pytest.mark.parametrize("backend", BACKENDS[1:])

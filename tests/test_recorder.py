@@ -11,8 +11,8 @@ import torch
 from helpers.schedules import CLOSED_FORMS, NoReading, advance, by_name, sgd
 
 from fusedopt import schedules
-from fusedopt.recorder import LRRecorder
-from fusedopt.verification import verify_schedule
+from fusedopt.schedules.recorder import LRRecorder
+from fusedopt.schedules.verification import verify_schedule
 
 STEPS = 40
 LambdaLR = torch.optim.lr_scheduler.LambdaLR

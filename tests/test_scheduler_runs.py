@@ -12,9 +12,9 @@ from helpers.files import through_a_file
 from helpers.schedules import CLOSED_FORMS, EVERY_NAME, RTOL, NoReading, advance, by_name, rates, sgd
 
 from fusedopt import AdamW, schedules
-from fusedopt.recorder import LRRecorder
 from fusedopt.schedules import SchedulerType, needs_metric
-from fusedopt.verification import verify_schedule
+from fusedopt.schedules.recorder import LRRecorder
+from fusedopt.schedules.verification import verify_schedule
 
 
 @pytest.mark.parametrize("name", EVERY_NAME)

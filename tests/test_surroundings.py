@@ -24,8 +24,8 @@ from fusedopt import Adafactor, AdamW, GradientAccumulator
 from fusedopt.backends import scratch
 from fusedopt.backends.triton import capture
 from fusedopt.in_backward import register_step_in_backward
-from fusedopt.metric_schedules import ReduceLROnPlateau
 from fusedopt.schedules import SchedulerType, example_arguments, get_scheduler
+from fusedopt.schedules.metric import ReduceLROnPlateau
 
 GUARD = {"max_grad_norm": 0.5, "skip_nonfinite": True}
 MAKE: dict[str, Callable[..., Any]] = {
@@ -227,7 +227,7 @@ def demo_model_and_text() -> list[Any]:
 
 def pictures() -> list[Any]:
     pytest.importorskip("matplotlib")
-    from fusedopt.plotting import plot_schedule
+    from fusedopt.schedules.plotting import plot_schedule
 
     axes = plot_schedule(["linear", "greedy", "reduce_lr_on_plateau"], 20, num_warmup_steps=2, num_training_steps=20)
     axes = getattr(axes, "axes", axes)

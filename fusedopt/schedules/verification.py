@@ -10,9 +10,9 @@ import numpy as np
 from torch.optim.lr_scheduler import LambdaLR
 
 from fusedopt.keras_schedules import RateSchedule
-from fusedopt.mistakes import Run, explain
-from fusedopt.recorder import LRRecorder
-from fusedopt.schedule_base import Schedule, non_negative
+from fusedopt.schedules.base import Schedule, non_negative
+from fusedopt.schedules.diagnosis import Run, explain
+from fusedopt.schedules.recorder import LRRecorder
 from fusedopt.wrappers import unwrapped_scheduler
 
 
@@ -64,7 +64,7 @@ def verify_schedule(
 
     Args:
         recorder: The record of the run.
-        schedule: The schedule that was meant: an object of `fusedopt.closed_forms`, a live `LambdaLR` (Accelerate's
+        schedule: The schedule that was meant: an object of `fusedopt.schedules.forms`, a live `LambdaLR` (Accelerate's
             wrapper around it too), any function from step to factor, or one function per param group.
         tolerance: Largest relative difference that counts as equal. Default: 1e-9, or 4 units in the last place of a
             rate that is a tensor.

@@ -122,7 +122,7 @@ class Schedule:
 
     Example:
         >>> import numpy as np
-        >>> from fusedopt.closed_forms import LinearSchedule
+        >>> from fusedopt.schedules.forms import LinearSchedule
         >>> schedule = LinearSchedule(num_warmup_steps=2, num_training_steps=6)
         >>> schedule
         LinearSchedule(num_warmup_steps=2, num_training_steps=6)

@@ -1,6 +1,6 @@
 """The functions that hand a schedule to an optimizer, with the names and signatures of transformers.
 
-Each returns a `ScheduleLR`, torch's `LambdaLR` around an object of `fusedopt.closed_forms`. Learning rates that are
+Each returns a `ScheduleLR`, torch's `LambdaLR` around an object of `fusedopt.schedules.forms`. Learning rates that are
 tensors stay the same tensors, filled in place and never read by a step, so a scheduler may drive an optimizer step
 captured in a CUDA graph.
 
@@ -17,7 +17,9 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from fusedopt.closed_forms import (
+from fusedopt.schedules.base import Schedule, is_above, number
+from fusedopt.schedules.checks import refuse_changed_groups, refuse_other_kind, refuse_other_lambdas
+from fusedopt.schedules.forms import (
     ConstantSchedule,
     ConstantWithWarmupSchedule,
     CosineSchedule,
@@ -29,8 +31,6 @@ from fusedopt.closed_forms import (
     PolynomialSchedule,
     WarmupStableDecaySchedule,
 )
-from fusedopt.schedule_base import Schedule, is_above, number
-from fusedopt.scheduler_checks import refuse_changed_groups, refuse_other_kind, refuse_other_lambdas
 
 
 class ScheduleLR(LambdaLR):

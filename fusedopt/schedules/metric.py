@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Literal, SupportsFloat
 import torch
 from torch.optim import Optimizer
 
-from fusedopt.schedule_base import is_above, non_negative, number
-from fusedopt.scheduler_checks import refuse_changed_groups, refuse_other_groups, refuse_other_kind
+from fusedopt.schedules.base import is_above, non_negative, number
+from fusedopt.schedules.checks import refuse_changed_groups, refuse_other_groups, refuse_other_kind
 
 
 class ReduceLROnPlateau(torch.optim.lr_scheduler.ReduceLROnPlateau):

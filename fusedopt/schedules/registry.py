@@ -10,7 +10,8 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from fusedopt.closed_forms import (
+from fusedopt.schedules.base import Schedule
+from fusedopt.schedules.forms import (
     ConstantSchedule,
     ConstantWithWarmupSchedule,
     CosineSchedule,
@@ -22,9 +23,7 @@ from fusedopt.closed_forms import (
     PolynomialSchedule,
     WarmupStableDecaySchedule,
 )
-from fusedopt.metric_schedules import GreedyLR, ReduceLROnPlateau, get_greedy_schedule, get_reduce_on_plateau_schedule
-from fusedopt.schedule_base import Schedule
-from fusedopt.schedule_functions import (
+from fusedopt.schedules.functions import (
     ScheduleLR,
     get_constant_schedule,
     get_constant_schedule_with_warmup,
@@ -37,6 +36,7 @@ from fusedopt.schedule_functions import (
     get_polynomial_decay_schedule_with_warmup,
     get_wsd_schedule,
 )
+from fusedopt.schedules.metric import GreedyLR, ReduceLROnPlateau, get_greedy_schedule, get_reduce_on_plateau_schedule
 
 __all__ = [
     "ConstantSchedule",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fusedopt.schedule_base import refuse_other_schedule
+from fusedopt.schedules.base import refuse_other_schedule
 
 
 def refuse_changed_groups(num_groups: int, optimizer: Any, way_out: str) -> None:

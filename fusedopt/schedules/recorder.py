@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
-from fusedopt.schedule_base import number
+from fusedopt.schedules.base import number
 from fusedopt.wrappers import unwrapped_optimizer
 
 # Rates that are tensors are stacked in blocks of this many: on a GPU each tensor takes 512 bytes, however small it is.

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from fusedopt.scheduler_checks import refuse_other_kind
+from fusedopt.schedules.checks import refuse_other_kind
 from fusedopt.wrappers import unwrapped_optimizer
 
 _Schedule = TypeVar("_Schedule", bound="Followed")

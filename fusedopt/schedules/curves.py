@@ -1,4 +1,4 @@
-"""From whatever names or holds schedules to the points of their curves; `fusedopt.plotting` draws them."""
+"""From whatever names or holds schedules to the points of their curves; `fusedopt.schedules.plotting` draws them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fusedopt import checks
 from fusedopt.keras_schedules import RateSchedule
-from fusedopt.schedules import GreedyLR, Schedule, SchedulerType, get_scheduler
+from fusedopt.schedules.registry import GreedyLR, Schedule, SchedulerType, get_scheduler
 from fusedopt.wrappers import unwrapped_scheduler
 
 MetricDriven = (GreedyLR, torch.optim.lr_scheduler.ReduceLROnPlateau)

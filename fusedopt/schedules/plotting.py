@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusedopt.curves import Curve, curves_of
-from fusedopt.recorder import LRRecorder
-from fusedopt.schedules import SchedulerType, example_arguments
-from fusedopt.verification import verify_schedule
+from fusedopt.schedules.curves import Curve, curves_of
+from fusedopt.schedules.recorder import LRRecorder
+from fusedopt.schedules.registry import SchedulerType, example_arguments
+from fusedopt.schedules.verification import verify_schedule
 from fusedopt.wrappers import unwrapped_scheduler
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fusedopt.schedule_base import Functions, Schedule
+from fusedopt.schedules.base import Functions, Schedule
 
 
 @dataclass(frozen=True)
