@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from fusedopt.moved import MOVED as _MOVED
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -15,7 +17,7 @@ else:
             from pkgutil import iter_modules
 
             # A module of ours, perhaps on the way to those names.
-            if name in [module.name for module in iter_modules(__path__)]:  # noqa: F405
+            if f"fusedopt.{name}" in _MOVED or name in [module.name for module in iter_modules(__path__)]:  # noqa: F405
                 return import_module(f"fusedopt.{name}")
             public = import_module("fusedopt.public")
             globals().update({known: getattr(public, known) for known in public.__all__})

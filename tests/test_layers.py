@@ -18,6 +18,7 @@ FILES = {
 
 # Lowest first. A module may import those of its own layer and of lower ones; the longest name that fits says which.
 LAYERS = [
+    {"fusedopt.moved"},
     {"fusedopt_kernels.rules", "fusedopt_kernels.record", "fusedopt_kernels.layout", "fusedopt_kernels.memory"},
     {"fusedopt_kernels.device", "fusedopt_kernels.table"},
     {"fusedopt_kernels.storage"},
