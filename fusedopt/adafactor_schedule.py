@@ -1,4 +1,4 @@
-"""A schedule that sets nothing: it shows the learning rate that Adafactor uses."""
+"""A schedule that sets nothing, but shows the learning rate that Adafactor uses."""
 
 from typing import Any
 
@@ -16,24 +16,24 @@ def _one(step: int) -> float:
 
 
 class AdafactorSchedule(LambdaLR):
-    """Shows the rate that `Adafactor` uses where schedules show theirs: `get_last_lr()`, and `group["lr"]`.
+    """Shows the rate that `Adafactor` uses where schedules show theirs: in `get_last_lr()` and `group["lr"]`.
 
-    For trainers and loggers that ask a schedule for the learning rate of an optimizer that finds its own. The rate of
-    a group is the one that the last update of its first updated parameter used, parameter scale included; `initial_lr`
-    before that. Reading it does not synchronise: for parameters on a GPU it is a 0-d tensor on it, else a float (and
-    there the first parameter that has state stands for its group).
+    It is for trainers and loggers that ask a schedule for the learning rate, of an optimizer that finds its own. The
+    rate of a group is the one that the last update of its first updated parameter used, parameter scale included, and
+    `initial_lr` before that. Reading it does not synchronise: for parameters on a GPU it is a 0-d tensor there (of the
+    first parameter that has state), else a float.
 
     With relative steps `group["lr"]` shows the rate, and the optimizer never reads it. A learning rate given by hand
-    (`relative_step=False`) is left as it is, in `group["lr"]`; `get_last_lr()` shows what the parameter scale makes of
-    it.
+    (`relative_step=False`) stays in `group["lr"]`; `get_last_lr()` shows it multiplied by the parameter scale.
 
     Departures from the original, which reads the gradients to find out what was updated and always writes
     `group["lr"]`:
 
-    - Gradients that are cleared before `step()` change nothing; there, `initial_lr` comes back.
-    - A learning rate given by hand is kept; there, it becomes `initial_lr`, and is then multiplied by the parameter
-      scale at every step.
-    - A group without gradients shows its last rate; there, a ValueError, or with older torch the rates of other groups.
+    - Gradients that are cleared before `step()` change nothing; in the original, `initial_lr` comes back.
+    - A learning rate given by hand stays; in the original it becomes `initial_lr`, and is then multiplied by the
+      parameter scale at every step.
+    - A group without gradients shows its last rate; the original raises a ValueError, or with older torch shows the
+      rates of other groups.
     - Gradients that exist before the first step are no KeyError.
     - `step()` before `optimizer.step()` gives no warning, since nothing is missed.
 
@@ -74,7 +74,7 @@ class AdafactorSchedule(LambdaLR):
         initial_lr = checks.plain(initial_lr)
         checks.finite_non_negative("initial_lr", initial_lr)
         self.initial_lr = initial_lr
-        # LambdaLR finds its base rates under this key; another schedule of this optimizer keeps its own.
+        # LambdaLR reads its base rates from this key; those of another schedule of this optimizer are put back.
         theirs = [group.pop("initial_lr", None) for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["initial_lr"] = initial_lr
@@ -85,11 +85,11 @@ class AdafactorSchedule(LambdaLR):
                 group["initial_lr"] = rate
 
     def get_lr(self) -> list[float | Tensor]:
-        """The present rate of each group."""
+        """Returns the present rate of each group."""
         return [self._rate(group) for group in self.optimizer.param_groups]
 
     def step(self, epoch: int | None = None) -> None:
-        """Looks at the optimizer again; call it after `optimizer.step()`."""
+        """Reads the rates of the optimizer; call it after `optimizer.step()`."""
         self._step_count += 1
         self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
         self._last_lr = self.get_lr()
@@ -98,7 +98,7 @@ class AdafactorSchedule(LambdaLR):
                 group["lr"] = rate
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over the number of steps and the rates shown last; `initial_lr` stays what it is.
+        """Takes over the number of steps and the rates shown last; `initial_lr` stays.
 
         Raises:
             ValueError: the state is that of another kind of schedule.
@@ -118,7 +118,7 @@ class AdafactorSchedule(LambdaLR):
 
 
 def get_adafactor_schedule(optimizer: Adafactor, initial_lr: float = 0.0) -> AdafactorSchedule:
-    """An `AdafactorSchedule`, by the name that transformers has for it.
+    """Returns an `AdafactorSchedule`; the function of transformers.
 
     Example:
         >>> import fusedopt, torch

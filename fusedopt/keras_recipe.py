@@ -8,7 +8,7 @@ import torch
 from fusedopt import checks
 from fusedopt.keras import AdamWeightDecay
 from fusedopt.keras_schedules import PolynomialDecay, WarmUp
-from fusedopt.schedules.base import number
+from fusedopt.schedules.checks import number
 
 
 def create_optimizer(

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fusedopt import checks
 from fusedopt.schedules import forms
-from fusedopt.schedules.base import PYTHON, TORCH, Functions, non_negative, number
+from fusedopt.schedules.base import PYTHON, TORCH, Functions, StepFunction
+from fusedopt.schedules.checks import non_negative, number
 from fusedopt.schedules.followed import Followed
 
 RateFunction = Callable[[Any], Any]
@@ -22,11 +23,13 @@ RateFunction = Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
-class RateSchedule(Followed):
+class RateSchedule(StepFunction, Followed):
     """A learning rate as a function of the step: what `WarmUp` and `PolynomialDecay` share.
 
     Numbers may be NumPy's or torch's scalars; they are kept as Python's, so that a config can be written as JSON.
     """
+
+    is_rate = True
 
     @overload
     def __call__(self, step: float) -> float: ...
@@ -69,11 +72,6 @@ class RateSchedule(Followed):
                 value = checks.plain(value)
                 checks.flag(field.name, value)
             object.__setattr__(self, field.name, value)
-
-    @property
-    def length(self) -> float | None:
-        """Number of steps until the rate has arrived; None if it never does, or nothing is known of what follows."""
-        raise NotImplementedError
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments; an inner schedule is the object itself."""
@@ -127,8 +125,7 @@ class PolynomialDecay(RateSchedule):
             return s * math.nan
         if self.cycle:
             total = total * f.at_least(-(-s // total), 1)  # rounded up
-        left = f.at_least(1.0 - s / total, 0.0)
-        return (self.initial_learning_rate - self.end_learning_rate) * left**self.power + self.end_learning_rate
+        return forms.polynomial(self.initial_learning_rate, self.end_learning_rate, self.power, 1.0 - s / total, f)
 
     def _is_sound(self) -> bool:
         return self.decay_steps > 0 and self.initial_learning_rate >= 0 and self.end_learning_rate >= 0

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from fusedopt import checks
 from fusedopt.files import write_atomically
 from fusedopt.schedules import SchedulerType, example_arguments, get_scheduler, needs_metric
-from fusedopt.schedules.base import count
+from fusedopt.schedules.checks import count
 from fusedopt.schedules.plotting import plot_gallery, plot_schedule, plot_verification
 from fusedopt.schedules.recorder import LRRecorder
 

@@ -1,11 +1,11 @@
-"""What a learning-rate schedule is: a step goes in, the factor of the initial learning rate comes out.
+"""What a learning-rate schedule is: a function from the step to the factor of the initial learning rate.
 
-Every formula is written once and serves Python numbers, numpy arrays and torch tensors alike: what differs between them
-(`cos`, `where`, ...) is handed to it. On Python numbers the arithmetic is that of transformers 4.34 and 5, in the same
-order, so the values are the same float64 numbers.
+Every formula is written once, for Python numbers, numpy arrays and torch tensors alike: the functions in which these
+differ (`cos`, `where`, ...) are passed to it. On Python numbers the arithmetic is that of transformers 4.34 and 5, in
+the same order, so the values are the same float64 numbers.
 
 Schedules are flat frozen dataclasses: `torch.optim.lr_scheduler.LambdaLR` saves the `__dict__` of a callable object,
-and `torch.load(weights_only=True)` reads numbers and strings but no nested object. What LambdaLR writes back when it
+and `torch.load(weights_only=True)` reads numbers and strings, but no nested object. What LambdaLR writes back when it
 loads a state does not reach a schedule: see `Saved`.
 """
 
@@ -15,16 +15,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from numbers import Real
-from typing import Any, NamedTuple, overload
+from typing import Any, ClassVar, NamedTuple, overload
 
 import numpy as np
 import torch
 
-from fusedopt import checks
+from fusedopt.schedules.checks import count, number, refuse_other_schedule
 
 
 class Functions(NamedTuple):
-    """What a formula needs beside `+ - * / % **`, for one kind of number. Bounds are plain Python numbers."""
+    """What a formula needs besides `+ - * / % **`, for one kind of number. Bounds are plain Python numbers."""
 
     cos: Callable[[Any], Any]
     sqrt: Callable[[Any], Any]
@@ -48,34 +48,45 @@ def _functions_for(step: Any) -> tuple[Functions, Any]:
     return NUMPY, np.asarray(step, dtype=np.float64)
 
 
-def number(name: str, value: Any) -> float:
-    """`value` as a plain Python number, so that checkpoints hold nothing else."""
-    value = checks.plain(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}{checks.hint(value)}")
-    return value
+class StepFunction:
+    """A function of the step whose parameters are the fields of a dataclass; what pictures and checks ask of it.
+
+    Attributes:
+        is_rate: True if the value is the learning rate itself, False if it is a factor of the initial one.
+        label: What a picture calls it.
+        length: Number of steps from the start to the end of the schedule, None if it has no end.
+        pace: Number of steps in which it changes, of a schedule without an end.
+        parameters: The fields that are numbers or words, by name.
+    """
+
+    is_rate: ClassVar[bool] = False
+
+    @property
+    def label(self) -> str:
+        return type(self).__name__
+
+    @property
+    def length(self) -> float | None:
+        return getattr(self, "num_training_steps", None)
+
+    @property
+    def pace(self) -> float:
+        return getattr(self, "num_warmup_steps", 0)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        return {name: value for name, value in values.items() if value is not None and not callable(value)}
+
+    def __call__(self, step: Any) -> Any:
+        """Returns the value at a step, or an array of the values at an array of steps."""
+        raise NotImplementedError
 
 
-def count(name: str, value: Any) -> float:
-    """`value` as a number of optimizer steps."""
-    if value is None:
-        raise ValueError(f"{name} is missing; give it as a number of optimizer steps")
-    return non_negative(name, value, "; it counts optimizer steps, 0 leaves the phase out")
-
-
-def non_negative(name: str, value: Any, way_out: str = "") -> float:
-    """`value` as a plain Python number >= 0."""
-    value = number(name, value)
-    if value < 0:
-        raise ValueError(f"{name} must be >= 0, got {value}{way_out}")
-    return value
-
-
-def is_above(bound: float, rate: Any) -> bool:
-    """Whether `bound` is above the rate; for a rate that is a tensor, the bound as its dtype has it."""
-    if isinstance(rate, torch.Tensor):
-        bound = torch.tensor(bound, dtype=rate.dtype, device="cpu").item()
-    return bound > float(rate)
+def values_at(function: Callable[[Any], Any], steps: np.ndarray) -> np.ndarray:
+    """Returns the values of a function of the step, float64 of the shape of `steps`; one of the user's gets one int."""
+    values = function(steps) if isinstance(function, StepFunction) else [float(function(int(step))) for step in steps]
+    return np.asarray(values, dtype=np.float64)
 
 
 class Saved(dict[str, Any]):
@@ -88,26 +99,8 @@ class Saved(dict[str, Any]):
         refuse_other_schedule(self, dict(state, **kwargs))
 
 
-def refuse_other_schedule(own: dict[str, Any], state: dict[str, Any]) -> None:
-    """Refuses the state of a schedule of another kind than `own`.
-
-    A state without name is an old one, with fields alone; an empty one is that of a function, which says nothing.
-
-    Raises:
-        ValueError: the kinds differ.
-    """
-    same = state["name"] == own["name"] if "name" in state else {"name", *state} == own.keys()
-    if same or not state:
-        return
-    whose = repr(state["name"]) if "name" in state else f"a schedule with {', '.join(state)}"
-    raise ValueError(
-        f"the state is that of {whose}, and this schedule is {own['name']!r}: make the schedule that was saved, with "
-        "whatever arguments, or start this one at the step reached, with last_epoch"
-    )
-
-
-class Schedule:
-    """A learning rate that is a function of the step alone: `schedule(step)` is the factor of the initial rate.
+class Schedule(StepFunction):
+    """A learning rate that depends on the step alone: `schedule(step)` is the factor of the initial rate.
 
     Subclasses are frozen dataclasses that state what comes after the warm-up (`_after`) and, where it is not a straight
     line from 0 to 1, the warm-up itself (`_warm_up`). Counts are optimizer steps, integers or floats.
@@ -115,14 +108,14 @@ class Schedule:
     Attributes:
         name: The name that `get_scheduler` knows the schedule by.
         num_warmup_steps: Length of the warm-up.
-        length: Number of steps from the start until the schedule has arrived, None if it never does.
+        length: Number of steps from the start to the end of the schedule, None if it has no end.
 
     Raises:
-        ValueError: On a missing or negative count and on parameters that are no finite numbers.
+        ValueError: A count is missing or negative, or a parameter is no finite number.
 
     Example:
         >>> import numpy as np
-        >>> from fusedopt.schedules.forms import LinearSchedule
+        >>> from fusedopt.schedules import LinearSchedule
         >>> schedule = LinearSchedule(num_warmup_steps=2, num_training_steps=6)
         >>> schedule
         LinearSchedule(num_warmup_steps=2, num_training_steps=6)
@@ -136,8 +129,8 @@ class Schedule:
     num_warmup_steps: float
 
     @property
-    def length(self) -> float | None:
-        return getattr(self, "num_training_steps", None)
+    def label(self) -> str:
+        return self.name
 
     @overload
     def __call__(self, step: float) -> float: ...
@@ -147,7 +140,7 @@ class Schedule:
     def __call__(self, step: np.ndarray | Sequence[float]) -> np.ndarray: ...
 
     def __call__(self, step: Any) -> Any:
-        """The factor of the initial learning rate at `step` (>= 0, the number of scheduler steps taken).
+        """Returns the factor of the initial learning rate at `step`, the number of scheduler steps taken (>= 0).
 
         Args:
             step: A number, an array or sequence of numbers, or a tensor (which stays on its device).
@@ -156,7 +149,7 @@ class Schedule:
             A float, or a float64 array or tensor of the same shape.
         """
         f, s = _functions_for(step)
-        # Each side sees only steps of its own side: outside them a formula may divide by zero or overflow.
+        # Each side sees only steps of its own: elsewhere a formula may divide by zero or overflow.
         w = self.num_warmup_steps
         return f.where(s < w, self._warm_up(f.at_most(s, w), f), self._after(f.at_least(s, w), f))
 
@@ -167,7 +160,7 @@ class Schedule:
         raise NotImplementedError
 
     def _progress(self, s: Any) -> Any:
-        """How much of the time between the warm-up and the end has passed at step s."""
+        """Returns the share of the time between the warm-up and the end that has passed at step s."""
         return (s - self.num_warmup_steps) / max(1, (self.length or 0) - self.num_warmup_steps)
 
     @property

@@ -1,18 +1,64 @@
-"""What every scheduler here refuses: another scheduler's state, and an optimizer whose param groups have changed."""
+"""What schedules and schedulers refuse: values that are no numbers or counts, the state of another scheduler, and an
+optimizer whose param groups have changed."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from fusedopt.schedules.base import refuse_other_schedule
+import torch
+
+from fusedopt import checks
+
+
+def number(name: str, value: Any) -> float:
+    """Returns `value` as a plain Python number, so that checkpoints hold nothing else.
+
+    Raises:
+        ValueError: it is no finite number.
+    """
+    value = checks.plain(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}{checks.hint(value)}")
+    return value
+
+
+def non_negative(name: str, value: Any, way_out: str = "") -> float:
+    """Returns `value` as a plain Python number.
+
+    Raises:
+        ValueError: it is no finite number >= 0; `way_out` ends the message of a negative one.
+    """
+    value = number(name, value)
+    if value < 0:
+        raise ValueError(f"{name} must be >= 0, got {value}{way_out}")
+    return value
+
+
+def count(name: str, value: Any) -> float:
+    """Returns `value` as a number of optimizer steps.
+
+    Raises:
+        ValueError: it is None, or no finite number >= 0.
+    """
+    if value is None:
+        raise ValueError(f"{name} is missing; give it as a number of optimizer steps")
+    return non_negative(name, value, "; it counts optimizer steps, 0 leaves the phase out")
+
+
+def is_above(bound: float, rate: Any) -> bool:
+    """True if `bound` is above `rate`, where a rate that is a tensor is compared with the bound in its dtype."""
+    if isinstance(rate, torch.Tensor):
+        bound = torch.tensor(bound, dtype=rate.dtype, device="cpu").item()
+    return bound > float(rate)
 
 
 def refuse_changed_groups(num_groups: int, optimizer: Any, way_out: str) -> None:
-    """Refuses an optimizer that has no longer the `num_groups` param groups that its scheduler was made for.
+    """Refuses an optimizer that no longer has the `num_groups` param groups that its scheduler was made for.
 
     Raises:
-        ValueError: a group was added, or taken away.
+        ValueError: a group was added or removed.
     """
     now = len(optimizer.param_groups)
     if now != num_groups:
@@ -24,7 +70,7 @@ def refuse_changed_groups(num_groups: int, optimizer: Any, way_out: str) -> None
 
 
 def refuse_other_groups(num_groups: int, rates: Any) -> None:
-    """Refuses a state with another number of rates.
+    """Refuses a state with rates for another number of param groups.
 
     Raises:
         ValueError: the number is not `num_groups`.
@@ -37,10 +83,10 @@ def refuse_other_groups(num_groups: int, rates: Any) -> None:
 
 
 def refuse_other_kind(scheduler: Any, state: Mapping[str, Any], key: str, *, without: tuple[str, ...] = ()) -> None:
-    """Refuses a state of another kind of scheduler: one that lacks `key`, or has one of `without`.
+    """Refuses the state of another kind of scheduler: one that lacks `key`, or has one of `without`.
 
     Raises:
-        ValueError: says whose state it is, as far as that can be seen.
+        ValueError: the kinds differ; the message names the kind of the state as far as its keys tell.
     """
     if key not in state or any(other in state for other in without):
         own = type(scheduler).__name__
@@ -51,11 +97,29 @@ def refuse_other_kind(scheduler: Any, state: Mapping[str, Any], key: str, *, wit
         )
 
 
-def refuse_other_lambdas(own: list[Any], saved: list[Any]) -> None:
-    """Refuses what a `LambdaLR` has saved of its functions, where they were other schedules than `own`.
+def refuse_other_schedule(own: dict[str, Any], state: dict[str, Any]) -> None:
+    """Refuses the state of a schedule of another kind than `own`.
+
+    An old state has no name, only fields; that of a function is empty, and fits any schedule.
 
     Raises:
-        ValueError: the number differs, or the kind of one.
+        ValueError: the kinds differ.
+    """
+    same = state["name"] == own["name"] if "name" in state else {"name", *state} == own.keys()
+    if same or not state:
+        return
+    whose = repr(state["name"]) if "name" in state else f"a schedule with {', '.join(state)}"
+    raise ValueError(
+        f"the state is that of {whose}, and this schedule is {own['name']!r}: make the schedule that was saved, with "
+        "whatever arguments, or start this one at the step reached, with last_epoch"
+    )
+
+
+def refuse_other_lambdas(own: list[Any], saved: list[Any]) -> None:
+    """Refuses what a `LambdaLR` saved of its functions, if they were other schedules than `own`.
+
+    Raises:
+        ValueError: their number or the kind of one differs.
     """
     refuse_other_groups(len(own), saved)
     for function, state in zip(own, saved):

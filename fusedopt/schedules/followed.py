@@ -1,4 +1,4 @@
-"""What trainers ask of a schedule, for one that its optimizer follows by itself."""
+"""The interface of a scheduler, as trainers use it, for a schedule that its optimizer follows by itself."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _Schedule = TypeVar("_Schedule", bound="Followed")
 
 
 class Followed:
-    """A function of the step that shows, to trainers and loggers, the rate that its optimizer takes from it.
+    """A function of the step that shows trainers and loggers the rate that its optimizer takes from it.
 
     The transformers Trainer and Accelerate step it, log `get_last_lr()` and save it, as they do with a torch scheduler.
-    It sets nothing: the count of the steps is the optimizer's, and is in the optimizer's state.
+    It sets nothing: the steps are counted by the optimizer, in its state.
     """
 
     def belonging_to(self: _Schedule, optimizer: Any) -> _Schedule:
-        """A copy that shows the rate of the optimizer, which has to follow it; `create_optimizer` returns such a copy.
+        """Returns a copy that shows the rate of an optimizer that follows it, as `create_optimizer` does.
 
         Raises:
             ValueError: the optimizer follows another schedule, or none.
@@ -38,10 +38,10 @@ class Followed:
         return shown
 
     def step(self, *_: Any) -> None:
-        """Does nothing: the optimizer asks for its rate by itself."""
+        """Does nothing: the optimizer asks for its rate itself."""
 
     def get_last_lr(self) -> list[Any]:
-        """The rate of each param group, as the last step used it.
+        """Returns the rate of each param group in the last step.
 
         Raises:
             ValueError: the schedule belongs to no optimizer.
@@ -56,11 +56,11 @@ class Followed:
         return [rate.detach().clone() if isinstance(rate, torch.Tensor) else rate for rate in rates]
 
     def state_dict(self) -> dict[str, Any]:
-        """The name of the class; a run that goes on follows the arguments given now."""
+        """Returns the name of the class; a run that goes on follows the arguments given now."""
         return {"class_name": type(self).__name__}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes nothing from the state: the step that was reached is in the optimizer's.
+        """Takes nothing from the state: the step that was reached is in the state of the optimizer.
 
         Raises:
             ValueError: the state is that of a scheduler of another kind.

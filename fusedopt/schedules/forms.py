@@ -1,7 +1,7 @@
 """The learning-rate schedules that are functions of the step alone, one flat frozen dataclass each.
 
-Usable without any optimizer: `LinearSchedule(10, 100)(step)` is the factor of the initial rate. The functions of
-`fusedopt.schedules` hand these objects to torch's `LambdaLR`.
+They need no optimizer: `LinearSchedule(10, 100)(step)` is the factor of the initial rate. The functions in
+`fusedopt.schedules.functions` pass these objects to torch's `LambdaLR`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from fusedopt.schedules.base import Functions, Schedule
+
+__all__ = [
+    "ConstantSchedule",
+    "ConstantWithWarmupSchedule",
+    "CosineSchedule",
+    "CosineWarmupWithMinLRSchedule",
+    "CosineWithMinLRSchedule",
+    "CosineWithRestartsSchedule",
+    "InverseSqrtSchedule",
+    "LinearSchedule",
+    "PolynomialSchedule",
+    "WarmupStableDecaySchedule",
+]
 
 
 @dataclass(frozen=True)
@@ -33,7 +46,7 @@ class ConstantSchedule(Schedule):
 
 @dataclass(frozen=True)
 class ConstantWithWarmupSchedule(Schedule):
-    """From 0 to the initial rate in a straight line, and on at that rate.
+    """A straight line from 0 up to the initial rate, which then stays.
 
     Example:
         >>> [ConstantWithWarmupSchedule(4)(step) for step in (0, 1, 4, 9)]
@@ -114,12 +127,17 @@ class CosineWithRestartsSchedule(Schedule):
         return f.where(progress >= 1.0, 0.0, f.at_least(wave, 0.0))
 
 
+def polynomial(start: float, end: float, power: float, left: Any, f: Functions) -> Any:
+    """Returns the rate between `start` and `end` where the share `left` of the way is left; `end` if it is negative."""
+    return (start - end) * f.at_least(left, 0.0) ** power + end
+
+
 @dataclass(frozen=True)
 class PolynomialSchedule(Schedule):
-    """From the initial rate to `lr_end`, along (1 - progress) to the `power`; `lr_end` from the end on.
+    """From the initial rate to `lr_end` as (1 - progress) to the `power`; `lr_end` from the end on.
 
-    Where the warm-up takes all training steps, transformers divides by zero at its end; here the rate is `lr_end` from
-    that step on.
+    Where the warm-up takes all training steps, transformers divides by zero at the end of it; here the rate is `lr_end`
+    from that step on.
 
     Attributes:
         lr_init: The rate that `lr_end` is compared with, in the units of the optimizer's rate.
@@ -127,7 +145,7 @@ class PolynomialSchedule(Schedule):
         power: Exponent >= 0; 1 is a straight line.
 
     Raises:
-        ValueError: Also if `lr_end` is not below `lr_init`, if `lr_init` is not positive, if `power` is negative.
+        ValueError: Also if `lr_end` is not below `lr_init`, or `lr_init` is not positive, or `power` is negative.
 
     Example:
         >>> schedule = PolynomialSchedule(0, 4, lr_init=1.0, lr_end=0.2, power=2.0)
@@ -157,20 +175,20 @@ class PolynomialSchedule(Schedule):
     def _after(self, s: Any, f: Functions) -> Any:
         w, total = self.num_warmup_steps, self.num_training_steps
         left = 1 - (s - w) / (total - w if total > w else 1)
-        decay = (self.lr_init - self.lr_end) * f.at_least(left, 0.0) ** self.power + self.lr_end
-        arrived = s > total if total > w else s >= w
-        return f.where(arrived, self.lr_end / self.lr_init, decay / self.lr_init)
+        rate = polynomial(self.lr_init, self.lr_end, self.power, left, f)
+        ended = s > total if total > w else s >= w
+        return f.where(ended, self.lr_end / self.lr_init, rate / self.lr_init)
 
 
 @dataclass(frozen=True)
 class InverseSqrtSchedule(Schedule):
-    """After the warm-up the rate falls with one over the square root of the step; it never arrives.
+    """After the warm-up the rate falls as one over the square root of the step, without end.
 
     Source: `get_inverse_sqrt_schedule` of transformers, after big_vision.
 
     Attributes:
-        timescale: Steps after the warm-up in which the rate falls by sqrt(2). Default: the warm-up's length, and
-            10,000 without warm-up (as transformers 5 has it; 4.34 divides by zero).
+        timescale: Steps after the warm-up in which the rate falls by sqrt(2). Default: the length of the warm-up, or
+            10,000 without one (as in transformers 5; 4.34 divides by zero).
 
     Raises:
         ValueError: Also if `timescale` is not positive.
@@ -196,9 +214,13 @@ class InverseSqrtSchedule(Schedule):
                 "or 10000 steps without warm-up"
             )
 
+    @property
+    def pace(self) -> float:
+        return max(self.num_warmup_steps, self.timescale or 0)
+
     def _after(self, s: Any, f: Functions) -> Any:
-        assert self.timescale is not None  # settled at construction
-        # At least 1 but for rounding, which makes it 0 where the timescale is lost beside the warm-up.
+        assert self.timescale is not None  # set at construction
+        # At least 1 but for rounding, which makes it 0 where the timescale vanishes against the warm-up.
         elapsed = (s + (self.timescale - self.num_warmup_steps)) / self.timescale
         return 1.0 / f.sqrt(f.at_least(elapsed, 1.0))
 
@@ -231,7 +253,7 @@ class CosineWithMinLRSchedule(Schedule):
 
 @dataclass(frozen=True)
 class CosineWarmupWithMinLRSchedule(CosineWithMinLRSchedule):
-    """`CosineWithMinLRSchedule` one step further on, so that neither the first nor the last step is lost at rate 0.
+    """`CosineWithMinLRSchedule` one step ahead, so that neither the first nor the last step is wasted at rate 0.
 
     Source: `get_cosine_with_min_lr_schedule_with_warmup_lr_rate` of transformers 5.
 
@@ -287,15 +309,15 @@ class WarmupStableDecaySchedule(Schedule):
 
     Attributes:
         num_decay_steps: Length of the decay.
-        num_training_steps: Length of all three phases; then the stable phase is what the other two leave.
-        num_stable_steps: Length of the stable phase, instead of `num_training_steps`. It wins if both are given.
+        num_training_steps: Length of all three phases; the stable phase takes what the other two leave.
+        num_stable_steps: Length of the stable phase, instead of `num_training_steps`; used if both are given.
         warmup_type: Shape of the warm-up: "linear", "cosine" or "1-sqrt".
         decay_type: Shape of the decay, from the same three.
         min_lr_ratio: Where warm-up starts and decay ends, as a factor >= 0 of the initial rate.
         num_cycles: Number of full waves of a cosine decay.
 
     Raises:
-        ValueError: Also if neither length is given, on an unknown shape, on a negative `min_lr_ratio`.
+        ValueError: Also if neither length is given, a shape is unknown, or `min_lr_ratio` is negative.
 
     Example:
         >>> schedule = WarmupStableDecaySchedule(2, 4, num_training_steps=10, decay_type="linear")
@@ -331,7 +353,7 @@ class WarmupStableDecaySchedule(Schedule):
 
     @property
     def _stable_steps(self) -> float:
-        """May be negative, where the total is too short for warm-up and decay: the decay starts in its middle then."""
+        """Negative if the total is too short for warm-up and decay: the decay then starts in its middle."""
         if self.num_stable_steps is not None:
             return self.num_stable_steps
         assert self.num_training_steps is not None  # checked at construction
@@ -348,7 +370,7 @@ class WarmupStableDecaySchedule(Schedule):
         return self._scaled(_RISE[self.warmup_type](s / max(1, self.num_warmup_steps), f), f)
 
     def _after(self, s: Any, f: Functions) -> Any:
-        # In the original's order: counts may be fractions, and then rounding decides which phase a step is in.
+        # In the order of the original: counts may be fractions, and then rounding decides which phase a step is in.
         w, stable = self.num_warmup_steps, self._stable_steps
         progress = f.at_most(f.at_least((s - w - stable) / max(1, self.num_decay_steps), 0.0), 1.0)
         decay = self._scaled(_FALL[self.decay_type](progress, self.num_cycles, f), f)

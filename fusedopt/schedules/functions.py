@@ -1,7 +1,7 @@
-"""The functions that hand a schedule to an optimizer, with the names and signatures of transformers.
+"""The functions that give an optimizer a schedule, with the names and signatures of transformers.
 
-Each returns a `ScheduleLR`, torch's `LambdaLR` around an object of `fusedopt.schedules.forms`. Learning rates that are
-tensors stay the same tensors, filled in place and never read by a step, so a scheduler may drive an optimizer step
+Each returns a `ScheduleLR`, torch's `LambdaLR` around an object of `fusedopt.schedules.forms`. A learning rate that is
+a tensor stays the same tensor, filled in place and never read by a step, so a scheduler may drive an optimizer step
 captured in a CUDA graph.
 
 Positional order, defaults and values are those of transformers 4.34 and 5, with these departures: negative counts and
@@ -17,27 +17,30 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from fusedopt.schedules.base import Schedule, is_above, number
-from fusedopt.schedules.checks import refuse_changed_groups, refuse_other_kind, refuse_other_lambdas
-from fusedopt.schedules.forms import (
-    ConstantSchedule,
-    ConstantWithWarmupSchedule,
-    CosineSchedule,
-    CosineWarmupWithMinLRSchedule,
-    CosineWithMinLRSchedule,
-    CosineWithRestartsSchedule,
-    InverseSqrtSchedule,
-    LinearSchedule,
-    PolynomialSchedule,
-    WarmupStableDecaySchedule,
-)
+from fusedopt.schedules import forms
+from fusedopt.schedules.base import Schedule
+from fusedopt.schedules.checks import is_above, number, refuse_changed_groups, refuse_other_kind, refuse_other_lambdas
+
+__all__ = [
+    "ScheduleLR",
+    "get_constant_schedule",
+    "get_constant_schedule_with_warmup",
+    "get_cosine_schedule_with_warmup",
+    "get_cosine_with_hard_restarts_schedule_with_warmup",
+    "get_cosine_with_min_lr_schedule_with_warmup",
+    "get_cosine_with_min_lr_schedule_with_warmup_lr_rate",
+    "get_inverse_sqrt_schedule",
+    "get_linear_schedule_with_warmup",
+    "get_polynomial_decay_schedule_with_warmup",
+    "get_wsd_schedule",
+]
 
 
 class ScheduleLR(LambdaLR):
     """torch's `LambdaLR` around a `Schedule`.
 
-    It goes on from a state with the arguments that it was made with, as the schedules of transformers do: the state
-    says what step was reached, from which initial rates. States of those load too.
+    Like the schedules of transformers, whose states load too, it goes on from a state with its own arguments: the state
+    says which step was reached, from which initial rates.
     """
 
     lr_lambdas: list[Schedule]  # type: ignore[assignment]
@@ -46,7 +49,7 @@ class ScheduleLR(LambdaLR):
         """Sets the rates of the next step.
 
         Raises:
-            ValueError: a param group was added to the optimizer, or removed; nothing was changed.
+            ValueError: a param group was added or removed; nothing was changed.
         """
         refuse_changed_groups(
             len(self.base_lrs),
@@ -57,7 +60,7 @@ class ScheduleLR(LambdaLR):
         super().step(epoch)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over the step that was reached and the initial rates; the schedule stays what it is.
+        """Takes over the step that was reached and the initial rates; the schedule keeps its arguments.
 
         Raises:
             ValueError: the state is that of another kind of schedule, or for another number of param groups; nothing
@@ -79,15 +82,11 @@ def _drive(optimizer: Optimizer, schedule: Schedule, last_epoch: int) -> LambdaL
     return ScheduleLR(optimizer, schedule, last_epoch)
 
 
-def _initial_lr(optimizer: Optimizer) -> float:
-    """The learning rate that the optimizer was made with; reads it once if it is a tensor."""
-    return float(_initial_rate(optimizer))
-
-
 def _initial_rate(optimizer: Optimizer) -> Any:
+    """Returns the learning rate that the optimizer was made with."""
     lr = optimizer.defaults["lr"]
     for group in optimizer.param_groups:
-        # A tensor is shared by defaults and groups: an earlier scheduler has filled it with another rate since.
+        # A tensor is shared by defaults and groups, and an earlier scheduler may have filled it with another rate.
         if isinstance(lr, torch.Tensor) and group["lr"] is lr and "initial_lr" in group:
             lr = group["initial_lr"]
     if lr is None:
@@ -123,8 +122,8 @@ def get_constant_schedule(optimizer: Optimizer, last_epoch: int = -1) -> LambdaL
 
     Args:
         optimizer: Any torch optimizer.
-        last_epoch: The last scheduler step when a run goes on; -1 for a new run. Otherwise every param group needs its
-            "initial_lr" (KeyError), and the first rate is that of step `last_epoch + 1`. So in all functions here.
+        last_epoch: The last scheduler step of the run that goes on, -1 for a new run. If a run goes on, every param
+            group needs its "initial_lr" (KeyError), and the first rate is that of step `last_epoch + 1`.
 
     Returns:
         A `LambdaLR` around a `ConstantSchedule`.
@@ -134,7 +133,7 @@ def get_constant_schedule(optimizer: Optimizer, last_epoch: int = -1) -> LambdaL
         >>> get_constant_schedule(optimizer).get_last_lr()
         [0.5]
     """
-    return _drive(optimizer, ConstantSchedule(), last_epoch)
+    return _drive(optimizer, forms.ConstantSchedule(), last_epoch)
 
 
 def get_constant_schedule_with_warmup(optimizer: Optimizer, num_warmup_steps: float, last_epoch: int = -1) -> LambdaLR:
@@ -149,14 +148,14 @@ def get_constant_schedule_with_warmup(optimizer: Optimizer, num_warmup_steps: fl
         A `LambdaLR` around a `ConstantWithWarmupSchedule`.
 
     Raises:
-        ValueError: On a missing or negative count; the same in all functions here.
+        ValueError: A count is missing or negative; the same in all functions here.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
         >>> get_constant_schedule_with_warmup(optimizer, 10).get_last_lr()
         [0.0]
     """
-    return _drive(optimizer, ConstantWithWarmupSchedule(num_warmup_steps), last_epoch)
+    return _drive(optimizer, forms.ConstantWithWarmupSchedule(num_warmup_steps), last_epoch)
 
 
 def get_linear_schedule_with_warmup(
@@ -180,7 +179,7 @@ def get_linear_schedule_with_warmup(
         >>> scheduler.get_last_lr()
         [0.25]
     """
-    return _drive(optimizer, LinearSchedule(num_warmup_steps, num_training_steps), last_epoch)
+    return _drive(optimizer, forms.LinearSchedule(num_warmup_steps, num_training_steps), last_epoch)
 
 
 def get_cosine_schedule_with_warmup(
@@ -207,7 +206,7 @@ def get_cosine_schedule_with_warmup(
         >>> get_cosine_schedule_with_warmup(optimizer, 0, 10).get_last_lr()
         [0.5]
     """
-    return _drive(optimizer, CosineSchedule(num_warmup_steps, num_training_steps, num_cycles), last_epoch)
+    return _drive(optimizer, forms.CosineSchedule(num_warmup_steps, num_training_steps, num_cycles), last_epoch)
 
 
 def get_cosine_with_hard_restarts_schedule_with_warmup(
@@ -234,7 +233,8 @@ def get_cosine_with_hard_restarts_schedule_with_warmup(
         >>> get_cosine_with_hard_restarts_schedule_with_warmup(optimizer, 0, 10, num_cycles=3).get_last_lr()
         [0.5]
     """
-    return _drive(optimizer, CosineWithRestartsSchedule(num_warmup_steps, num_training_steps, num_cycles), last_epoch)
+    schedule = forms.CosineWithRestartsSchedule(num_warmup_steps, num_training_steps, num_cycles)
+    return _drive(optimizer, schedule, last_epoch)
 
 
 def get_polynomial_decay_schedule_with_warmup(
@@ -247,7 +247,7 @@ def get_polynomial_decay_schedule_with_warmup(
 ) -> LambdaLR:
     """Warm-up, then a polynomial decay to `lr_end`.
 
-    `lr_end` is compared with the optimizer's default rate, as in the original: a param group with another rate ends at
+    As in the original, `lr_end` is compared with the optimizer's default rate: a param group with another rate ends at
     its own share, `lr_end * lr / default lr`.
 
     Args:
@@ -269,19 +269,21 @@ def get_polynomial_decay_schedule_with_warmup(
         >>> get_polynomial_decay_schedule_with_warmup(optimizer, 0, 10, lr_end=0.1).lr_lambdas[0](10)
         0.2
     """
-    schedule = PolynomialSchedule(num_warmup_steps, num_training_steps, _initial_lr(optimizer), lr_end, power)
+    schedule = forms.PolynomialSchedule(
+        num_warmup_steps, num_training_steps, float(_initial_rate(optimizer)), lr_end, power
+    )
     return _drive(optimizer, schedule, last_epoch)
 
 
 def get_inverse_sqrt_schedule(
     optimizer: Optimizer, num_warmup_steps: float, timescale: float | None = None, last_epoch: int = -1
 ) -> LambdaLR:
-    """Warm-up, then a rate that falls with one over the square root of the step.
+    """Warm-up, then a rate that falls as one over the square root of the step.
 
     Args:
         optimizer: Any torch optimizer.
         num_warmup_steps: Length of the warm-up.
-        timescale: Steps in which the rate falls by sqrt(2). Default: the warm-up's length, 10,000 without warm-up.
+        timescale: Steps in which the rate falls by sqrt(2). Default: the length of the warm-up, or 10,000 without one.
         last_epoch: See `get_constant_schedule`.
 
     Returns:
@@ -292,7 +294,7 @@ def get_inverse_sqrt_schedule(
         >>> get_inverse_sqrt_schedule(optimizer, 0).lr_lambdas[0](30_000)
         0.5
     """
-    return _drive(optimizer, InverseSqrtSchedule(num_warmup_steps, timescale), last_epoch)
+    return _drive(optimizer, forms.InverseSqrtSchedule(num_warmup_steps, timescale), last_epoch)
 
 
 def get_cosine_with_min_lr_schedule_with_warmup(
@@ -324,9 +326,8 @@ def get_cosine_with_min_lr_schedule_with_warmup(
         0.1
     """
     rate = _min_lr_rate(optimizer, min_lr, min_lr_rate)
-    return _drive(
-        optimizer, CosineWithMinLRSchedule(num_warmup_steps, num_training_steps, rate, num_cycles), last_epoch
-    )
+    schedule = forms.CosineWithMinLRSchedule(num_warmup_steps, num_training_steps, rate, num_cycles)
+    return _drive(optimizer, schedule, last_epoch)
 
 
 def get_cosine_with_min_lr_schedule_with_warmup_lr_rate(
@@ -339,7 +340,7 @@ def get_cosine_with_min_lr_schedule_with_warmup_lr_rate(
     min_lr_rate: float | None = None,
     warmup_lr_rate: float | None = None,
 ) -> LambdaLR:
-    """`get_cosine_with_min_lr_schedule_with_warmup`, one step further on, and with a warm-up that starts above 0.
+    """`get_cosine_with_min_lr_schedule_with_warmup`, one step ahead, and with a warm-up that starts above 0.
 
     Args:
         optimizer: Any torch optimizer.
@@ -360,7 +361,9 @@ def get_cosine_with_min_lr_schedule_with_warmup_lr_rate(
         [0.05]
     """
     rate = _min_lr_rate(optimizer, min_lr, min_lr_rate)
-    schedule = CosineWarmupWithMinLRSchedule(num_warmup_steps, num_training_steps, rate, num_cycles, warmup_lr_rate)
+    schedule = forms.CosineWarmupWithMinLRSchedule(
+        num_warmup_steps, num_training_steps, rate, num_cycles, warmup_lr_rate
+    )
     return _drive(optimizer, schedule, last_epoch)
 
 
@@ -383,8 +386,8 @@ def get_wsd_schedule(
         num_warmup_steps: Length of the warm-up.
         num_decay_steps: Length of the decay.
         num_training_steps: Length of all three phases.
-        num_stable_steps: Length of the stable phase, instead of `num_training_steps`; given both, this one is used,
-            with a UserWarning.
+        num_stable_steps: Length of the stable phase, instead of `num_training_steps`. If both are given, this one is
+            used, with a UserWarning.
         warmup_type: Shape of the warm-up: "linear", "cosine" or "1-sqrt".
         decay_type: Shape of the decay, from the same three.
         min_lr_ratio: Where warm-up starts and decay ends, as a share of the initial rate.
@@ -402,7 +405,7 @@ def get_wsd_schedule(
         >>> get_wsd_schedule(optimizer, 10, 20, num_training_steps=100).lr_lambdas[0](50)
         1.0
     """
-    schedule = WarmupStableDecaySchedule(
+    schedule = forms.WarmupStableDecaySchedule(
         num_warmup_steps,
         num_decay_steps,
         num_training_steps,

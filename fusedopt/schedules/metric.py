@@ -1,30 +1,39 @@
-"""The two schedulers that are driven by a metric instead of the step: reduce on plateau, and greedy.
+"""The two schedulers that follow a metric instead of the step: reduce on plateau, and greedy.
 
-Both are stepped with the metric, `scheduler.step(loss)`. The metric decides on the host, so a metric on a GPU is copied
-from there; pass a number that you have read anyway. A learning rate that is a tensor is only ever written, in place.
+Both are stepped with the metric, `scheduler.step(loss)`. They decide on the host, so a metric on a GPU is copied from
+there; pass a number that you have read anyway. A learning rate that is a tensor is only ever written, in place.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, SupportsFloat
 
 import torch
 from torch.optim import Optimizer
 
-from fusedopt.schedules.base import is_above, non_negative, number
-from fusedopt.schedules.checks import refuse_changed_groups, refuse_other_groups, refuse_other_kind
+from fusedopt.schedules.checks import (
+    is_above,
+    non_negative,
+    number,
+    refuse_changed_groups,
+    refuse_other_groups,
+    refuse_other_kind,
+)
+
+__all__ = ["GreedyLR", "ReduceLROnPlateau", "get_greedy_schedule", "get_reduce_on_plateau_schedule"]
 
 
 class ReduceLROnPlateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
     """torch's `ReduceLROnPlateau`, except that it reduces a learning rate that is a tensor without reading it.
 
-    Arguments, defaults and checkpoints are torch's. A run that goes on from a checkpoint follows the arguments given
-    now; with torch's it follows those of the checkpoint.
+    Arguments, defaults and checkpoints are those of torch. A run that goes on from a checkpoint follows the arguments
+    given now; with torch's class it follows those of the checkpoint.
 
     Raises:
-        ValueError: On a factor of 1 or more, an unknown mode, an argument that is no number, a `min_lr` above the rate,
-            which could never be reduced to it, a list of `min_lr` that is not one per param group.
+        ValueError: The factor is 1 or more, the mode is unknown, an argument is no number, `min_lr` is above the rate,
+            which could never be reduced to it, or is a list without one number per param group.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
@@ -36,7 +45,7 @@ class ReduceLROnPlateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
     """
 
     _progress: ClassVar[tuple[str, ...]] = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr")
-    """What a state says of a run; the rest of it are arguments."""
+    """What a state holds of a run; its other entries are arguments."""
 
     def __init__(
         self,
@@ -56,7 +65,7 @@ class ReduceLROnPlateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
         groups = optimizer.param_groups if isinstance(optimizer, Optimizer) else []
         low = _per_group("min_lr", min_lr, len(groups))
         for index, (group, lowest) in enumerate(zip(groups, low)):
-            # A warm-up may have it at 0 now.
+            # "lr" may be 0 now, at the start of a warm-up.
             rates = [group[key] for key in ("lr", "initial_lr") if group.get(key) is not None]
             if rates and all(is_above(lowest, rate) for rate in rates):
                 raise ValueError(
@@ -69,22 +78,20 @@ class ReduceLROnPlateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
         )
 
     def step(self, metrics: SupportsFloat, epoch: int | None = None) -> None:  # type: ignore[override]
-        """Take note of a metric, and reduce the learning rate if it is time to.
+        """Takes in a metric, and reduces the learning rate if it is time to.
 
         Raises:
-            ValueError: a param group was added, or removed, and `min_lr` is a list; nothing was changed.
+            ValueError: a param group was added or removed, and `min_lr` is a list; nothing was changed.
         """
         if len(self.min_lrs) != len(self.optimizer.param_groups):
-            lowest: Any = getattr(
-                self, "default_min_lr", None
-            )  # the one number that was given; it holds for every group
+            lowest: Any = getattr(self, "default_min_lr", None)  # the one number that was given for all groups
             if lowest is None:
                 refuse_changed_groups(len(self.min_lrs), self.optimizer, "give min_lr as one number, or make a new one")
             self.min_lrs = [lowest] * len(self.optimizer.param_groups)
         super().step(metrics, epoch)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over what a run has seen so far; the arguments stay those that the scheduler was made with.
+        """Takes over what a run has seen so far; the scheduler keeps its arguments.
 
         Raises:
             ValueError: the state is that of another kind of scheduler, or of another `mode`; nothing was changed.
@@ -114,7 +121,7 @@ class ReduceLROnPlateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
 
 
 def get_reduce_on_plateau_schedule(optimizer: Optimizer, **kwargs: Any) -> ReduceLROnPlateau:
-    """Multiply the learning rate by a factor whenever a metric has stopped getting better.
+    """Multiplies the learning rate by a factor whenever a metric has stopped improving.
 
     Args:
         optimizer: Any torch optimizer.
@@ -135,27 +142,15 @@ def get_reduce_on_plateau_schedule(optimizer: Optimizer, **kwargs: Any) -> Reduc
     return ReduceLROnPlateau(optimizer, **kwargs)
 
 
-def _per_group(name: str, value: float | Sequence[float], num_groups: int) -> list[float]:
-    if not isinstance(value, (list, tuple)):
-        return [number(name, value)] * num_groups
-    if len(value) != num_groups:
-        raise ValueError(f"{name} must be one number or {num_groups}, one per param group, got {len(value)} numbers")
-    return [number(f"{name}[{index}]", one) for index, one in enumerate(value)]
-
-
-def _count(name: str, value: float) -> int:
-    return non_negative(name, value)  # type: ignore[return-value]  # fractions are compared as they are
-
-
 class GreedyLR(ReduceLROnPlateau):
-    """Raises the learning rate while a metric gets better, lowers it while it does not.
+    """Raises the learning rate while a metric improves, lowers it while it does not.
 
     After more than `patience` better metrics in a row the rate is divided by `factor`, up to `max_lr`; after more than
-    `patience` others it is multiplied by `factor`, down to `min_lr`. Once it was to be lowered `reset_start` times with
-    all groups already at `min_lr`, everything starts over from the initial rates. As in the original a rate that starts
+    `patience` others it is multiplied by `factor`, down to `min_lr`. After `reset_start` attempts to lower it with all
+    groups already at `min_lr`, everything starts over from the initial rates. As in the original, a rate that starts
     below `min_lr` is never lowered.
 
-    Trainers step it with a metric, since it is a torch `ReduceLROnPlateau` by name: it shares none of its behaviour. A
+    It is a torch `ReduceLROnPlateau` only so that trainers step it with a metric; it shares none of its behaviour. A
     run that goes on from a checkpoint follows the arguments given now; in the original, those of the checkpoint.
 
     Source: GreedyLR (https://arxiv.org/abs/2512.14527) and `GreedyLR` of transformers 5.
@@ -164,22 +159,22 @@ class GreedyLR(ReduceLROnPlateau):
         optimizer: Any torch optimizer.
         mode: "min" if a smaller metric is better, "max" if a larger one is.
         factor: Below 1.
-        patience: Metrics in a row that change nothing yet.
+        patience: Number of metrics in a row that change nothing yet.
         threshold: By how much a metric must beat the best one to count as better.
         threshold_mode: "abs" (`threshold` is a difference) or "rel" (a share of the best one).
-        cooldown: Metrics that are passed over after a reduction.
-        warmup: Metrics that are passed over after an increase.
+        cooldown: Number of metrics that are ignored after a reduction.
+        warmup: Number of metrics that are ignored after an increase.
         min_lr: Lowest rate, one number or one per param group.
         max_lr: Highest rate, one number or one per param group.
-        eps: Smaller changes of the rate are left out.
+        eps: Smaller changes of the rate are not made.
         verbose: Print every change.
-        smooth: Judge the average of the last `window_size` metrics.
+        smooth: Compare the average of the last `window_size` metrics.
         window_size: See `smooth`.
         reset_start: See above.
 
     Raises:
-        ValueError: On a factor of 1 or more, or of 0 or less, an unknown mode or threshold mode, a list of the wrong
-            length, a `min_lr` above its `max_lr`, an argument that is no number, a negative count.
+        ValueError: The factor is not between 0 and 1, a mode is unknown, a list has the wrong length, a `min_lr` is
+            above its `max_lr`, an argument is no number, or a count is negative.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
@@ -242,7 +237,7 @@ class GreedyLR(ReduceLROnPlateau):
             raise ValueError(f"window_size must be >= 1 to smooth over, got {window_size}")
         self.reset_start_original = _count("reset_start", reset_start)
         self.last_epoch = 0
-        # The only reading of rates that are tensors; from here on _last_lr says what they are.
+        # The only time that rates that are tensors are read; from here on _last_lr holds them.
         self._init_lrs = [float(group["lr"]) for group in optimizer.param_groups]
         self._last_lr = list(self._init_lrs)
         self._reset()
@@ -256,14 +251,14 @@ class GreedyLR(ReduceLROnPlateau):
         self._window_sum = 0.0
 
     def step(self, metrics: SupportsFloat, epoch: int | None = None) -> None:  # type: ignore[override]
-        """Take note of a metric, and change the learning rate if it is time to.
+        """Takes in a metric, and changes the learning rate if it is time to.
 
         Args:
             metrics: The metric, a number or anything `float()` takes.
             epoch: The number of this call. Default: one more than the last.
 
         Raises:
-            ValueError: A param group was added to the optimizer, or removed; nothing was changed.
+            ValueError: A param group was added or removed; nothing was changed.
         """
         refuse_changed_groups(len(self.min_lrs), self.optimizer, "make a new one; add groups before the scheduler")
         if isinstance(metrics, str):
@@ -300,7 +295,7 @@ class GreedyLR(ReduceLROnPlateau):
             if self.reset_start <= 0:
                 self._reset()
                 self._write(self._init_lrs)
-        # The original sets these after a reset too, so a cooldown follows it.
+        # As in the original these are set after a reset too, so that a cooldown follows it.
         self.num_bad_epochs = 0
         self.cooldown_counter = self.cooldown
 
@@ -339,27 +334,27 @@ class GreedyLR(ReduceLROnPlateau):
         return current > to_beat if self.mode == "max" else current < to_beat
 
     def get_last_lr(self) -> list[float]:  # type: ignore[override]
-        """The learning rates that the last step left, one per param group, as Python floats."""
+        """Returns the learning rates after the last step, one per param group, as Python floats."""
         return list(self._last_lr)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the optimizer: settings, counters and rates, as plain Python values."""
+        """Returns everything but the optimizer: settings, counters and rates, as plain Python values."""
         return {key: value for key, value in self.__dict__.items() if key != "optimizer"}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what a run has seen so far, and write its learning rates to the optimizer.
+        """Takes over what a run has seen so far, and writes its learning rates to the optimizer.
 
         Args:
             state_dict: A `state_dict`, ours or that of transformers.
 
         Raises:
-            ValueError: As `ReduceLROnPlateau`, and on a state for another number of param groups.
+            ValueError: As `ReduceLROnPlateau`, or the state is for another number of param groups.
         """
         refuse_other_groups(len(self.min_lrs), state_dict.get("_last_lr", self.min_lrs))
         super().load_state_dict(state_dict)
         average = state_dict.get("_streaming_avg") or {"values": state_dict.get("_window", [])}
         self._window = list(average["values"])
-        # A checkpoint from before there was a sum has none.
+        # Older checkpoints have no sum.
         self._window_sum = float(average.get("sum", state_dict.get("_window_sum", sum(self._window))))
         left, of = state_dict.get("reset_start"), state_dict.get("reset_start_original")
         if left is not None and of is not None:
@@ -368,7 +363,7 @@ class GreedyLR(ReduceLROnPlateau):
 
 
 def get_greedy_schedule(optimizer: Optimizer, **kwargs: Any) -> GreedyLR:
-    """Raise the learning rate while a metric gets better, lower it while it does not.
+    """Raises the learning rate while a metric improves, lowers it while it does not.
 
     Args:
         optimizer: Any torch optimizer.
@@ -386,3 +381,26 @@ def get_greedy_schedule(optimizer: Optimizer, **kwargs: Any) -> GreedyLR:
         [0.1]
     """
     return GreedyLR(optimizer, **kwargs)
+
+
+def start_over(scheduler: torch.optim.lr_scheduler.ReduceLROnPlateau, optimizer: Optimizer) -> Any:
+    """Returns a scheduler with the same settings that has seen no metric yet, for an optimizer with as many groups."""
+    fresh = copy.copy(scheduler)
+    fresh.optimizer = optimizer
+    if isinstance(fresh, GreedyLR):
+        fresh._init_lrs = [group["lr"] for group in optimizer.param_groups]
+        fresh._last_lr = list(fresh._init_lrs)
+    fresh._reset()
+    return fresh
+
+
+def _per_group(name: str, value: float | Sequence[float], num_groups: int) -> list[float]:
+    if not isinstance(value, (list, tuple)):
+        return [number(name, value)] * num_groups
+    if len(value) != num_groups:
+        raise ValueError(f"{name} must be one number or {num_groups}, one per param group, got {len(value)} numbers")
+    return [number(f"{name}[{index}]", one) for index, one in enumerate(value)]
+
+
+def _count(name: str, value: float) -> int:
+    return non_negative(name, value)  # type: ignore[return-value]  # fractions are compared as they are

@@ -1,6 +1,6 @@
-"""Pictures of learning-rate schedules: alone, compared, all at once, and against what a run really used.
+"""Pictures of learning-rate schedules: one, several, all of them, and one against the rates that a run used.
 
-Figures are made without pyplot: no window, no backend and no global state are touched. Save one with
+Figures are made without pyplot, so no window, backend or global state is touched. Save one with
 `figure.savefig("schedule.png")`.
 """
 
@@ -15,22 +15,21 @@ import numpy as np
 from fusedopt.schedules.curves import Curve, curves_of
 from fusedopt.schedules.recorder import LRRecorder
 from fusedopt.schedules.registry import SchedulerType, example_arguments
-from fusedopt.schedules.verification import verify_schedule
-from fusedopt.wrappers import unwrapped_scheduler
+from fusedopt.schedules.verification import functions_of, verify_schedule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# The Okabe-Ito palette, which colour-blind readers tell apart; blue for what was meant, vermilion for what went wrong.
+# The Okabe-Ito palette, which colour-blind readers can distinguish; blue for what was meant, vermilion for mistakes.
 _COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#8C6D31", "#404040"]
 _WRONG = "#D55E00"
 _WARM_UP = "#F0E442"
 _METRIC = "#8A8A8A"
 _NEUTRAL = "#404040"
 _DASHES = ["-", "--", ":", "-."]
-# So many curves differ by colour and dash, and all of them are named. More are coloured in their order, and some named.
-_TOLD_APART = len(_COLOURS) * len(_DASHES)
+# Up to this many curves differ in colour or dash, and all are named; of more, coloured in their order, some are named.
+_MOST_DISTINCT = len(_COLOURS) * len(_DASHES)
 _NAMED_OF_MANY = 10
 # The text of legends, and the height of one of their rows, in points.
 _SMALL, _ROW = 8.3, 14.5
@@ -47,24 +46,24 @@ def plot_schedule(
     metrics: Sequence[float] | None = None,
     **arguments: Any,
 ) -> Figure:
-    """Draw the learning rate of one schedule or several over the optimizer steps.
+    """Draws the learning rate of one schedule or several over the optimizer steps.
 
     Args:
         what: A schedule object, a function from step to factor, a name with its `arguments`, a pair of a name and its
-            own arguments, or a live scheduler (then its present step is marked). Several of them in a list, or in a
-            dict with labels of your own, are drawn together.
+            own arguments, or a live scheduler (whose present step is marked). Several of them in a list, or in a dict
+            with labels of your own, are drawn together.
         num_steps: Length of the step axis. Default: a little more than the longest schedule.
         ax: Axes to draw in. Default: those of a new figure.
-        lr: The initial learning rate. Default: that of a live scheduler; otherwise rates are drawn as multiples of it.
+        lr: The initial learning rate. Default: that of a live scheduler; without one, rates are drawn as multiples.
         title: Default: the name and parameters of a single schedule.
-        metrics: What metric-driven schedulers are fed with, one per step. Default: a loss that falls and stalls twice.
+        metrics: The metrics for metric-driven schedulers, one per step. Default: a loss that twice falls and stalls.
         **arguments: `num_warmup_steps`, `num_training_steps` and specific arguments of schedules given by name.
 
     Returns:
         The figure.
 
     Raises:
-        ValueError: On an unknown name, on arguments that the schedule refuses, on something that is no schedule.
+        ValueError: A name is unknown, a schedule refuses its arguments, or something is no schedule.
 
     Example:
         >>> figure = plot_schedule("cosine", num_warmup_steps=10, num_training_steps=100)
@@ -78,24 +77,23 @@ def plot_schedule(
     figure, ax = _canvas(ax)
     drawn, others = _draw(ax, curves, metric="metric" if metrics is not None else "metric: an example loss")
     _place_legend(ax, drawn, others, below=created)
-    alone = curves[0] if len(curves) == 1 else None
-    title = title or (alone.label if alone else "learning-rate schedules")
-    _finish(ax, relative, title, alone.details if alone else "")
+    label, details = (curves[0].label, curves[0].details) if len(curves) == 1 else ("learning-rate schedules", "")
+    _finish(ax, relative, title or label, details)
     return figure
 
 
 def plot_gallery(num_warmup_steps: int = 100, num_training_steps: int = 1000) -> Figure:
-    """Draw every schedule by name, with the arguments of `example_arguments`, as small multiples.
+    """Draws every schedule that has a name, with its `example_arguments`, as small multiples.
 
     Args:
-        num_warmup_steps: Length of the warm-up, where there is one.
+        num_warmup_steps: Length of the warm-up, if there is one.
         num_training_steps: Length of the training.
 
     Returns:
         The figure, with one Axes per name (and one more on top of each metric-driven one, for the metric).
 
     Raises:
-        ValueError: On counts that a schedule refuses.
+        ValueError: A schedule refuses the counts.
 
     Example:
         >>> [ax.get_title(loc="left") for ax in plot_gallery().axes][:3]
@@ -131,17 +129,17 @@ def plot_gallery(num_warmup_steps: int = 100, num_training_steps: int = 1000) ->
 def plot_verification(
     recorder: LRRecorder, schedule: Any, ax: Axes | None = None, *, title: str | None = None, legend: bool = True
 ) -> Figure:
-    """Lay the learning rates that a run used over those it was meant to use, and mark the steps where they differ.
+    """Draws the learning rates that a run used over those it was meant to use, and marks the steps where they differ.
 
     Args:
         recorder: The record of the run.
         schedule: The schedule that was meant, as for `verify_schedule`.
         ax: Axes to draw in. Default: those of a new figure.
-        title: Default: whether the run followed the schedule.
+        title: Default: that the run followed the schedule, or that it left it.
         legend: Draw a legend.
 
     Returns:
-        The figure; below its title stands the finding of `verify_schedule`.
+        The figure, with the finding of `verify_schedule` below its title.
 
     Raises:
         ValueError: As `verify_schedule`.
@@ -160,7 +158,7 @@ def plot_verification(
         'the run followed the schedule'
     """
     run = verify_schedule(recorder, schedule)
-    alone = ax is None
+    created = ax is None
     figure, ax = _canvas(ax)
     size = 4 if len(run.steps) <= 150 else 2
     drawn: list[tuple[np.ndarray, np.ndarray]] = []
@@ -180,23 +178,21 @@ def plot_verification(
             label = f"used, differs{where}"
             crosses += ax.plot(run.steps, off, marker="x", color=_WRONG, **points, label=label, zorder=3)
             ax.fill_between(run.steps, off, meant, color=_WRONG, alpha=0.15, linewidth=0, zorder=0)
-    schedule = unwrapped_scheduler(schedule)
-    functions = getattr(schedule, "lr_lambdas", schedule if isinstance(schedule, (list, tuple)) else [schedule])
-    warm_up = max(getattr(function, "num_warmup_steps", 0) for function in functions)
+    warm_up = max(getattr(function, "num_warmup_steps", 0) for function in functions_of(schedule))
     others = [_key(lines, dots, "used, as meant"), *(crosses[:1] and [_key(crosses, crosses, "used, differs")])]
     if warm_up > run.steps[0]:
         others.append(_shade_warm_up(ax, warm_up, start=run.steps[0]))
     _fit(ax)
     if legend:
-        _place_legend(ax, lines, others, below=alone)
+        _place_legend(ax, lines, others, below=created)
     title = title or ("the run followed the schedule" if run.ok else "the run left the schedule")
-    # Panels beside each other keep their titles on one line.
-    _finish(ax, False, title, run.finding, lines=0 if alone else 3)
+    # Titles of adjacent panels stay on one line.
+    _finish(ax, False, title, run.finding, lines=0 if created else 3)
     return figure
 
 
 def _canvas(ax: Axes | None) -> tuple[Any, Axes]:
-    """The figure of `ax`, or a new one with Axes."""
+    """Returns `ax` and its figure, or those of a new figure."""
     if ax is not None:
         return ax.figure, ax
     from matplotlib.figure import Figure
@@ -206,15 +202,15 @@ def _canvas(ax: Axes | None) -> tuple[Any, Axes]:
 
 
 def _styles(number: int) -> list[dict[str, Any]]:
-    """Colour and dash of so many curves, no two of them alike."""
-    if number <= _TOLD_APART:
+    """Returns colours and dashes of `number` curves, no two of them alike."""
+    if number <= _MOST_DISTINCT:
         return [
             {"color": _COLOURS[index % len(_COLOURS)], "linestyle": _DASHES[index // len(_COLOURS)]}
             for index in range(number)
         ]
     from matplotlib import colormaps
 
-    table = colormaps["viridis"](np.linspace(0, 0.92, 256))[:, :3]  # its end is too light for a white page
+    table = colormaps["viridis"](np.linspace(0, 0.92, 256))[:, :3]  # the rest is too light for a white page
     places = np.linspace(0, len(table) - 1, number)
     channels = [np.interp(places, np.arange(len(table)), channel) for channel in table.T]
     return [{"color": tuple(map(float, colour)), "linestyle": "-"} for colour in zip(*channels)]
@@ -223,9 +219,10 @@ def _styles(number: int) -> list[dict[str, Any]]:
 def _draw(
     ax: Axes, curves: list[Curve], rate: str | None = None, metric: str = "metric"
 ) -> tuple[list[Any], list[Any]]:
-    """Draw curves, a metric on an axis of its own; returns the curves, and what else a legend should show.
+    """Draws curves, a metric on an axis of its own; `rate` replaces all labels.
 
-    `rate` replaces all labels.
+    Returns:
+        The lines of the curves, and what else a legend should show.
     """
     lines, nows, others = [], [], []
     styles = _styles(len(curves))
@@ -257,7 +254,7 @@ def _draw(
 
 
 def _fit(ax: Axes) -> None:
-    """Limits around what is drawn, and 0 between them where no rate is negative; none that the user has set."""
+    """Sets limits around what is drawn, and around 0 if no rate is negative; limits that the user has set stay."""
     ax.margins(x=0.02, y=0.06)
     if _may_move(ax) and ax.dataLim.ymin >= 0:
         low, high = ax.get_ylim()
@@ -269,7 +266,7 @@ def _may_move(ax: Axes) -> bool:
 
 
 def _key(lines: list[Any], points: list[Any], label: str) -> Any:
-    """One entry of a legend for the points of all curves: in their colour if there is one curve, else in none."""
+    """Returns one legend entry for the points of all curves, in colour if there is one curve or they are mistakes."""
     from matplotlib.lines import Line2D
 
     colour = points[0].get_color() if len(lines) == 1 or points[0].get_color() == _WRONG else _NEUTRAL
@@ -278,12 +275,12 @@ def _key(lines: list[Any], points: list[Any], label: str) -> Any:
 
 
 def _place_legend(ax: Axes, lines: list[Any], others: list[Any], below: bool) -> None:
-    """A legend that lies on no curve: below the axes of a figure of ours, which grows, else above the curves."""
+    """Places a legend that covers no curve: below the axes of a figure of ours, which grows, else above the curves."""
     from matplotlib.lines import Line2D
 
     figure: Any = ax.figure
     title = None
-    if len(lines) > _TOLD_APART:
+    if len(lines) > _MOST_DISTINCT:
         title = f"{_NAMED_OF_MANY} of {len(lines)} curves, coloured in their order"
         lines = [lines[index] for index in np.linspace(0, len(lines) - 1, _NAMED_OF_MANY).round().astype(int)]
     handles = [*lines, *others]
@@ -292,7 +289,7 @@ def _place_legend(ax: Axes, lines: list[Any], others: list[Any], below: bool) ->
         height, width = height * ax.get_position().height, width * ax.get_position().width
     labels: list[str] = [_shortened(handle.get_label(), 0.94 * width - 5 * _SMALL) for handle in handles]
     columns = max(1, min(4, int(0.94 * width / (max(map(_width, labels)) + 5 * _SMALL))))
-    if below and len(handles) > _MOST_ROWS * columns:  # shorter names rather than a longer page
+    if below and len(handles) > _MOST_ROWS * columns:  # shorten names rather than lengthen the page
         columns = -(-len(handles) // _MOST_ROWS)
         labels = [_shortened(label, 0.94 * width / columns - 5 * _SMALL) for label in labels]
     rows = -(-len(handles) // columns)
@@ -303,7 +300,7 @@ def _place_legend(ax: Axes, lines: list[Any], others: list[Any], below: bool) ->
             more = Line2D([], [], linestyle="", label=f"and {len(lines) - shown} more")
             handles = [*lines[:shown], more, *others]
             labels = [*labels[:shown], str(more.get_label()), *labels[len(lines) :]]
-        # The curves make room. Layout engines take some of the height for labels, so there is more of it than needed.
+        # Make room above the curves, more than needed, for layout engines take some of the height for labels.
         share = min(0.6, (1.3 * _ROW * (rows + bool(title)) + 8) / height)
         for each in {ax, *(handle.axes for handle in handles if handle.axes is not None)}:
             low, high = each.get_ylim()
@@ -311,7 +308,7 @@ def _place_legend(ax: Axes, lines: list[Any], others: list[Any], below: bool) ->
                 each.set_ylim(low, low + (high - low) / (1 - share), auto=True)
     options: dict[str, Any] = {"ncols": columns, "frameon": False, "fontsize": _SMALL, "title": title}
     options |= {"title_fontsize": _SMALL}
-    # Matplotlib leaves out what begins with an underscore.
+    # Matplotlib leaves out labels that begin with an underscore.
     named = [" " + label if label.startswith("_") else label for label in labels]
     if below:
         figure.set_figheight(figure.get_figheight() + max(0, rows + bool(title) - 1) * _ROW / 72)
@@ -323,7 +320,7 @@ def _place_legend(ax: Axes, lines: list[Any], others: list[Any], below: bool) ->
 
 
 def _width(text: str) -> float:
-    """In points, in a legend."""
+    """Returns the width of a text in a legend, in points."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import text_to_path
 
@@ -331,7 +328,7 @@ def _width(text: str) -> float:
 
 
 def _shortened(text: str, room: float) -> str:
-    """The text without its middle where it is wider than the room for it."""
+    """Returns the text, without its middle if it is wider than `room`."""
     if _width(text) <= room:
         return text
     kept = len(text)
@@ -341,12 +338,12 @@ def _shortened(text: str, room: float) -> str:
 
 
 def _draw_metric(ax: Axes, curve: Curve, label: str, with_ticks: bool) -> list[Any]:
-    beside = ax.twinx()
-    beside.spines[["top", "left", "right"]].set_visible(False)
-    beside.tick_params(colors=_METRIC, right=with_ticks, labelright=with_ticks)
-    beside.set_ylabel("metric" if with_ticks else "", color=_METRIC)
+    right = ax.twinx()
+    right.spines[["top", "left", "right"]].set_visible(False)
+    right.tick_params(colors=_METRIC, right=with_ticks, labelright=with_ticks)
+    right.set_ylabel("metric" if with_ticks else "", color=_METRIC)
     assert curve.metric is not None
-    return beside.plot(curve.steps, curve.metric, "--", color=_METRIC, linewidth=1.2, label=label)
+    return right.plot(curve.steps, curve.metric, "--", color=_METRIC, linewidth=1.2, label=label)
 
 
 def _shade_warm_up(ax: Axes, warm_up: float, start: float = 0) -> Any:
@@ -354,10 +351,10 @@ def _shade_warm_up(ax: Axes, warm_up: float, start: float = 0) -> Any:
 
 
 def _finish(ax: Axes, relative: bool, title: str, below: str = "", lines: int = 0) -> None:
-    """Labels with units, the title with a smaller text below it, room for so many lines of it at least."""
+    """Adds labels with units, and a title with a smaller text below it that takes the room of `lines` lines or more."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    # Of the largest number that the axis can show, so that no tick reads 10 or more.
+    # The exponent of the largest number on the axis, so that no tick reads 10 or more.
     largest = np.abs(ax.get_ylim()).max() if np.abs(ax.dataLim.intervaly).max() > 0 else 0.0
     exponent = int(np.floor(np.log10(largest))) if 0 < largest < np.inf else 0
     exponent = exponent if not -2 <= exponent <= 3 else 0
@@ -380,7 +377,7 @@ def _finish(ax: Axes, relative: bool, title: str, below: str = "", lines: int = 
 
 
 def _letters_that_fit(ax: Axes) -> int:
-    """How many letters of 8 points go beside each other over the Axes, before the layout has settled its width."""
+    """Returns how many letters of 8 points fit above the Axes in a row, before the layout has set their width."""
     place, width = ax.get_subplotspec(), ax.figure.bbox.width / ax.figure.dpi
     share = ax.get_position().width if place is None else 0.88 / place.get_gridspec().ncols
     return max(30, int(16.5 * width * share))

@@ -1,4 +1,4 @@
-"""The learning rates that a training run really used: noted at every optimizer step, without slowing it down."""
+"""Records the learning rates that a training run used, at every optimizer step and without slowing it down."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
-from fusedopt.schedules.base import number
+from fusedopt.schedules.checks import number
 from fusedopt.wrappers import unwrapped_optimizer
 
-# Rates that are tensors are stacked in blocks of this many: on a GPU each tensor takes 512 bytes, however small it is.
+# Rates that are tensors are stacked in blocks of this many: on a GPU even the smallest tensor takes 512 bytes.
 _BLOCK = 1024
 
 
 class _Column:
-    """The rates of one param group. Tensors are copied on their device and read by `read()` alone."""
+    """The rates of one param group. Tensors are copied on their device and are read only by `read()`."""
 
     def __init__(self, group: dict[str, Any], first_row: int) -> None:
         self.initial = _copied(group.get("initial_lr", group["lr"]))
@@ -35,8 +35,8 @@ class _Column:
         return np.concatenate([np.full(self.first_row, np.nan), *(block.double().cpu().numpy() for block in blocks)])
 
     def precision(self) -> float:
-        kept_in = self.initial.dtype if isinstance(self.initial, torch.Tensor) else torch.float64
-        return torch.finfo(kept_in).eps
+        dtype = self.initial.dtype if isinstance(self.initial, torch.Tensor) else torch.float64
+        return torch.finfo(dtype).eps
 
 
 def _copied(lr: Any) -> Any:
@@ -52,18 +52,18 @@ def _stacked(lrs: list[Any]) -> torch.Tensor:
 
 
 class LRRecorder:
-    """Notes the learning rate that every `optimizer.step()` really used, for each param group.
+    """Records the learning rate that every `optimizer.step()` used, for each param group.
 
-    It listens through the optimizer's step hooks; a step that raised is not noted. Rates that are tensors are copied on
-    their device, and read when `rates` is asked for. Replays of a CUDA graph do not pass through Python: call `note()`
-    before each. `verify_schedule` and `plot_verification` compare the record with a schedule.
+    It uses the step hooks of the optimizer; a step that raised is not recorded. Rates that are tensors are copied on
+    their device, and read when `rates` is asked for. Replays of a CUDA graph do not run Python: call `note()` before
+    each. `verify_schedule` and `plot_verification` compare the record with a schedule.
 
     Args:
         optimizer: Any torch optimizer, or Accelerate's or Lightning's wrapper around one.
-        first_step: The number of optimizer steps that went before: 0, or that of the checkpoint a run goes on from.
+        first_step: The number of optimizer steps before these: 0, or that of the checkpoint from which a run goes on.
 
     Raises:
-        ValueError: If `first_step` is negative, or no whole number.
+        ValueError: `first_step` is negative, or no whole number.
 
     Example:
         >>> from fusedopt.schedules import get_linear_schedule_with_warmup
@@ -88,7 +88,7 @@ class LRRecorder:
         self._length = 0
         self._columns: list[_Column] = []
         self._used: list[Any] | None = None
-        self._skipped = _Column({"lr": 0.0}, 0)  # not 0 for a step that a GradScaler or the optimizer made void
+        self._skipped = _Column({"lr": 0.0}, 0)  # not 0 for a step that a GradScaler or the optimizer skipped
         self._overflow: Any = 0.0
         self._skipped_before: Any = None
         self._see_new_groups()
@@ -102,17 +102,17 @@ class LRRecorder:
             self._columns.append(_Column(group, self._length))
 
     def _before_step(self) -> None:
-        # A capture is no step, and copies made in it would belong to the graph and change with every replay.
+        # A capture is no step, and copies made in it would be part of the graph and change with every replay.
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         self._used = None if capturing else [_copied(group["lr"]) for group in self.optimizer.param_groups]
         if not capturing:
-            # A GradScaler leaves the step to optimizers that can skip by themselves, and says so to them.
+            # A GradScaler sets this on optimizers that skip steps by themselves.
             overflow = getattr(self.optimizer, "found_inf", None)
             self._overflow = 0.0 if overflow is None else _copied(overflow)
             self._skipped_before = self._skips_so_far()
 
     def _skips_so_far(self) -> Any:
-        """How many steps `skip_nonfinite` has skipped; None if that is not known."""
+        """Returns the number of steps that `skip_nonfinite` has skipped, None if it is unknown."""
         skips = getattr(self.optimizer, "skipped_steps", None)
         return None if skips is None else _copied(skips)
 
@@ -132,11 +132,11 @@ class LRRecorder:
         self._length += 1
 
     def note(self) -> None:
-        """Note the present rates as those of one more step: for steps that Python does not see."""
+        """Records the present rates as those of one more step, for a step that does not run Python."""
         self._append([_copied(group["lr"]) for group in self.optimizer.param_groups])
 
     def close(self) -> None:
-        """Stop listening; the record stays."""
+        """Removes the hooks; the record stays."""
         for hook in self._hooks:
             hook.remove()
 
@@ -145,25 +145,25 @@ class LRRecorder:
 
     @property
     def steps(self) -> np.ndarray:
-        """The numbers of the noted steps, int64: `first_step`, `first_step + 1`, ..."""
+        """The numbers of the recorded steps, int64: `first_step`, `first_step + 1`, ..."""
         return np.arange(self.first_step, self.first_step + self._length)
 
     @property
     def rates(self) -> np.ndarray:
-        """The noted rates, float64 of shape [steps, param groups]; NaN before a group was there, or without a rate."""
+        """The recorded rates, float64 of shape [steps, param groups]; NaN if a group was not there, or had no rate."""
         return np.stack([column.read() for column in self._columns], axis=1)
 
     @property
     def skipped(self) -> np.ndarray:
-        """Which noted steps changed nothing, bool of shape [steps]: overflows that the optimizer itself skips."""
+        """True for steps that changed nothing, bool of shape [steps]: overflows that the optimizer itself skips."""
         return self._skipped.read() != 0.0
 
     @property
     def initial_rates(self) -> np.ndarray:
-        """For each param group the rate that the factors of a schedule multiply, float64."""
+        """The rate of each param group that the factors of a schedule multiply, float64."""
         return np.array([float(column.initial) for column in self._columns])
 
     @property
     def precision(self) -> float:
-        """Relative spacing of the numbers that rates are kept in: float64's, or that of their tensors' dtype."""
+        """The relative spacing of the rates: that of float64, or of the dtype of their tensors."""
         return max(column.precision() for column in self._columns)

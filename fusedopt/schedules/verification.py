@@ -1,4 +1,4 @@
-"""A record of learning rates against the schedule that was meant, and which mistake explains where they differ."""
+"""Compares recorded learning rates with the schedule that was meant, and names the mistake behind a difference."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from torch.optim.lr_scheduler import LambdaLR
 
-from fusedopt.keras_schedules import RateSchedule
-from fusedopt.schedules.base import Schedule, non_negative
+from fusedopt.schedules.base import Schedule, StepFunction, values_at
+from fusedopt.schedules.checks import non_negative
 from fusedopt.schedules.diagnosis import Run, explain
 from fusedopt.schedules.recorder import LRRecorder
 from fusedopt.wrappers import unwrapped_scheduler
@@ -18,7 +18,7 @@ from fusedopt.wrappers import unwrapped_scheduler
 
 @dataclass(frozen=True, eq=False)
 class Verification:
-    """What a run used beside what it was meant to use.
+    """The rates that a run used, next to those that it was meant to use.
 
     Attributes:
         steps: Numbers of the optimizer steps, int64 of shape [n]; those that an overflow made void count.
@@ -36,6 +36,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
+        """True if no rate differs."""
         return not self.differs.any()
 
     @property
@@ -60,7 +61,7 @@ def verify_schedule(
     tolerance: float | None = None,
     raise_on_difference: bool = False,
 ) -> Verification:
-    """Compare the rates that a run used with those of a schedule.
+    """Compares the rates that a run used with those of a schedule.
 
     Args:
         recorder: The record of the run.
@@ -71,15 +72,15 @@ def verify_schedule(
         raise_on_difference: Raise instead of returning a `Verification` with differences.
 
     Returns:
-        The data, and a sentence that names the mistake where one explains all differences: a scheduler that is stepped
-        before the optimizer, several times per step, once per micro-batch or epoch, not at all, that goes on over
-        skipped steps, counts twice or starts anew on resume; a record without its `first_step`. Where the optimizer
+        The data, and a sentence that names the mistake if one explains all differences: a scheduler that is stepped
+        before the optimizer, several times per step, once per micro-batch or epoch, or not at all; one that goes on
+        over skipped steps, counts twice or starts anew on resume; a record without its `first_step`. If the optimizer
         itself skipped a step because of an overflow, the scheduler may have waited or not.
 
     Raises:
-        ValueError: If nothing was recorded, if the tolerance is no number >= 0, if the schedule is no function of the
-            step, or has not one per param group.
-        RuntimeError: If asked to, on differences.
+        ValueError: Nothing was recorded, the tolerance is no number >= 0, or the schedule is no function of the step,
+            nor one per param group.
+        RuntimeError: Rates differ, and `raise_on_difference` is set.
 
     Example:
         >>> import torch
@@ -122,30 +123,36 @@ def verify_schedule(
     return verification.raise_on_difference() if raise_on_difference else verification
 
 
+def functions_of(schedule: Any, num_groups: int = 1) -> Sequence[Any]:
+    """Returns the functions of a schedule as `verify_schedule` takes it, one per param group."""
+    schedule = unwrapped_scheduler(schedule)
+    if isinstance(schedule, (list, tuple)):
+        return schedule
+    return getattr(schedule, "lr_lambdas", [schedule] * num_groups)
+
+
 def _rates_of(schedule: Any, recorder: LRRecorder) -> Callable[[np.ndarray], np.ndarray]:
-    initial, schedule = recorder.initial_rates, unwrapped_scheduler(schedule)
-    functions = schedule if isinstance(schedule, (list, tuple)) else [schedule] * len(initial)
+    initial, num_groups = recorder.initial_rates, len(recorder.initial_rates)
+    schedule = unwrapped_scheduler(schedule)
+    functions = functions_of(schedule, num_groups)
     if isinstance(schedule, LambdaLR):
-        functions, initial = schedule.lr_lambdas, np.array([float(lr) for lr in schedule.base_lrs])
+        initial = np.array([float(lr) for lr in schedule.base_lrs])
     if not all(callable(function) for function in functions):
         raise ValueError(
             f"{type(schedule).__name__} gives no rate for a step; verify against a schedule, a LambdaLR, or a function "
             "of the step (metric-driven schedulers have none)"
         )
-    if len(functions) != recorder.rates.shape[1]:
+    if len(functions) != num_groups:
         raise ValueError(
-            f"{recorder.rates.shape[1]} param groups were recorded, but {len(functions)} schedules given: give "
+            f"{num_groups} param groups were recorded, but {len(functions)} schedules given: give "
             "one per group, or a scheduler that was made after the last group was added"
         )
-    # Those are the rate itself, no factor of an initial one.
-    initial = np.where([isinstance(function, RateSchedule) for function in functions], 1.0, initial)
+    gives_rate = [isinstance(function, StepFunction) and function.is_rate for function in functions]
+    initial = np.where(gives_rate, 1.0, initial)
+    different = {id(function): function for function in functions}
 
     def rates(steps: np.ndarray) -> np.ndarray:
-        factors: dict[int, np.ndarray] = {}
-        for function in functions:
-            if id(function) not in factors:
-                array = function(steps) if isinstance(function, Schedule) else [function(int(step)) for step in steps]
-                factors[id(function)] = np.asarray(array, dtype=np.float64)
-        return np.stack([factors[id(function)] * lr for function, lr in zip(functions, initial)], axis=1)
+        values = {key: values_at(function, steps) for key, function in different.items()}
+        return np.stack([values[id(function)] * lr for function, lr in zip(functions, initial)], axis=1)
 
     return rates
