@@ -1,5 +1,5 @@
-"""What schedules and schedulers refuse: values that are no numbers or counts, the state of another scheduler, and an
-optimizer whose param groups have changed."""
+"""What schedules and schedulers refuse, with ValueError: values that are no numbers or counts, the state of another
+scheduler, and an optimizer whose param groups have changed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,7 @@ from fusedopt import checks
 
 
 def number(name: str, value: Any) -> float:
-    """Returns `value` as a plain Python number, so that checkpoints hold nothing else.
-
-    Raises:
-        ValueError: it is no finite number.
-    """
+    """Returns `value` as a plain Python number, so that checkpoints hold nothing else; refuses what is not finite."""
     value = checks.plain(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value!r}{checks.hint(value)}")
@@ -25,11 +21,7 @@ def number(name: str, value: Any) -> float:
 
 
 def non_negative(name: str, value: Any, way_out: str = "") -> float:
-    """Returns `value` as a plain Python number.
-
-    Raises:
-        ValueError: it is no finite number >= 0; `way_out` ends the message of a negative one.
-    """
+    """Returns `value` as a plain Python number; refuses a negative one with a message that ends in `way_out`."""
     value = number(name, value)
     if value < 0:
         raise ValueError(f"{name} must be >= 0, got {value}{way_out}")
@@ -37,11 +29,7 @@ def non_negative(name: str, value: Any, way_out: str = "") -> float:
 
 
 def count(name: str, value: Any) -> float:
-    """Returns `value` as a number of optimizer steps.
-
-    Raises:
-        ValueError: it is None, or no finite number >= 0.
-    """
+    """Returns `value` as a number of optimizer steps; refuses None and what is no finite number >= 0."""
     if value is None:
         raise ValueError(f"{name} is missing; give it as a number of optimizer steps")
     return non_negative(name, value, "; it counts optimizer steps, 0 leaves the phase out")
@@ -55,11 +43,7 @@ def is_above(bound: float, rate: Any) -> bool:
 
 
 def refuse_changed_groups(num_groups: int, optimizer: Any, way_out: str) -> None:
-    """Refuses an optimizer that no longer has the `num_groups` param groups that its scheduler was made for.
-
-    Raises:
-        ValueError: a group was added or removed.
-    """
+    """Refuses an optimizer that no longer has the `num_groups` param groups that its scheduler was made for."""
     now = len(optimizer.param_groups)
     if now != num_groups:
         what = "added" if now > num_groups else "removed"
@@ -70,11 +54,7 @@ def refuse_changed_groups(num_groups: int, optimizer: Any, way_out: str) -> None
 
 
 def refuse_other_groups(num_groups: int, rates: Any) -> None:
-    """Refuses a state with rates for another number of param groups.
-
-    Raises:
-        ValueError: the number is not `num_groups`.
-    """
+    """Refuses a state with rates for another number of param groups than `num_groups`."""
     if len(rates) != num_groups:
         raise ValueError(
             f"the state is that of a scheduler for {_groups(len(rates))}, and this one is for {num_groups}: give the "
@@ -83,11 +63,7 @@ def refuse_other_groups(num_groups: int, rates: Any) -> None:
 
 
 def refuse_other_kind(scheduler: Any, state: Mapping[str, Any], key: str, *, without: tuple[str, ...] = ()) -> None:
-    """Refuses the state of another kind of scheduler: one that lacks `key`, or has one of `without`.
-
-    Raises:
-        ValueError: the kinds differ; the message names the kind of the state as far as its keys tell.
-    """
+    """Refuses the state of another kind of scheduler: one that lacks `key`, or has one of `without`."""
     if key not in state or any(other in state for other in without):
         own = type(scheduler).__name__
         article = "an" if own[0] in "AEIOU" else "a"
@@ -101,9 +77,6 @@ def refuse_other_schedule(own: dict[str, Any], state: dict[str, Any]) -> None:
     """Refuses the state of a schedule of another kind than `own`.
 
     An old state has no name, only fields; that of a function is empty, and fits any schedule.
-
-    Raises:
-        ValueError: the kinds differ.
     """
     same = state["name"] == own["name"] if "name" in state else {"name", *state} == own.keys()
     if same or not state:
@@ -116,11 +89,7 @@ def refuse_other_schedule(own: dict[str, Any], state: dict[str, Any]) -> None:
 
 
 def refuse_other_lambdas(own: list[Any], saved: list[Any]) -> None:
-    """Refuses what a `LambdaLR` saved of its functions, if they were other schedules than `own`.
-
-    Raises:
-        ValueError: their number or the kind of one differs.
-    """
+    """Refuses what a `LambdaLR` saved of its functions, if they were other schedules than `own`, or more, or fewer."""
     refuse_other_groups(len(own), saved)
     for function, state in zip(own, saved):
         refuse_other_schedule(vars(function), state or {})

@@ -118,15 +118,12 @@ def _not_above_1(name: str, share: float) -> float:
 
 
 def get_constant_schedule(optimizer: Optimizer, last_epoch: int = -1) -> LambdaLR:
-    """The optimizer's learning rate, unchanged.
+    """Drives an optimizer with a `ConstantSchedule`: its learning rate, unchanged.
 
     Args:
         optimizer: Any torch optimizer.
         last_epoch: The last scheduler step of the run that goes on, -1 for a new run. If a run goes on, every param
             group needs its "initial_lr" (KeyError), and the first rate is that of step `last_epoch + 1`.
-
-    Returns:
-        A `LambdaLR` around a `ConstantSchedule`.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
@@ -137,15 +134,12 @@ def get_constant_schedule(optimizer: Optimizer, last_epoch: int = -1) -> LambdaL
 
 
 def get_constant_schedule_with_warmup(optimizer: Optimizer, num_warmup_steps: float, last_epoch: int = -1) -> LambdaLR:
-    """From 0 to the initial rate in `num_warmup_steps` steps, then unchanged.
+    """Drives an optimizer with a `ConstantWithWarmupSchedule`: from 0 to the initial rate, then unchanged.
 
     Args:
         optimizer: Any torch optimizer.
         num_warmup_steps: Length of the warm-up.
         last_epoch: See `get_constant_schedule`.
-
-    Returns:
-        A `LambdaLR` around a `ConstantWithWarmupSchedule`.
 
     Raises:
         ValueError: A count is missing or negative; the same in all functions here.
@@ -161,16 +155,13 @@ def get_constant_schedule_with_warmup(optimizer: Optimizer, num_warmup_steps: fl
 def get_linear_schedule_with_warmup(
     optimizer: Optimizer, num_warmup_steps: float, num_training_steps: float, last_epoch: int = -1
 ) -> LambdaLR:
-    """From 0 to the initial rate and back to 0, in straight lines.
+    """Drives an optimizer with a `LinearSchedule`: from 0 to the initial rate and back to 0, in straight lines.
 
     Args:
         optimizer: Any torch optimizer.
         num_warmup_steps: Length of the warm-up.
         num_training_steps: Length of the whole training; the rate is 0 from there on.
         last_epoch: See `get_constant_schedule`.
-
-    Returns:
-        A `LambdaLR` around a `LinearSchedule`.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
@@ -189,7 +180,7 @@ def get_cosine_schedule_with_warmup(
     num_cycles: float = 0.5,
     last_epoch: int = -1,
 ) -> LambdaLR:
-    """Warm-up, then a cosine wave: by default half a wave, from the initial rate to 0.
+    """Drives an optimizer with a `CosineSchedule`: warm-up, then a cosine wave, by default half a wave down to 0.
 
     Args:
         optimizer: Any torch optimizer.
@@ -197,9 +188,6 @@ def get_cosine_schedule_with_warmup(
         num_training_steps: Length of the whole training. Past it the wave goes on.
         num_cycles: Number of full waves.
         last_epoch: See `get_constant_schedule`.
-
-    Returns:
-        A `LambdaLR` around a `CosineSchedule`.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
@@ -216,7 +204,7 @@ def get_cosine_with_hard_restarts_schedule_with_warmup(
     num_cycles: float = 1,
     last_epoch: int = -1,
 ) -> LambdaLR:
-    """Warm-up, then `num_cycles` times half a cosine wave from the initial rate to 0.
+    """Drives an optimizer with a `CosineWithRestartsSchedule`: warm-up, then `num_cycles` half cosine waves down to 0.
 
     Args:
         optimizer: Any torch optimizer.
@@ -224,9 +212,6 @@ def get_cosine_with_hard_restarts_schedule_with_warmup(
         num_training_steps: Length of the whole training; the rate is 0 from there on.
         num_cycles: Number of descents.
         last_epoch: See `get_constant_schedule`.
-
-    Returns:
-        A `LambdaLR` around a `CosineWithRestartsSchedule`.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
@@ -245,7 +230,7 @@ def get_polynomial_decay_schedule_with_warmup(
     power: float = 1.0,
     last_epoch: int = -1,
 ) -> LambdaLR:
-    """Warm-up, then a polynomial decay to `lr_end`.
+    """Drives an optimizer with a `PolynomialSchedule`: warm-up, then a polynomial decay to `lr_end`.
 
     As in the original, `lr_end` is compared with the optimizer's default rate: a param group with another rate ends at
     its own share, `lr_end * lr / default lr`.
@@ -257,9 +242,6 @@ def get_polynomial_decay_schedule_with_warmup(
         lr_end: The last rate, below the optimizer's.
         power: Exponent of the decay, 1 for a straight line.
         last_epoch: See `get_constant_schedule`.
-
-    Returns:
-        A `LambdaLR` around a `PolynomialSchedule`.
 
     Raises:
         ValueError: As `PolynomialSchedule`.
@@ -278,16 +260,13 @@ def get_polynomial_decay_schedule_with_warmup(
 def get_inverse_sqrt_schedule(
     optimizer: Optimizer, num_warmup_steps: float, timescale: float | None = None, last_epoch: int = -1
 ) -> LambdaLR:
-    """Warm-up, then a rate that falls as one over the square root of the step.
+    """Drives an optimizer with an `InverseSqrtSchedule`: warm-up, then a rate of one over the square root of the step.
 
     Args:
         optimizer: Any torch optimizer.
         num_warmup_steps: Length of the warm-up.
         timescale: Steps in which the rate falls by sqrt(2). Default: the length of the warm-up, or 10,000 without one.
         last_epoch: See `get_constant_schedule`.
-
-    Returns:
-        A `LambdaLR` around an `InverseSqrtSchedule`.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
@@ -306,7 +285,7 @@ def get_cosine_with_min_lr_schedule_with_warmup(
     min_lr: float | None = None,
     min_lr_rate: float | None = None,
 ) -> LambdaLR:
-    """Warm-up, then a cosine wave that ends at a minimum above 0.
+    """Drives an optimizer with a `CosineWithMinLRSchedule`: warm-up, then a cosine wave that ends at a minimum above 0.
 
     Args:
         optimizer: Any torch optimizer.
@@ -316,9 +295,6 @@ def get_cosine_with_min_lr_schedule_with_warmup(
         last_epoch: See `get_constant_schedule`.
         min_lr: The minimum as a rate; it becomes a share of the optimizer's default rate for all param groups.
         min_lr_rate: The minimum as a share of the initial rate. Exactly one of the two must be given.
-
-    Returns:
-        A `LambdaLR` around a `CosineWithMinLRSchedule`.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
@@ -340,7 +316,7 @@ def get_cosine_with_min_lr_schedule_with_warmup_lr_rate(
     min_lr_rate: float | None = None,
     warmup_lr_rate: float | None = None,
 ) -> LambdaLR:
-    """`get_cosine_with_min_lr_schedule_with_warmup`, one step ahead, and with a warm-up that starts above 0.
+    """Drives an optimizer with a `CosineWarmupWithMinLRSchedule`: a warm-up from above 0, and one step ahead.
 
     Args:
         optimizer: Any torch optimizer.
@@ -351,9 +327,6 @@ def get_cosine_with_min_lr_schedule_with_warmup_lr_rate(
         min_lr: The minimum as a rate; it becomes a share of the optimizer's default rate for all param groups.
         min_lr_rate: The minimum as a share of the initial rate. Exactly one of the two must be given.
         warmup_lr_rate: Where the warm-up starts, as a share of the initial rate. Default: `1 / num_warmup_steps`.
-
-    Returns:
-        A `LambdaLR` around a `CosineWarmupWithMinLRSchedule`.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
@@ -379,23 +352,20 @@ def get_wsd_schedule(
     num_cycles: float = 0.5,
     last_epoch: int = -1,
 ) -> LambdaLR:
-    """Warm-up, a stable phase at the initial rate, and a decay.
+    """Drives an optimizer with a `WarmupStableDecaySchedule`: warm-up, a stable phase at the initial rate, and a decay.
 
     Args:
         optimizer: Any torch optimizer.
         num_warmup_steps: Length of the warm-up.
         num_decay_steps: Length of the decay.
         num_training_steps: Length of all three phases.
-        num_stable_steps: Length of the stable phase, instead of `num_training_steps`. If both are given, this one is
-            used, with a UserWarning.
+        num_stable_steps: Length of the stable phase, instead of `num_training_steps`; used if both are given, with a
+            UserWarning.
         warmup_type: Shape of the warm-up: "linear", "cosine" or "1-sqrt".
         decay_type: Shape of the decay, from the same three.
         min_lr_ratio: Where warm-up starts and decay ends, as a share of the initial rate.
         num_cycles: Number of full waves of a cosine decay.
         last_epoch: See `get_constant_schedule`.
-
-    Returns:
-        A `LambdaLR` around a `WarmupStableDecaySchedule`.
 
     Raises:
         ValueError: As `WarmupStableDecaySchedule`.

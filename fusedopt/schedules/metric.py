@@ -28,8 +28,9 @@ __all__ = ["GreedyLR", "ReduceLROnPlateau", "get_greedy_schedule", "get_reduce_o
 class ReduceLROnPlateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
     """torch's `ReduceLROnPlateau`, except that it reduces a learning rate that is a tensor without reading it.
 
-    Arguments, defaults and checkpoints are those of torch. A run that goes on from a checkpoint follows the arguments
-    given now; with torch's class it follows those of the checkpoint.
+    It multiplies the learning rate by `factor` whenever a metric has stopped improving. Arguments, defaults and
+    checkpoints are those of torch. A run that goes on from a checkpoint follows the arguments given now; with torch's
+    class it follows those of the checkpoint.
 
     Raises:
         ValueError: The factor is 1 or more, the mode is unknown, an argument is no number, `min_lr` is above the rate,
@@ -121,18 +122,7 @@ class ReduceLROnPlateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
 
 
 def get_reduce_on_plateau_schedule(optimizer: Optimizer, **kwargs: Any) -> ReduceLROnPlateau:
-    """Multiplies the learning rate by a factor whenever a metric has stopped improving.
-
-    Args:
-        optimizer: Any torch optimizer.
-        **kwargs: The arguments of `torch.optim.lr_scheduler.ReduceLROnPlateau`, with its defaults: `mode="min"`,
-            `factor=0.1`, `patience=10`, `threshold=1e-4`, `threshold_mode="rel"`, `cooldown=0`, `min_lr=0`, `eps=1e-8`.
-
-    Returns:
-        The scheduler; call `step(metric)` after every evaluation.
-
-    Raises:
-        ValueError: As `ReduceLROnPlateau`.
+    """Returns `ReduceLROnPlateau(optimizer, **kwargs)`; call `step(metric)` after every evaluation.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
@@ -363,17 +353,7 @@ class GreedyLR(ReduceLROnPlateau):
 
 
 def get_greedy_schedule(optimizer: Optimizer, **kwargs: Any) -> GreedyLR:
-    """Raises the learning rate while a metric improves, lowers it while it does not.
-
-    Args:
-        optimizer: Any torch optimizer.
-        **kwargs: The arguments of `GreedyLR`.
-
-    Returns:
-        The scheduler; call `step(metric)` after every optimizer step or evaluation.
-
-    Raises:
-        ValueError: As `GreedyLR`.
+    """Returns `GreedyLR(optimizer, **kwargs)`; call `step(metric)` after every optimizer step or evaluation.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
