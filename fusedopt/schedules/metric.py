@@ -13,14 +13,7 @@ from typing import Any, ClassVar, Literal, SupportsFloat
 import torch
 from torch.optim import Optimizer
 
-from fusedopt.schedules.checks import (
-    is_above,
-    non_negative,
-    number,
-    refuse_changed_groups,
-    refuse_other_groups,
-    refuse_other_kind,
-)
+from fusedopt.schedules import checks
 
 __all__ = ["GreedyLR", "ReduceLROnPlateau", "get_greedy_schedule", "get_reduce_on_plateau_schedule"]
 
@@ -60,15 +53,15 @@ class ReduceLROnPlateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
         min_lr: list[float] | float = 0,
         eps: float = 1e-8,
     ) -> None:
-        factor, patience = number("factor", factor), _count("patience", patience)
-        threshold, cooldown = number("threshold", threshold), _count("cooldown", cooldown)
-        eps = number("eps", eps)
+        factor, patience = checks.number("factor", factor), _count("patience", patience)
+        threshold, cooldown = checks.number("threshold", threshold), _count("cooldown", cooldown)
+        eps = checks.number("eps", eps)
         groups = optimizer.param_groups if isinstance(optimizer, Optimizer) else []
         low = _per_group("min_lr", min_lr, len(groups))
         for index, (group, lowest) in enumerate(zip(groups, low)):
             # "lr" may be 0 now, at the start of a warm-up.
             rates = [group[key] for key in ("lr", "initial_lr") if group.get(key) is not None]
-            if rates and all(is_above(lowest, rate) for rate in rates):
+            if rates and all(checks.is_above(lowest, rate) for rate in rates):
                 raise ValueError(
                     f"min_lr must not be above the rate, got {lowest} for param group {index} with "
                     f"lr={max(map(float, rates))}: it would never be reduced"
@@ -87,7 +80,9 @@ class ReduceLROnPlateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
         if len(self.min_lrs) != len(self.optimizer.param_groups):
             lowest: Any = getattr(self, "default_min_lr", None)  # the one number that was given for all groups
             if lowest is None:
-                refuse_changed_groups(len(self.min_lrs), self.optimizer, "give min_lr as one number, or make a new one")
+                checks.refuse_changed_groups(
+                    len(self.min_lrs), self.optimizer, "give min_lr as one number, or make a new one"
+                )
             self.min_lrs = [lowest] * len(self.optimizer.param_groups)
         super().step(metrics, epoch)
 
@@ -98,7 +93,7 @@ class ReduceLROnPlateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
             ValueError: the state is that of another kind of scheduler, or of another `mode`; nothing was changed.
         """
         greedy = () if "num_good_epochs" in self._progress else ("num_good_epochs",)
-        refuse_other_kind(self, state_dict, self._progress[1], without=greedy)
+        checks.refuse_other_kind(self, state_dict, self._progress[1], without=greedy)
         if state_dict.get("mode", self.mode) != self.mode:
             raise ValueError(
                 f"the best metric of the state was found with mode={state_dict['mode']!r}, and mode is {self.mode!r} "
@@ -201,7 +196,7 @@ class GreedyLR(ReduceLROnPlateau):
         window_size: int = 50,
         reset_start: int = 500,
     ) -> None:
-        factor = number("factor", factor)
+        factor = checks.number("factor", factor)
         if factor >= 1.0:
             raise ValueError(f"factor must be < 1, got {factor}; it lowers the rate, its inverse raises it")
         if factor <= 0.0:
@@ -213,7 +208,7 @@ class GreedyLR(ReduceLROnPlateau):
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"GreedyLR drives a torch optimizer, got {type(optimizer).__name__}")
         self.optimizer = optimizer
-        self.mode, self.threshold, self.threshold_mode = mode, number("threshold", threshold), threshold_mode
+        self.mode, self.threshold, self.threshold_mode = mode, checks.number("threshold", threshold), threshold_mode
         self.factor, self.patience = factor, _count("patience", patience)
         self.cooldown, self.warmup = _count("cooldown", cooldown), _count("warmup", warmup)
         self.min_lrs = _per_group("min_lr", min_lr, len(optimizer.param_groups))
@@ -221,7 +216,7 @@ class GreedyLR(ReduceLROnPlateau):
         for low, high in zip(self.min_lrs, self.max_lrs):
             if low > high:
                 raise ValueError(f"min_lr must not be above max_lr, got min_lr={low} and max_lr={high}")
-        self.eps, self.verbose = number("eps", eps), verbose
+        self.eps, self.verbose = checks.number("eps", eps), verbose
         self.smooth, self.window_size = smooth, _count("window_size", window_size)
         if smooth and self.window_size < 1:
             raise ValueError(f"window_size must be >= 1 to smooth over, got {window_size}")
@@ -250,7 +245,9 @@ class GreedyLR(ReduceLROnPlateau):
         Raises:
             ValueError: A param group was added or removed; nothing was changed.
         """
-        refuse_changed_groups(len(self.min_lrs), self.optimizer, "make a new one; add groups before the scheduler")
+        checks.refuse_changed_groups(
+            len(self.min_lrs), self.optimizer, "make a new one; add groups before the scheduler"
+        )
         if isinstance(metrics, str):
             raise ValueError(f"metrics must be a number, got {metrics!r}")
         current = self._smoothed(float(metrics))
@@ -340,7 +337,7 @@ class GreedyLR(ReduceLROnPlateau):
         Raises:
             ValueError: As `ReduceLROnPlateau`, or the state is for another number of param groups.
         """
-        refuse_other_groups(len(self.min_lrs), state_dict.get("_last_lr", self.min_lrs))
+        checks.refuse_other_groups(len(self.min_lrs), state_dict.get("_last_lr", self.min_lrs))
         super().load_state_dict(state_dict)
         average = state_dict.get("_streaming_avg") or {"values": state_dict.get("_window", [])}
         self._window = list(average["values"])
@@ -376,11 +373,11 @@ def start_over(scheduler: torch.optim.lr_scheduler.ReduceLROnPlateau, optimizer:
 
 def _per_group(name: str, value: float | Sequence[float], num_groups: int) -> list[float]:
     if not isinstance(value, (list, tuple)):
-        return [number(name, value)] * num_groups
+        return [checks.number(name, value)] * num_groups
     if len(value) != num_groups:
         raise ValueError(f"{name} must be one number or {num_groups}, one per param group, got {len(value)} numbers")
-    return [number(f"{name}[{index}]", one) for index, one in enumerate(value)]
+    return [checks.number(f"{name}[{index}]", one) for index, one in enumerate(value)]
 
 
 def _count(name: str, value: float) -> int:
-    return non_negative(name, value)  # type: ignore[return-value]  # fractions are compared as they are
+    return checks.non_negative(name, value)  # type: ignore[return-value]  # fractions are compared as they are
