@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fusedopt import checks
 from fusedopt.schedules import forms
-from fusedopt.schedules.base import PYTHON, TORCH, Functions, StepFunction
+from fusedopt.schedules.base import PYTHON, TORCH, Functions
 from fusedopt.schedules.checks import non_negative, number
 from fusedopt.schedules.followed import Followed
 
@@ -23,13 +23,11 @@ RateFunction = Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
-class RateSchedule(StepFunction, Followed):
+class RateSchedule(Followed):
     """A learning rate as a function of the step: what `WarmUp` and `PolynomialDecay` share.
 
     Numbers may be NumPy's or torch's scalars; they are kept as Python's, so that a config can be written as JSON.
     """
-
-    is_rate = True
 
     @overload
     def __call__(self, step: float) -> float: ...

@@ -1,4 +1,4 @@
-"""AdafactorSchedule: the recorded runs, where it departs from them and why, and the life of a schedule."""
+"""AdafactorSchedule: recorded runs, the departures from them and their reasons, resuming and copies."""
 
 import copy
 import io
@@ -21,7 +21,7 @@ CASES = {
     for case in json.loads((Path(__file__).parent / "golden" / "adafactor_schedule.json").read_text())["cases"]
 }
 
-# Where the original does what nobody can want; each has a test of its own below.
+# What the original does here nobody can want; each has a test of its own below.
 DEPARTURES = {
     "grads_cleared": "initial_lr comes back when gradients were cleared before scheduler.step()",
     "manual_lr_unscaled": "a given lr is overwritten with initial_lr, 0.0",
@@ -32,7 +32,7 @@ DEPARTURES = {
 
 
 def replay(name, make=Adafactor, with_schedule=True):
-    """(rates, group rates) after construction and after every scheduler step, and parameters after every step."""
+    """Returns (rates, group rates) at the start and after every scheduler step, and parameters after every step."""
     case = CASES[name]
     params = [torch.nn.Parameter(torch.tensor(values)) for values in case["init"]]
     optimizer = make([{"params": [params[i] for i in group]} for group in case["groups"]], **case["adafactor_kwargs"])
@@ -148,7 +148,7 @@ def test_what_it_shows_is_never_what_the_optimizer_computes_with():
         step(shown)
         step(plain)
         schedule.step()
-        schedule.step()  # once too often, as a loop over micro-batches may
+        schedule.step()  # once too often, as in a loop over micro-batches
     (p,), (q,) = (optimizer.param_groups[0]["params"] for optimizer in (shown, plain))
     assert_same(p, q)
 

@@ -1,4 +1,4 @@
-"""Training loops as people write them, right and wrong, and the sentence that `verify_schedule` finds for each."""
+"""Training loops as people write them, right and wrong, and what `verify_schedule` says of each."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_scheduler_that_waits_for_an_overflow_is_right(make: Callable[..., tor
 
 @pytest.mark.parametrize("way", WAYS)
 def test_one_that_goes_on_is_right_where_the_optimizer_skips_by_itself(way: str) -> None:
-    """As trainers do it: they see a step that was taken."""
+    """As in trainers, which see a step that was taken."""
     recorder = scaled_run(fusedopt.AdamW, way, False, SKIPPED)
     assert finding(recorder, way).startswith("all 25 ")
     assert tuple(recorder.skipped.nonzero()[0]) == SKIPPED
@@ -80,7 +80,7 @@ def test_a_step_that_skip_nonfinite_skips_may_be_waited_for(waits: bool) -> None
     assert tuple(recorder.skipped.nonzero()[0]) == SKIPPED
 
 
-def test_a_mistake_beside_overflows_that_are_waited_for_is_named() -> None:
+def test_a_mistake_is_named_in_a_run_with_overflows_that_are_waited_for() -> None:
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = fusedopt.AdamW([weight], lr=0.01, skip_nonfinite=True)
     scheduler, recorder = scheduler_for(optimizer, "linear"), LRRecorder(optimizer)
@@ -127,7 +127,7 @@ def test_a_scheduler_stepped_per_micro_batch_with_a_short_last_window(
 
 
 def run(recorder: LRRecorder, scheduler: schedules.ScheduleLR, steps: Iterable[int]) -> None:
-    """One optimizer step for each number, followed by so many of the scheduler."""
+    """Takes one optimizer step for each number, each followed by that many scheduler steps."""
     for times in steps:
         recorder.optimizer.step()
         for _ in range(times):
@@ -154,7 +154,7 @@ def test_a_resumed_run_whose_record_lacks_first_step(way: str) -> None:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("one_record", [False, True])
 def test_a_count_that_went_on_twice(way: str, one_record: bool) -> None:
-    """On resume the state is loaded, and then the scheduler is stepped to where it is already."""
+    """On resume the state is loaded, and then the scheduler is stepped to where it already is."""
     optimizer = sgd(0.1)
     scheduler, recorder = scheduler_for(optimizer, way), LRRecorder(optimizer)
     run(recorder, scheduler, [1] * 15)
@@ -201,7 +201,7 @@ def test_rates_that_no_rule_explains_stay_unexplained() -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run_resumed_with_another_length_begins_with_the_rate_of_its_checkpoint(way: str) -> None:
-    """As in transformers: the optimizer's state has the rate of the next step, worked out with the old arguments."""
+    """As in transformers: the state of the optimizer has the rate of the next step, from the old arguments."""
     make = getattr(schedules, f"get_{way}_schedule_with_warmup")
     before = sgd(0.1)
     first = make(before, 4, 10)
@@ -217,7 +217,7 @@ def test_a_run_resumed_with_another_length_begins_with_the_rate_of_its_checkpoin
         optimizer.step()
         scheduler.step()
     assert "1 of 10 steps used another rate: only the first one after the resume" in finding(recorder, way)
-    # The way out that the sentence names.
+    # The way out that the finding names.
     optimizer = sgd(0.1)
     optimizer.load_state_dict(before.state_dict())
     scheduler, recorder = make(optimizer, 4, 60, last_epoch=5), LRRecorder(optimizer, first_step=6)
@@ -241,7 +241,7 @@ def test_a_scheduler_stepped_twice_from_some_step_on_is_no_window(way: str) -> N
 
 @pytest.mark.filterwarnings("ignore:Detected call of")
 @pytest.mark.parametrize("way", ["linear", "polynomial_decay"])
-def test_windows_are_seen_though_the_rate_has_long_been_at_its_end(way: str) -> None:
+def test_windows_are_seen_long_after_the_rate_has_reached_its_end(way: str) -> None:
     """The length was counted in optimizer steps, as it should be, so the rate ends at a third of the run."""
     optimizer = sgd(0.1)
     make = getattr(schedules, f"get_{way}_schedule_with_warmup")

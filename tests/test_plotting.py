@@ -1,4 +1,4 @@
-"""The pictures, checked through the data in their Axes, and the command that makes them."""
+"""Pictures of schedules, checked by the data in their Axes, and the command that draws them."""
 
 from __future__ import annotations
 
@@ -176,8 +176,8 @@ def test_restarts_of_a_long_run_fall_from_one_step_to_the_next() -> None:
     assert steps[jumps].tolist() == [int(np.ceil(step)) - 1 for step in restarts]
 
 
-def test_a_wave_is_not_taken_for_a_line() -> None:
-    """A wave whose period is the distance of evenly spread points, or half of it, or twice."""
+def test_a_wave_is_not_mistaken_for_a_line() -> None:
+    """Its period is the spacing of evenly spread points, half of it, or twice."""
     for cycles in (800, 1_200, 1_997, 2_000, 4_000):
         figure = plot_schedule(lambda step, cycles=cycles: np.cos(2 * np.pi * cycles * step / 10**7), num_steps=10**7)
         rates = figure.axes[0].get_lines()[0].get_ydata()
@@ -193,7 +193,7 @@ def test_no_tick_of_the_rates_reads_ten(lr: float) -> None:
 
 
 def many(number: int, kind: str) -> Any:
-    """What is drawn as so many curves."""
+    """Returns something that is drawn as `number` curves."""
     if kind == "param groups":
         optimizer = sgd(*[1e-4 * 0.9**group for group in range(number)])
         scheduler = schedules.get_cosine_schedule_with_warmup(optimizer, 5, 40)
@@ -206,7 +206,7 @@ def many(number: int, kind: str) -> Any:
 
 @pytest.mark.parametrize("kind", ["param groups", "long names"])
 @pytest.mark.parametrize("number", [1, 3, 8, 26, 100])
-def test_the_legend_of_many_curves_fits_on_the_page_and_lies_on_no_curve(number: int, kind: str) -> None:
+def test_the_legend_of_many_curves_fits_on_the_page_and_covers_no_curve(number: int, kind: str) -> None:
     figure = plot_schedule(many(number, kind), title="a title as long as a configuration " * 6)
     figure.draw_without_rendering()
     (legend,), (ax,) = figure.legends, figure.axes
@@ -230,7 +230,7 @@ def test_the_legend_of_many_curves_fits_on_the_page_and_lies_on_no_curve(number:
 
 
 @pytest.mark.parametrize("number", [1, 3, 26])
-def test_the_legend_in_axes_of_ones_own_lies_on_no_curve(number: int) -> None:
+def test_the_legend_in_given_axes_covers_no_curve(number: int) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 6), layout="constrained")
@@ -248,7 +248,7 @@ def test_the_legend_in_axes_of_ones_own_lies_on_no_curve(number: int) -> None:
                 assert points[:, 1].max() < legend.y0, line.get_label()
 
 
-def test_curves_drawn_one_after_the_other_all_fit_and_limits_of_ones_own_stay() -> None:
+def test_curves_drawn_one_after_the_other_all_fit_and_given_limits_stay() -> None:
     from matplotlib.figure import Figure
 
     ax = Figure().subplots()
@@ -271,7 +271,7 @@ def test_the_legend_of_many_param_groups_verified_fits_on_the_page() -> None:
     assert [text.get_text() for text in legend.get_texts()][-3:] == ["used, as meant", "used, differs", "warm-up"]
 
 
-def test_a_label_is_no_formula_and_none_is_left_out() -> None:
+def test_labels_are_not_read_as_formulas_and_all_are_shown() -> None:
     figure = plot_schedule(
         {"_mine $a$ $\\nonsense$": schedules.ConstantSchedule(), "other": schedules.ConstantSchedule()}
     )
@@ -287,7 +287,7 @@ def test_a_schedule_that_gives_the_rate_itself() -> None:
     assert figure.axes[0].get_ylabel() == "learning rate (per step)" and shaded(figure) == [(0, 5)]
 
 
-def test_drawing_in_axes_of_ones_own() -> None:
+def test_drawing_in_given_axes() -> None:
     from matplotlib.figure import Figure
 
     figure = Figure()

@@ -1,4 +1,4 @@
-"""A run's learning rates: noted as they were used, compared with the schedule, and the classic mistakes told apart."""
+"""The learning rates of a run: recorded, compared with the schedule, and the classic mistakes that explain them."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def two_groups(as_tensor: bool) -> torch.optim.SGD:
 
 @pytest.mark.filterwarnings("ignore:Detected call of")  # torch suspects the mistake that is made on purpose
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda loop: loop.__name__)
-def test_each_mistake_is_told_apart(mistake: Callable[[torch.optim.Optimizer], None]) -> None:
+def test_each_mistake_is_named(mistake: Callable[[torch.optim.Optimizer], None]) -> None:
     num_wrong, finding = MISTAKES[mistake]
     optimizer = two_groups(as_tensor=False)
     recorder = LRRecorder(optimizer)
@@ -154,7 +154,7 @@ def test_each_mistake_is_told_apart(mistake: Callable[[torch.optim.Optimizer], N
     assert str(caught.value) == verification.finding
 
 
-def test_twice_per_step_in_a_warm_up_is_not_taken_for_twice_the_rate() -> None:
+def test_twice_per_step_in_a_warm_up_is_not_mistaken_for_twice_the_rate() -> None:
     optimizer = sgd(0.1)
     scheduler = schedules.get_constant_schedule_with_warmup(optimizer, 100)
     recorder = LRRecorder(optimizer)
@@ -165,7 +165,7 @@ def test_twice_per_step_in_a_warm_up_is_not_taken_for_twice_the_rate() -> None:
     assert "stepped 2 times per optimizer step" in verify_schedule(recorder, scheduler).finding
 
 
-def test_starting_anew_is_believed_before_a_jump_that_looks_the_same() -> None:
+def test_starting_anew_is_preferred_to_a_jump_that_looks_the_same() -> None:
     optimizer = sgd(0.1)
     recorder = LRRecorder(optimizer)
     for _ in range(2):  # the second time without the first one's state
@@ -272,7 +272,7 @@ def test_an_optimizer_that_sets_its_own_rate() -> None:
     assert np.isnan(recorder.rates).all()
 
 
-def test_notes_by_hand_and_closing() -> None:
+def test_steps_recorded_by_hand_and_closing() -> None:
     optimizer = sgd(0.1)
     recorder = LRRecorder(optimizer)
     recorder.note()  # as before a graph replay
@@ -294,7 +294,7 @@ def test_the_capture_of_a_graph_is_no_step(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(recorder) == 1
 
 
-def test_a_step_that_raised_is_not_noted() -> None:
+def test_a_step_that_raised_is_not_recorded() -> None:
     def closure() -> Any:
         raise KeyError("no data")
 

@@ -1,4 +1,4 @@
-"""A run that goes on: with the arguments given now, from its own kind of state, for the param groups there were."""
+"""A run that goes on does so with its new arguments, from the same kind of state, for the same param groups."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def finished(name: str, steps: int = 10, num_training_steps: int = 10) -> dict[s
 @pytest.mark.parametrize("kind", ["named", "fields alone", "functions", "partial functions"])
 @pytest.mark.parametrize("name", WITH_A_LENGTH)
 def test_a_resumed_run_follows_its_new_length(name: str, kind: str) -> None:
-    """From our states, those of before, which had no name, and those of transformers, which say nothing."""
+    """From our states, from older ones without a name, and from those of transformers, which say nothing."""
     state = finished(name)
     (saved,) = state["lr_lambdas"]
     own = {key: value for key, value in saved.items() if key != "name"}
@@ -106,7 +106,7 @@ def test_states_of_other_schedulers_are_refused_by_all() -> None:
 
 
 @pytest.mark.parametrize("name", METRIC_DRIVEN)
-def test_a_scheduler_driven_by_a_metric_goes_on_with_the_arguments_given_now(name: str) -> None:
+def test_a_metric_driven_scheduler_goes_on_with_the_arguments_given_now(name: str) -> None:
     first = get_scheduler(name, sgd(0.1), scheduler_specific_kwargs={"factor": 0.5, "patience": 3, "min_lr": 1e-3})
     for metric in (3.0, 2.0, 2.5, 2.5):
         advance(first, metric)
@@ -149,7 +149,7 @@ def test_a_group_added_after_the_scheduler_is_named_in_one_sentence(name: str, a
     with pytest.raises(ValueError, match=f"{message}; .*make a new one"):
         advance(scheduler)
     assert (scheduler.state_dict(), rates(optimizer)) == before
-    if name in CLOSED_FORMS:  # the way out that the sentence names
+    if name in CLOSED_FORMS:  # the way out that the message names
         optimizer.param_groups[1]["initial_lr"] = 0.02
         again = LambdaLR(optimizer, scheduler.lr_lambdas[0], last_epoch=scheduler.last_epoch - 1)
         assert rates(optimizer) == pytest.approx([lr * scheduler.lr_lambdas[0](3) for lr in (0.1, 0.02)])

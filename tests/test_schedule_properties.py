@@ -1,4 +1,4 @@
-"""What holds for every schedule whatever its parameters, and which parameters are refused."""
+"""Properties of every schedule for any parameters, and the parameters that are refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from fusedopt import schedules
 from fusedopt.schedules import example_arguments, get_scheduler, needs_metric
 
-# The same examples in every run, on however slow a machine.
+# The same examples in every run, however slow the machine.
 settled = settings(max_examples=200, derandomize=True, deadline=None)
 
 counts = st.one_of(st.integers(0, 500), st.floats(0.01, 500))
@@ -203,7 +203,7 @@ def test_an_optimizer_without_a_rate_is_refused(name: str) -> None:
         get_scheduler(name, optimizer, 1, 10)
 
 
-def test_zero_initial_rates_are_refused_where_they_are_divided_by() -> None:
+def test_an_initial_rate_of_zero_is_refused_where_it_is_a_divisor() -> None:
     optimizer = sgd(default=0.0)
     with pytest.raises(ValueError, match="give min_lr_rate"):
         schedules.get_cosine_with_min_lr_schedule_with_warmup(optimizer, 1, 9, min_lr=0.0)

@@ -138,7 +138,7 @@ def test_resume_with_last_epoch(name: str, last_epoch: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", EVERY_NAME)
-def test_a_tensor_stays_that_tensor_and_is_never_read(name: str, dtype: torch.dtype) -> None:
+def test_a_tensor_stays_the_same_tensor_and_is_never_read(name: str, dtype: torch.dtype) -> None:
     tensors = [torch.tensor(0.1, dtype=dtype), torch.tensor(0.02, dtype=dtype)]
     optimizer, plain = sgd(*tensors), sgd(0.1, 0.02)
     scheduler, reference = by_name(name, optimizer), by_name(name, plain)
@@ -153,7 +153,7 @@ def test_a_tensor_stays_that_tensor_and_is_never_read(name: str, dtype: torch.dt
             scheduler.step(*[metric] if needs_metric(name) else [])
 
 
-def test_plateau_with_a_float_beside_a_tensor() -> None:
+def test_plateau_with_a_float_and_a_tensor() -> None:
     tensor = torch.tensor(0.02, dtype=torch.float64)
     optimizer, plain = sgd(0.1, tensor), sgd(0.1, 0.02)
     kwargs = {"patience": 0, "factor": 0.5, "min_lr": 0.015, "eps": 1e-3}
@@ -165,13 +165,13 @@ def test_plateau_with_a_float_beside_a_tensor() -> None:
     assert optimizer.param_groups[1]["lr"] is tensor and float(tensor) == 0.015
 
 
-def test_greedy_leaves_out_changes_smaller_than_eps() -> None:
+def test_greedy_makes_no_change_smaller_than_eps() -> None:
     scheduler = schedules.get_greedy_schedule(sgd(0.1, 0.02), patience=0, factor=0.5, eps=0.05)
     scheduler.step(1.0)
     assert scheduler.get_last_lr() == [0.2, 0.02]
 
 
-def test_greedy_counts_to_its_reset_anew_after_an_increase() -> None:
+def test_greedy_counts_to_its_reset_from_the_start_after_an_increase() -> None:
     scheduler = schedules.get_greedy_schedule(sgd(0.1), patience=0, factor=0.5, min_lr=0.05, reset_start=2)
     for metric in (1.0, 1.0, 1.0, 0.9, 0.9):  # up, down, down to the minimum, up, down to the minimum again
         scheduler.step(metric)

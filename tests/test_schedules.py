@@ -1,4 +1,4 @@
-"""The schedules against the recorded originals, and as objects of their own."""
+"""The schedules, compared with recordings of the originals, and as objects."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def test_numbers_of_numpy_and_torch_become_plain_ones() -> None:
     ]
 
 
-def test_inverse_sqrt_with_a_timescale_lost_beside_the_warm_up() -> None:
+def test_inverse_sqrt_with_a_timescale_that_vanishes_against_the_warm_up() -> None:
     schedule = schedules.InverseSqrtSchedule(5, timescale=1e-20)
     assert schedule(5) == 1.0 and schedule(6) == pytest.approx(1e-10)
 

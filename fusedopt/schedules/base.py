@@ -75,8 +75,10 @@ class StepFunction:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
-        return {name: value for name, value in values.items() if value is not None and not callable(value)}
+        return {name: value for name, value in self._fields() if value is not None and not callable(value)}
+
+    def _fields(self) -> list[tuple[str, Any]]:
+        return [(field.name, getattr(self, field.name)) for field in fields(self)]  # type: ignore[arg-type]
 
     def __call__(self, step: Any) -> Any:
         """Returns the value at a step, or an array of the values at an array of steps."""
@@ -168,7 +170,7 @@ class Schedule(StepFunction):
         return Saved(name=self.name, **self.__getstate__())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        return dict(self._fields())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():

@@ -16,6 +16,9 @@ from fusedopt.schedules.metric import GreedyLR, start_over
 from fusedopt.schedules.registry import SchedulerType, get_scheduler
 from fusedopt.wrappers import unwrapped_scheduler
 
+Plottable = str | tuple[str, Mapping[str, Any]] | LambdaLR | ReduceLROnPlateau | Callable[[Any], Any]
+"""A name, a name with its arguments, a scheduler, or a function of the step, such as a schedule."""
+
 # More points than pixels help nobody, except where a curve is steep: up to _MOST_POINTS in all.
 _EVEN_POINTS = 2000
 _MOST_POINTS = 20_000
@@ -120,7 +123,11 @@ def example_metric(num_steps: int) -> np.ndarray:
 
 
 def curves_of(
-    what: Any, num_steps: int | None, lr: float | None, metrics: Sequence[float] | None, arguments: Mapping[str, Any]
+    what: Plottable | Sequence[Plottable] | Mapping[str, Plottable],
+    num_steps: int | None,
+    lr: float | None,
+    metrics: Sequence[float] | None,
+    arguments: Mapping[str, Any],
 ) -> tuple[list[Curve], bool]:
     """Returns the curves of `what` (see `plot_schedule`), and True if their rates are multiples of the initial rate."""
     if lr is not None:

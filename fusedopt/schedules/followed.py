@@ -8,18 +8,21 @@ from typing import Any, TypeVar
 
 import torch
 
+from fusedopt.schedules.base import StepFunction
 from fusedopt.schedules.checks import refuse_other_kind
 from fusedopt.wrappers import unwrapped_optimizer
 
 _Schedule = TypeVar("_Schedule", bound="Followed")
 
 
-class Followed:
-    """A function of the step that shows trainers and loggers the rate that its optimizer takes from it.
+class Followed(StepFunction):
+    """A rate as a function of the step, which shows trainers and loggers the rate that its optimizer takes from it.
 
     The transformers Trainer and Accelerate step it, log `get_last_lr()` and save it, as they do with a torch scheduler.
     It sets nothing: the steps are counted by the optimizer, in its state.
     """
+
+    is_rate = True
 
     def belonging_to(self: _Schedule, optimizer: Any) -> _Schedule:
         """Returns a copy that shows the rate of an optimizer that follows it, as `create_optimizer` does.

@@ -7,12 +7,12 @@ Figures are made without pyplot, so no window, backend or global state is touche
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusedopt.schedules.curves import Curve, curves_of
+from fusedopt.schedules.curves import Curve, Plottable, curves_of
 from fusedopt.schedules.recorder import LRRecorder
 from fusedopt.schedules.registry import SchedulerType, example_arguments
 from fusedopt.schedules.verification import functions_of, verify_schedule
@@ -37,7 +37,7 @@ _MOST_ROWS = 10
 
 
 def plot_schedule(
-    what: Any,
+    what: Plottable | Sequence[Plottable] | Mapping[str, Plottable],
     num_steps: int | None = None,
     ax: Axes | None = None,
     *,

@@ -1,4 +1,4 @@
-"""What the schedule tests share: one schedule of each kind, and optimizers with nothing in them but learning rates."""
+"""For tests of schedules: one schedule of each kind, and optimizers with learning rates and nothing to train."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fusedopt import schedules
 from fusedopt.schedules import example_arguments, get_scheduler
 
-# For whatever is computed on Python floats in the original's order; what is left is a different libm.
+# For what is computed on Python floats in the order of the original; the rest is the difference of two libms.
 RTOL = 1e-13
 
 CLOSED_FORMS = {
@@ -30,7 +30,7 @@ EVERY_NAME = [*CLOSED_FORMS, *METRIC_DRIVEN]
 
 
 def sgd(*lrs: float | torch.Tensor, default: float | torch.Tensor = 0.1, **extra: list[float]) -> torch.optim.SGD:
-    """An optimizer with one param group per learning rate."""
+    """Returns an optimizer with one param group per learning rate."""
     groups = [{"params": [torch.zeros(1, requires_grad=True)], "lr": lr} for lr in lrs or (default,)]
     for key, values in extra.items():
         for group, value in zip(groups, values):
@@ -53,7 +53,7 @@ def rates(optimizer: torch.optim.Optimizer) -> list[float]:
 
 
 class NoReading(TorchDispatchMode):
-    """Fails on whatever copies a tensor's value to the host: item(), float(), bool(), tolist(), to(device)."""
+    """Fails on what copies the value of a tensor to the host: item(), float(), bool(), tolist(), to(device)."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert func is not torch.ops.aten._local_scalar_dense.default, "a tensor was read"
