@@ -22,115 +22,58 @@ def linear(optimizer: torch.optim.Optimizer, last_epoch: int = -1) -> LambdaLR:
     return schedules.get_linear_schedule_with_warmup(optimizer, 8, STEPS, last_epoch)
 
 
-# One training loop per mistake; each records what it uses.
-
-
-def as_meant(optimizer: torch.optim.Optimizer) -> None:
-    scheduler = linear(optimizer)
-    for _ in range(STEPS):
-        optimizer.step()
-        scheduler.step()
-
-
-def stepped_before_the_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    scheduler = linear(optimizer)
-    for _ in range(STEPS):
-        scheduler.step()
-        optimizer.step()
-
-
-def stepped_twice(optimizer: torch.optim.Optimizer) -> None:
-    scheduler = linear(optimizer)
-    for _ in range(STEPS):
-        optimizer.step()
-        scheduler.step()
-        scheduler.step()
-
-
-def stepped_on_both_sides(optimizer: torch.optim.Optimizer) -> None:
-    scheduler = linear(optimizer)
-    for _ in range(STEPS):
-        scheduler.step()
-        optimizer.step()
-        scheduler.step()
-
-
-def stepped_per_micro_batch(optimizer: torch.optim.Optimizer) -> None:
-    scheduler = linear(optimizer)
-    for micro_batch in range(4 * 12):
-        if micro_batch % 4 == 3:
-            optimizer.step()
-        scheduler.step()
-
-
-def stepped_per_epoch(optimizer: torch.optim.Optimizer) -> None:
-    scheduler = linear(optimizer)
-    for _epoch in range(4):
-        for _ in range(10):
-            optimizer.step()
-        scheduler.step()
-
-
-def never_stepped(optimizer: torch.optim.Optimizer) -> None:
-    linear(optimizer)
-    for _ in range(STEPS):
-        optimizer.step()
-
-
-def started_anew_on_resume(optimizer: torch.optim.Optimizer) -> None:
-    scheduler = linear(optimizer)
-    for step in range(STEPS):
-        if step == 15:
-            scheduler = linear(optimizer)  # and no load_state_dict
-        optimizer.step()
-        scheduler.step()
-
-
-def resumed_from_an_older_checkpoint(optimizer: torch.optim.Optimizer) -> None:
-    scheduler = linear(optimizer)
-    for step in range(STEPS):
-        if step == 20:
-            scheduler = linear(optimizer, last_epoch=16)
-        optimizer.step()
-        scheduler.step()
-
-
-def stepped_without_the_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    scheduler = linear(optimizer)
-    for step in range(STEPS):
-        if step != 9:  # as a GradScaler skips a step whose gradients overflow
-            optimizer.step()
-        scheduler.step()
-
-
-def another_initial_rate(optimizer: torch.optim.Optimizer) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] *= 0.25
-    as_meant(optimizer)
-
-
-def changed_by_hand(optimizer: torch.optim.Optimizer) -> None:
-    scheduler = linear(optimizer)
-    for step in range(STEPS):
-        if step == 12:
-            optimizer.param_groups[0]["lr"] = 0.7
-        optimizer.step()
-        scheduler.step()
-
-
-MISTAKES: dict[Callable[[torch.optim.Optimizer], None], tuple[int, str]] = {
-    stepped_before_the_optimizer: (40, "one step ahead; call optimizer.step() before scheduler.step()"),
-    stepped_twice: (39, "stepped 2 times per optimizer step; step it once"),
-    stepped_on_both_sides: (40, "stepped 2 times per optimizer step; step it once"),
-    stepped_per_micro_batch: (12, "stepped 4 times per optimizer step; step it once"),
-    stepped_per_epoch: (39, "stepped once in 10 optimizer steps, as if per epoch; step it after every one"),
-    never_stepped: (39, "never changed, so the scheduler is not stepped; call scheduler.step() after"),
-    started_anew_on_resume: (24, "from step 15 on it starts anew; load the scheduler's state_dict on resume"),
-    resumed_from_an_older_checkpoint: (20, "from step 20 on the scheduler is 3 steps behind"),
-    stepped_without_the_optimizer: (30, "from step 9 on the scheduler is 1 step ahead (stepped although the optimizer"),
-    another_initial_rate: (39, "all rates are 0.25 times those of the schedule; give the optimizer the initial rate"),
-    changed_by_hand: (1, "first at step 12, [0.7, 0.0175] instead of [0.0875, 0.0175]"),
+# What a training loop does, one letter a step: "o" steps the optimizer, "s" the scheduler; for the rest see `train`.
+MISTAKES = {
+    "stepped before the optimizer": ("so" * 40, 40, "one step ahead; call optimizer.step() before scheduler.step()"),
+    "stepped twice": ("oss" * 40, 39, "stepped 2 times per optimizer step; step it once"),
+    "stepped on both sides": ("sos" * 40, 40, "stepped 2 times per optimizer step; step it once"),
+    "stepped per micro-batch": ("sssos" * 12, 12, "stepped 4 times per optimizer step; step it once"),
+    "stepped per epoch": (
+        ("o" * 10 + "s") * 4,
+        39,
+        "stepped once in 10 optimizer steps, as if per epoch; step it after every one",
+    ),
+    "never stepped": ("o" * 40, 39, "never changed, so the scheduler is not stepped; call scheduler.step() after"),
+    "started anew on resume": (
+        "os" * 15 + "n" + "os" * 25,
+        24,
+        "from step 15 on it starts anew; load the scheduler's state_dict on resume",
+    ),
+    "resumed from an older checkpoint": (
+        "os" * 20 + "b" + "os" * 20,
+        20,
+        "from step 20 on the scheduler is 3 steps behind",
+    ),
+    "stepped without the optimizer": (  # as a GradScaler skips a step whose gradients overflow
+        "os" * 9 + "s" + "os" * 30,
+        30,
+        "from step 9 on the scheduler is 1 step ahead (stepped although the optimizer",
+    ),
+    "another initial rate": (
+        "q" + "os" * 40,
+        39,
+        "all rates are 0.25 times those of the schedule; give the optimizer the initial rate",
+    ),
+    "changed by hand": ("os" * 12 + "h" + "os" * 28, 1, "first at step 12, [0.7, 0.0175] instead of [0.0875, 0.0175]"),
 }
+
+
+def train(optimizer: torch.optim.Optimizer, loop: str) -> None:
+    if loop[0] == "q":
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.25
+    scheduler = linear(optimizer)
+    for action in loop:
+        if action == "o":
+            optimizer.step()
+        elif action == "s":
+            scheduler.step()
+        elif action == "n":  # a resume, without load_state_dict
+            scheduler = linear(optimizer)
+        elif action == "b":  # a resume
+            scheduler = linear(optimizer, last_epoch=16)
+        elif action == "h":
+            optimizer.param_groups[0]["lr"] = 0.7
 
 
 def two_groups(as_tensor: bool) -> torch.optim.SGD:
@@ -138,12 +81,12 @@ def two_groups(as_tensor: bool) -> torch.optim.SGD:
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of")  # torch suspects the mistake that is made on purpose
-@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda loop: loop.__name__)
-def test_each_mistake_is_named(mistake: Callable[[torch.optim.Optimizer], None]) -> None:
-    num_wrong, finding = MISTAKES[mistake]
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_each_mistake_is_named(mistake: str) -> None:
+    loop, num_wrong, finding = MISTAKES[mistake]
     optimizer = two_groups(as_tensor=False)
     recorder = LRRecorder(optimizer)
-    mistake(optimizer)
+    train(optimizer, loop)
     verification = verify_schedule(recorder, schedules.LinearSchedule(8, STEPS))
     assert not verification.ok
     assert verification.finding.startswith(f"{num_wrong} of {len(recorder)} steps used another rate: ")

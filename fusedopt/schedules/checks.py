@@ -88,13 +88,6 @@ def refuse_other_schedule(own: dict[str, Any], state: dict[str, Any]) -> None:
     )
 
 
-def refuse_other_lambdas(own: list[Any], saved: list[Any]) -> None:
-    """Refuses what a `LambdaLR` saved of its functions, if they were other schedules than `own`, or more, or fewer."""
-    refuse_other_groups(len(own), saved)
-    for function, state in zip(own, saved):
-        refuse_other_schedule(vars(function), state or {})
-
-
 def _owner(state: Mapping[str, Any]) -> str:
     if "lr_lambdas" in state:
         names = {saved["name"] for saved in state["lr_lambdas"] if saved and "name" in saved}

@@ -17,9 +17,8 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from fusedopt.schedules import forms
+from fusedopt.schedules import checks, forms
 from fusedopt.schedules.base import Schedule
-from fusedopt.schedules.checks import is_above, number, refuse_changed_groups, refuse_other_kind, refuse_other_lambdas
 
 __all__ = [
     "ScheduleLR",
@@ -51,7 +50,7 @@ class ScheduleLR(LambdaLR):
         Raises:
             ValueError: a param group was added or removed; nothing was changed.
         """
-        refuse_changed_groups(
+        checks.refuse_changed_groups(
             len(self.base_lrs),
             self.optimizer,
             f"make a new one, with last_epoch={self.last_epoch - 1} to go on from here (then every group needs its "
@@ -66,13 +65,15 @@ class ScheduleLR(LambdaLR):
             ValueError: the state is that of another kind of schedule, or for another number of param groups; nothing
                 was changed.
         """
-        refuse_other_kind(self, state_dict, "lr_lambdas", without=("initial_lr",))
-        refuse_other_lambdas(self.lr_lambdas, state_dict["lr_lambdas"])
+        checks.refuse_other_kind(self, state_dict, "lr_lambdas", without=("initial_lr",))
+        checks.refuse_other_groups(len(self.lr_lambdas), state_dict["lr_lambdas"])
+        for schedule, saved in zip(self.lr_lambdas, state_dict["lr_lambdas"]):
+            checks.refuse_other_schedule(vars(schedule), saved or {})
         super().load_state_dict({**state_dict, "lr_lambdas": [None] * len(self.lr_lambdas)})
 
 
 def _drive(optimizer: Optimizer, schedule: Schedule, last_epoch: int) -> LambdaLR:
-    last_epoch = int(number("last_epoch", last_epoch))
+    last_epoch = int(checks.number("last_epoch", last_epoch))
     for index, group in enumerate(optimizer.param_groups):
         if group["lr"] is None:
             raise ValueError(
@@ -101,17 +102,17 @@ def _min_lr_rate(optimizer: Optimizer, min_lr: float | None, min_lr_rate: float 
         return _not_above_1("min_lr_rate", min_lr_rate)
     if min_lr is None:
         raise ValueError("min_lr and min_lr_rate are both missing; give one of them")
-    min_lr, rate = number("min_lr", min_lr), _initial_rate(optimizer)
+    min_lr, rate = checks.number("min_lr", min_lr), _initial_rate(optimizer)
     initial_lr = float(rate)
     if initial_lr == 0:
         raise ValueError("min_lr is no share of an initial learning rate of 0; give min_lr_rate instead")
-    if is_above(min_lr, rate):
+    if checks.is_above(min_lr, rate):
         raise ValueError(f"min_lr must not be above the initial learning rate {initial_lr}, got {min_lr}")
     return min_lr / initial_lr
 
 
 def _not_above_1(name: str, share: float) -> float:
-    share = number(name, share)
+    share = checks.number(name, share)
     if share > 1:
         raise ValueError(f"{name} must be <= 1, got {share}; the minimum is above the initial rate")
     return share
