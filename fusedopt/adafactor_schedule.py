@@ -26,7 +26,7 @@ class AdafactorSchedule(LambdaLR):
     With relative steps `group["lr"]` shows the rate, and the optimizer never reads it. A learning rate given by hand
     (`relative_step=False`) stays in `group["lr"]`; `get_last_lr()` shows it multiplied by the parameter scale.
 
-    Departures from the original, which reads the gradients to find out what was updated and always writes
+    Departures from the original, which reads the gradients to find out which parameters were updated and always writes
     `group["lr"]`:
 
     - Gradients that are cleared before `step()` change nothing; in the original, `initial_lr` comes back.
@@ -34,7 +34,7 @@ class AdafactorSchedule(LambdaLR):
       parameter scale at every step.
     - A group without gradients shows its last rate; the original raises a ValueError, or with older torch shows the
       rates of other groups.
-    - Gradients that exist before the first step are no KeyError.
+    - Gradients that exist before the first step raise no KeyError.
     - `step()` before `optimizer.step()` gives no warning, since nothing is missed.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a learning-rate schedule is: a function from the step to the factor of the initial learning rate.
+"""Learning-rate schedules as functions, from the step to the factor of the initial learning rate.
 
 Every formula is written once, for Python numbers, numpy arrays and torch tensors alike: the functions in which these
 differ (`cos`, `where`, ...) are passed to it. On Python numbers the arithmetic is that of transformers 4.34 and 5, in
@@ -24,7 +24,7 @@ from fusedopt.schedules.checks import count, number, refuse_other_schedule
 
 
 class Functions(NamedTuple):
-    """What a formula needs besides `+ - * / % **`, for one kind of number. Bounds are plain Python numbers."""
+    """The functions in formulas besides `+ - * / % **`, for one kind of number. Bounds are plain Python numbers."""
 
     cos: Callable[[Any], Any]
     sqrt: Callable[[Any], Any]
@@ -49,11 +49,11 @@ def _functions_for(step: Any) -> tuple[Functions, Any]:
 
 
 class StepFunction:
-    """A function of the step whose parameters are the fields of a dataclass; what pictures and checks ask of it.
+    """A function of the step whose parameters are the fields of a dataclass, as pictures and checks use it.
 
     Attributes:
         is_rate: True if the value is the learning rate itself, False if it is a factor of the initial one.
-        label: What a picture calls it.
+        label: Its name in a picture.
         length: Number of steps from the start to the end of the schedule, None if it has no end.
         pace: Number of steps in which it changes, of a schedule without an end.
         parameters: The fields that are numbers or words, by name.
@@ -86,7 +86,7 @@ class StepFunction:
 
 
 def values_at(function: Callable[[Any], Any], steps: np.ndarray) -> np.ndarray:
-    """Returns the values of a function of the step, float64 of the shape of `steps`; one of the user's gets one int."""
+    """Returns the values of a function at `steps`, float64; a function of the user is called with one int at a time."""
     values = function(steps) if isinstance(function, StepFunction) else [float(function(int(step))) for step in steps]
     return np.asarray(values, dtype=np.float64)
 
@@ -102,9 +102,9 @@ class Saved(dict[str, Any]):
 
 
 class Schedule(StepFunction):
-    """A learning rate that depends on the step alone: `schedule(step)` is the factor of the initial rate.
+    """A learning rate that depends only on the step: `schedule(step)` is the factor of the initial rate.
 
-    Subclasses are frozen dataclasses that state what comes after the warm-up (`_after`) and, where it is not a straight
+    Subclasses are frozen dataclasses that define the part after the warm-up (`_after`) and, where it is not a straight
     line from 0 to 1, the warm-up itself (`_warm_up`). Counts are optimizer steps, integers or floats.
 
     Attributes:
@@ -113,7 +113,7 @@ class Schedule(StepFunction):
         length: Number of steps from the start to the end of the schedule, None if it has no end.
 
     Raises:
-        ValueError: A count is missing or negative, or a parameter is no finite number.
+        ValueError: A count is missing or negative, or a parameter is not a finite number.
 
     Example:
         >>> import numpy as np

@@ -1,5 +1,5 @@
-"""What schedules and schedulers refuse, with ValueError: values that are no numbers or counts, the state of another
-scheduler, and an optimizer whose param groups have changed."""
+"""Checks of schedules and schedulers, which raise ValueError: of numbers and counts, of a state that may be that of
+another scheduler, and of an optimizer whose param groups may have changed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fusedopt import checks
 
 
 def number(name: str, value: Any) -> float:
-    """Returns `value` as a plain Python number, so that checkpoints hold nothing else; refuses what is not finite."""
+    """Returns a finite number as a plain Python number, so that checkpoints hold nothing else."""
     value = checks.plain(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value!r}{checks.hint(value)}")
@@ -21,7 +21,7 @@ def number(name: str, value: Any) -> float:
 
 
 def non_negative(name: str, value: Any, way_out: str = "") -> float:
-    """Returns `value` as a plain Python number; refuses a negative one with a message that ends in `way_out`."""
+    """Returns a finite number >= 0 as a plain Python number; `way_out` ends the message for a negative one."""
     value = number(name, value)
     if value < 0:
         raise ValueError(f"{name} must be >= 0, got {value}{way_out}")
@@ -29,7 +29,7 @@ def non_negative(name: str, value: Any, way_out: str = "") -> float:
 
 
 def count(name: str, value: Any) -> float:
-    """Returns `value` as a number of optimizer steps; refuses None and what is no finite number >= 0."""
+    """Returns a number of optimizer steps, a finite number >= 0, as a plain Python number."""
     if value is None:
         raise ValueError(f"{name} is missing; give it as a number of optimizer steps")
     return non_negative(name, value, "; it counts optimizer steps, 0 leaves the phase out")

@@ -1,4 +1,4 @@
-"""From whatever names or holds schedules to the points of their curves; `fusedopt.schedules.plotting` draws them."""
+"""The points of the curves of schedules, however they are given; `fusedopt.schedules.plotting` draws them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MOST_POINTS = 20_000
 _SMALL_RISE = 1 / 400
 # A metric-driven schedule is simulated step by step, in one second for this many.
 _MOST_METRICS = 1_000_000
-# A little of what follows the end of a schedule is shown.
+# A schedule is shown a little beyond its end.
 _BEYOND_THE_END = 1.05
 
 
@@ -55,7 +55,7 @@ class Curve:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Source:
-    """What a curve is drawn from; a subclass knows how.
+    """A schedule of which a curve is drawn; subclasses know how.
 
     Attributes:
         label: See `Curve`.

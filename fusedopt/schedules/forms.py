@@ -1,4 +1,4 @@
-"""The learning-rate schedules that are functions of the step alone, one flat frozen dataclass each.
+"""The learning-rate schedules that depend only on the step, one flat frozen dataclass each.
 
 They need no optimizer: `LinearSchedule(10, 100)(step)` is the factor of the initial rate. The functions in
 `fusedopt.schedules.functions` pass these objects to torch's `LambdaLR`.

@@ -5,7 +5,7 @@ a tensor stays the same tensor, filled in place and never read by a step, so a s
 captured in a CUDA graph.
 
 Positional order, defaults and values are those of transformers 4.34 and 5, with these departures: negative counts and
-parameters that are no finite numbers are refused; where the original divides by zero, a rate is defined (see
+parameters that are not finite are refused; where the original divides by zero, a rate is defined (see
 `PolynomialSchedule` and `InverseSqrtSchedule`).
 """
 

@@ -26,8 +26,8 @@ class ReduceLROnPlateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
     class it follows those of the checkpoint.
 
     Raises:
-        ValueError: The factor is 1 or more, the mode is unknown, an argument is no number, `min_lr` is above the rate,
-            which could never be reduced to it, or is a list without one number per param group.
+        ValueError: The factor is 1 or more, the mode is unknown, an argument is not a number, or `min_lr` is above the
+            rate, which could never be reduced to it, or is a list without one number per param group.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
@@ -39,7 +39,7 @@ class ReduceLROnPlateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
     """
 
     _progress: ClassVar[tuple[str, ...]] = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr")
-    """What a state holds of a run; its other entries are arguments."""
+    """The entries of a state that describe a run; the others are arguments."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class ReduceLROnPlateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
         super().step(metrics, epoch)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over what a run has seen so far; the scheduler keeps its arguments.
+        """Takes over the progress of a run; the scheduler keeps its arguments.
 
         Raises:
             ValueError: the state is that of another kind of scheduler, or of another `mode`; nothing was changed.
@@ -159,7 +159,7 @@ class GreedyLR(ReduceLROnPlateau):
 
     Raises:
         ValueError: The factor is not between 0 and 1, a mode is unknown, a list has the wrong length, a `min_lr` is
-            above its `max_lr`, an argument is no number, or a count is negative.
+            above its `max_lr`, an argument is not a number, or a count is negative.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
@@ -329,7 +329,7 @@ class GreedyLR(ReduceLROnPlateau):
         return {key: value for key, value in self.__dict__.items() if key != "optimizer"}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over what a run has seen so far, and writes its learning rates to the optimizer.
+        """Takes over the progress of a run, and writes its learning rates to the optimizer.
 
         Args:
             state_dict: A `state_dict`, ours or that of transformers.

@@ -63,7 +63,7 @@ def plot_schedule(
         The figure.
 
     Raises:
-        ValueError: A name is unknown, a schedule refuses its arguments, or something is no schedule.
+        ValueError: A name is unknown, a schedule refuses its arguments, or something is not a schedule.
 
     Example:
         >>> figure = plot_schedule("cosine", num_warmup_steps=10, num_training_steps=100)
@@ -222,7 +222,7 @@ def _draw(
     """Draws curves, a metric on an axis of its own; `rate` replaces all labels.
 
     Returns:
-        The lines of the curves, and what else a legend should show.
+        The lines of the curves, and the other entries of a legend.
     """
     lines, nows, others = [], [], []
     styles = _styles(len(curves))
@@ -275,7 +275,7 @@ def _key(lines: list[Any], points: list[Any], label: str) -> Any:
 
 
 def _place_legend(ax: Axes, lines: list[Any], others: list[Any], below: bool) -> None:
-    """Places a legend that covers no curve: below the axes of a figure of ours, which grows, else above the curves."""
+    """Places a legend that covers no curve: below the axes of a new figure, which grows, else above the curves."""
     from matplotlib.lines import Line2D
 
     figure: Any = ax.figure

@@ -63,7 +63,7 @@ class LRRecorder:
         first_step: The number of optimizer steps before these: 0, or that of the checkpoint from which a run goes on.
 
     Raises:
-        ValueError: `first_step` is negative, or no whole number.
+        ValueError: `first_step` is negative, or not a whole number.
 
     Example:
         >>> from fusedopt.schedules import get_linear_schedule_with_warmup
@@ -102,7 +102,7 @@ class LRRecorder:
             self._columns.append(_Column(group, self._length))
 
     def _before_step(self) -> None:
-        # A capture is no step, and copies made in it would be part of the graph and change with every replay.
+        # A capture is not a step, and copies made in it would be part of the graph and change with every replay.
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         self._used = None if capturing else [_copied(group["lr"]) for group in self.optimizer.param_groups]
         if not capturing:

@@ -65,7 +65,7 @@ def verify_schedule(
 
     Args:
         recorder: The record of the run.
-        schedule: The schedule that was meant: an object of `fusedopt.schedules.forms`, a live `LambdaLR` (Accelerate's
+        schedule: The schedule that was meant: a `Schedule`, a live `LambdaLR` (Accelerate's
             wrapper around it too), any function from step to factor, or one function per param group.
         tolerance: Largest relative difference that counts as equal. Default: 1e-9, or 4 units in the last place of a
             rate that is a tensor.
@@ -78,8 +78,8 @@ def verify_schedule(
         itself skipped a step because of an overflow, the scheduler may have waited or not.
 
     Raises:
-        ValueError: Nothing was recorded, the tolerance is no number >= 0, or the schedule is no function of the step,
-            nor one per param group.
+        ValueError: Nothing was recorded, the tolerance is not a number >= 0, or the schedule is not a function of the
+            step, nor one per param group.
         RuntimeError: Rates differ, and `raise_on_difference` is set.
 
     Example:
@@ -106,7 +106,7 @@ def verify_schedule(
     differs = run.differs(run.recorded, expected)
     skipped, explained = recorder.skipped, run
     if skipped.any():
-        # The scheduler may have waited, and then counts the applied steps alone.
+        # The scheduler may have waited, and then counts only the applied steps.
         applied = run.steps[0] + np.cumsum(~skipped) - ~skipped
         waiting = run.meant(applied)
         if (differs_waiting := run.differs(run.recorded, waiting)).any(axis=1).sum() < differs.any(axis=1).sum():

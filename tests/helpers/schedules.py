@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fusedopt import schedules
 from fusedopt.schedules import example_arguments, get_scheduler
 
-# For what is computed on Python floats in the order of the original; the rest is the difference of two libms.
+# For values computed on Python floats in the order of the original; what remains is the difference of two libms.
 RTOL = 1e-13
 
 CLOSED_FORMS = {
