@@ -104,8 +104,8 @@ class Saved(dict[str, Any]):
 class Schedule(StepFunction):
     """A learning rate that depends only on the step: `schedule(step)` is the factor of the initial rate.
 
-    Subclasses are frozen dataclasses that define the part after the warm-up (`_after`) and, where it is not a straight
-    line from 0 to 1, the warm-up itself (`_warm_up`). Counts are optimizer steps, integers or floats.
+    Subclasses are frozen dataclasses that define the warm-up, if it is not a straight line from 0 to 1 (`_warm_up`),
+    and the part after it, if the rate does not stay there (`_after`). Counts are optimizer steps, integers or floats.
 
     Attributes:
         name: The name that `get_scheduler` knows the schedule by.
@@ -159,7 +159,7 @@ class Schedule(StepFunction):
         return s / max(1, self.num_warmup_steps)
 
     def _after(self, s: Any, f: Functions) -> Any:
-        raise NotImplementedError
+        return s * 0.0 + 1.0
 
     def _progress(self, s: Any) -> Any:
         """Returns the share of the time between the warm-up and the end that has passed at step s."""

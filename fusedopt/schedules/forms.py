@@ -40,9 +40,6 @@ class ConstantSchedule(Schedule):
     name = "constant"
     num_warmup_steps = 0
 
-    def _after(self, s: Any, f: Functions) -> Any:
-        return s * 0.0 + 1.0
-
 
 @dataclass(frozen=True)
 class ConstantWithWarmupSchedule(Schedule):
@@ -55,9 +52,6 @@ class ConstantWithWarmupSchedule(Schedule):
 
     name = "constant_with_warmup"
     num_warmup_steps: float
-
-    def _after(self, s: Any, f: Functions) -> Any:
-        return s * 0.0 + 1.0
 
 
 @dataclass(frozen=True)

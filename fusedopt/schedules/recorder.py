@@ -34,10 +34,6 @@ class _Column:
         blocks = [*self._blocks, _stacked(self._recent)]
         return np.concatenate([np.full(self.first_row, np.nan), *(block.double().cpu().numpy() for block in blocks)])
 
-    def precision(self) -> float:
-        dtype = self.initial.dtype if isinstance(self.initial, torch.Tensor) else torch.float64
-        return torch.finfo(dtype).eps
-
 
 def _copied(lr: Any) -> Any:
     if isinstance(lr, torch.Tensor):
@@ -166,4 +162,5 @@ class LRRecorder:
     @property
     def precision(self) -> float:
         """The relative spacing of the rates: that of float64, or of the dtype of their tensors."""
-        return max(column.precision() for column in self._columns)
+        dtypes = [getattr(column.initial, "dtype", torch.float64) for column in self._columns]
+        return max(torch.finfo(dtype).eps for dtype in dtypes)

@@ -17,12 +17,12 @@ __all__ = ["SchedulerType", "example_arguments", "get_scheduler", "needs_metric"
 
 
 class _Row(NamedTuple):
-    """One schedule; `example` gives `example_arguments` for a number of steps and an initial learning rate."""
+    """One schedule; `example` gives `example_arguments` for `n` steps and the initial learning rate `lr`."""
 
     name: str
     function: Callable[..., LambdaLR | metric.ReduceLROnPlateau | metric.GreedyLR]
     needs_metric: bool = False
-    example: Callable[[int, float], dict[str, Any]] = lambda total, lr: {}
+    example: Callable[[int, float], dict[str, Any]] = lambda n, lr: {}
 
 
 class SchedulerType(str, Enum):
@@ -45,12 +45,12 @@ class SchedulerType(str, Enum):
     COSINE_WITH_RESTARTS = _Row(
         forms.CosineWithRestartsSchedule.name,
         functions.get_cosine_with_hard_restarts_schedule_with_warmup,
-        example=lambda total, lr: {"num_cycles": 3},
+        example=lambda n, lr: {"num_cycles": 3},
     )
     POLYNOMIAL = _Row(
         forms.PolynomialSchedule.name,
         functions.get_polynomial_decay_schedule_with_warmup,
-        example=lambda total, lr: {"power": 2.0, "lr_end": lr / 100},
+        example=lambda n, lr: {"power": 2.0, "lr_end": lr / 100},
     )
     CONSTANT = _Row(forms.ConstantSchedule.name, functions.get_constant_schedule)
     CONSTANT_WITH_WARMUP = _Row(forms.ConstantWithWarmupSchedule.name, functions.get_constant_schedule_with_warmup)
@@ -59,33 +59,28 @@ class SchedulerType(str, Enum):
         "reduce_lr_on_plateau",
         metric.get_reduce_on_plateau_schedule,
         needs_metric=True,
-        example=lambda total, lr: {"factor": 0.5, "patience": max(1, total // 20)},
+        example=lambda n, lr: {"factor": 0.5, "patience": max(1, n // 20)},
     )
     COSINE_WITH_MIN_LR = _Row(
         forms.CosineWithMinLRSchedule.name,
         functions.get_cosine_with_min_lr_schedule_with_warmup,
-        example=lambda total, lr: {"min_lr_rate": 0.1},
+        example=lambda n, lr: {"min_lr_rate": 0.1},
     )
     COSINE_WARMUP_WITH_MIN_LR = _Row(
         forms.CosineWarmupWithMinLRSchedule.name,
         functions.get_cosine_with_min_lr_schedule_with_warmup_lr_rate,
-        example=lambda total, lr: {"min_lr_rate": 0.1, "warmup_lr_rate": 0.1},
+        example=lambda n, lr: {"min_lr_rate": 0.1, "warmup_lr_rate": 0.1},
     )
     WARMUP_STABLE_DECAY = _Row(
         forms.WarmupStableDecaySchedule.name,
         functions.get_wsd_schedule,
-        example=lambda total, lr: {"num_decay_steps": max(1, total // 5)},
+        example=lambda n, lr: {"num_decay_steps": max(1, n // 5)},
     )
     GREEDY = _Row(
         "greedy",
         metric.get_greedy_schedule,
         needs_metric=True,
-        example=lambda total, lr: {
-            "factor": 0.8,
-            "patience": max(1, total // 20),
-            "min_lr": lr / 10,
-            "max_lr": 2 * lr,
-        },
+        example=lambda n, lr: {"factor": 0.8, "patience": max(1, n // 20), "min_lr": lr / 10, "max_lr": 2 * lr},
     )
 
     @classmethod
