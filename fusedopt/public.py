@@ -8,8 +8,8 @@ from fusedopt.decay_groups import decay_groups
 from fusedopt.float32 import float32_parameters, load_float32_parameters
 from fusedopt.in_backward import register_step_in_backward
 from fusedopt.keras import AdamWeightDecay
-from fusedopt.keras_recipe import create_optimizer
-from fusedopt.keras_schedules import PolynomialDecay, WarmUp
+from fusedopt.keras.recipe import create_optimizer
+from fusedopt.keras.schedules import PolynomialDecay, WarmUp
 from fusedopt.lion import Lion
 from fusedopt.schedules import *  # noqa: F403
 from fusedopt.schedules import __all__ as _schedules

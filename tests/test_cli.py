@@ -11,8 +11,10 @@ import pytest
 import torch
 
 import fusedopt
-from fusedopt import cli, demo, info_command
-from fusedopt.threads import WAITING, share_the_cores
+from fusedopt import cli
+from fusedopt.cli import info as info_command
+from fusedopt.cli.threads import WAITING, share_the_cores
+from fusedopt.demo import training as demo
 
 ROOT = Path(__file__).parent.parent
 

@@ -9,8 +9,8 @@ from helpers.golden import assert_close, replay
 from helpers.keras import BACKENDS, TOLERANCES, device_of, keras_cases, recorded
 
 from fusedopt.keras import AdamWeightDecay
-from fusedopt.keras_recipe import create_optimizer
-from fusedopt.keras_schedules import PolynomialDecay, WarmUp, revive
+from fusedopt.keras.recipe import create_optimizer
+from fusedopt.keras.schedules import PolynomialDecay, WarmUp, revive
 
 REFUSED = ("weight_decay_negative",)  # the original returns its Adam without decay
 CASES = [case for case in keras_cases("tf_create_optimizer") if case.name not in REFUSED]

@@ -15,10 +15,12 @@ import pytest
 import torch
 from helpers.comparing import assert_same
 
-from fusedopt import cli, demo, demo_report
+from fusedopt import cli
 from fusedopt.demo import Settings, train
-from fusedopt.demo_model import GPT
-from fusedopt.demo_text import DEFAULT_BYTES, Text, read_text
+from fusedopt.demo import report as demo_report
+from fusedopt.demo import training as demo
+from fusedopt.demo.model import GPT
+from fusedopt.demo.text import DEFAULT_BYTES, Text, read_text
 from fusedopt.files import write_atomically
 
 TINY = Settings(steps=4, batch_size=2, layers=2, width=16, device="cpu", checkpoint_every=0)
@@ -169,7 +171,7 @@ def test_resumes_bit_for_bit(tiny, tmp_path, monkeypatch, changes):
 def test_survives_sigkill(tiny, tmp_path):
     straight = replace(tiny, steps=60)
     stopped = replace(straight, out=str(tmp_path / "stopped"))
-    command = [sys.executable, "-m", "fusedopt.cli", "demo", "--steps=60", "--checkpoint-every=1", "--device=cpu"]
+    command = [sys.executable, "-m", "fusedopt", "demo", "--steps=60", "--checkpoint-every=1", "--device=cpu"]
     command += ["--layers=2", "--width=16", "--batch-size=2", f"--text={tiny.text}", f"--out={stopped.out}"]
     environment = {
         **os.environ,

@@ -15,7 +15,7 @@ from fusedopt import AdamW
 from fusedopt.backends.eager.adamw import EagerAdamW
 from fusedopt.interface import StepArgs
 from fusedopt.keras import AdamWeightDecay
-from fusedopt.keras_schedules import PolynomialDecay, WarmUp, describe, revive
+from fusedopt.keras.schedules import PolynomialDecay, WarmUp, describe, revive
 from fusedopt.schedules.plotting import plot_schedule
 from fusedopt.schedules.recorder import LRRecorder
 from fusedopt.schedules.verification import verify_schedule

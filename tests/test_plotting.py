@@ -16,8 +16,8 @@ import torch
 from helpers.schedules import CLOSED_FORMS, EVERY_NAME, METRIC_DRIVEN, advance, by_name, sgd
 
 from fusedopt import schedules
-from fusedopt.keras_schedules import PolynomialDecay, WarmUp
-from fusedopt.plot_command import add_plot_command
+from fusedopt.cli.plot import add_plot_command
+from fusedopt.keras.schedules import PolynomialDecay, WarmUp
 from fusedopt.schedules import SchedulerType, example_arguments
 from fusedopt.schedules.curves import example_metric
 from fusedopt.schedules.plotting import plot_gallery, plot_schedule, plot_verification
@@ -437,7 +437,7 @@ def test_the_command_says_what_it_wrote(
 
 
 def test_what_is_set_takes_the_place_of_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fusedopt import plot_command
+    from fusedopt.cli import plot as plot_command
 
     drawn: list[Any] = []
     monkeypatch.setattr(plot_command, "plot_schedule", lambda what, **_: drawn.append(what) or plot_gallery(1, 9))

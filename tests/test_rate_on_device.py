@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fusedopt import checks, create_optimizer, register_step_in_backward
 from fusedopt.interface import StepArgs
 from fusedopt.keras import AdamWeightDecay
-from fusedopt.keras_schedules import PolynomialDecay, WarmUp, rate_on_device, takes_tensors
+from fusedopt.keras.schedules import PolynomialDecay, WarmUp, rate_on_device, takes_tensors
 from fusedopt.schedules.forms import PolynomialSchedule
 from fusedopt.schedules.recorder import LRRecorder
 

@@ -212,8 +212,8 @@ def references() -> list[Any]:
 
 
 def demo_model_and_text() -> list[Any]:
-    from fusedopt.demo_model import GPT
-    from fusedopt.demo_text import Text
+    from fusedopt.demo.model import GPT
+    from fusedopt.demo.text import Text
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

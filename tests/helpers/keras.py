@@ -8,7 +8,7 @@ import torch
 
 from fusedopt import backends
 from fusedopt.keras import AdamWeightDecay
-from fusedopt.keras_schedules import revive
+from fusedopt.keras.schedules import revive
 from helpers.comparing import Tolerance
 from helpers.golden import _SAME_FORMULA_32, GOLDEN, Case, Parameter, _arrays, _index, _state
 

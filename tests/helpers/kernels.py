@@ -69,7 +69,7 @@ def captures(monkeypatch):
         "fusedopt.backends.triton.scalars",
     ):
         monkeypatch.setattr(f"{module}.capturing", lambda device: bool(capturing))
-    monkeypatch.setattr("fusedopt.keras._capturing", lambda: bool(capturing))
+    monkeypatch.setattr("fusedopt.keras.adam_weight_decay._capturing", lambda: bool(capturing))
     launcher = KernelInterface.__getitem__
 
     def queue(kernel, grid):

@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import fusedopt
-from fusedopt import backends, demo_checkpoint
-from fusedopt.demo_model import GPT
-from fusedopt.demo_text import Text, read_text
+from fusedopt import backends
+from fusedopt.demo import checkpoint as demo_checkpoint
+from fusedopt.demo.model import GPT
+from fusedopt.demo.text import Text, read_text
 from fusedopt.files import naming, write_atomically
 from fusedopt.reference import ReferenceAdafactor, ReferenceAdamW, ReferenceAdamWeightDecay
 from fusedopt.schedules import SchedulerType, example_arguments, get_scheduler, needs_metric

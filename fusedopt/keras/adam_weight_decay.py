@@ -11,8 +11,8 @@ from torch import Tensor
 from fusedopt import backends, checks
 from fusedopt.adamw import AdamW
 from fusedopt.interface import AdamWHyper, StepArgs
-from fusedopt.keras_config import from_keras
-from fusedopt.keras_schedules import (
+from fusedopt.keras.config import from_keras
+from fusedopt.keras.schedules import (
     RateFunction,
     as_rate,
     check_function,
@@ -21,11 +21,11 @@ from fusedopt.keras_schedules import (
     revive,
     takes_tensors,
 )
+from fusedopt.keras.step_count import StepCount
 from fusedopt.optimizer.base import refuse_unknown
 from fusedopt.optimizer.clipping import Clipping
 from fusedopt.optimizer.engine import Part
 from fusedopt.optimizer.state import torch_looks_at_state
-from fusedopt.step_count import StepCount
 
 _KERAS_EPSILON = 1e-7
 """What Keras' Adam takes for an epsilon of 0."""

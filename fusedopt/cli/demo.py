@@ -5,10 +5,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fusedopt import demo, demo_report
-from fusedopt.demo_text import LARGEST_TEXT
+from fusedopt.cli.threads import WAITING
+from fusedopt.demo import report as demo_report
+from fusedopt.demo import training as demo
+from fusedopt.demo.text import LARGEST_TEXT
 from fusedopt.schedules import SchedulerType
-from fusedopt.threads import WAITING
 
 
 def add_demo_command(commands: Any) -> None:

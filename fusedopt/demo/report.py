@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from fusedopt.demo import Outcome
+    from fusedopt.demo.training import Outcome
 
 LABELS = {"eager": "reference loop", "fused": "fusedopt"}
 COLORS = {"eager": "#e8a33d", "fused": "#1f4e79"}
@@ -47,7 +47,7 @@ def table(outcome: Outcome) -> str:
 
     Example:
         >>> import tempfile
-        >>> from fusedopt.demo import Settings, train
+        >>> from fusedopt.demo.training import Settings, train
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     outcome = train(Settings(steps=1, batch_size=2, layers=1, width=8, device="cpu", out=folder))
         >>> print(table(outcome).splitlines()[0])

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from fusedopt import checks
-from fusedopt.keras import AdamWeightDecay
-from fusedopt.keras_schedules import PolynomialDecay, WarmUp
+from fusedopt.keras.adam_weight_decay import AdamWeightDecay
+from fusedopt.keras.schedules import PolynomialDecay, WarmUp
 from fusedopt.schedules.checks import number
 
 

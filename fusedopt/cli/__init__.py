@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any, NoReturn
 
 import fusedopt
-from fusedopt.threads import share_the_cores
+from fusedopt.cli.threads import share_the_cores
 
 
 class _Parser(argparse.ArgumentParser):
@@ -96,9 +96,9 @@ def _sentence(error: Exception) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from fusedopt.demo_command import add_demo_command
-    from fusedopt.info_command import add_info_command
-    from fusedopt.plot_command import add_plot_command
+    from fusedopt.cli.demo import add_demo_command
+    from fusedopt.cli.info import add_info_command
+    from fusedopt.cli.plot import add_plot_command
 
     parser = _Parser(
         prog="fusedopt",

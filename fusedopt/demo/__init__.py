@@ -1,0 +1,5 @@
+"""The demo: one small GPT, trained twice on the same batches, with the original's optimizer loop and with ours."""
+
+from fusedopt.demo.training import Outcome, Settings, train
+
+__all__ = ["Outcome", "Settings", "train"]
