@@ -12,16 +12,9 @@ from fusedopt import backends, checks
 from fusedopt.adamw import AdamW
 from fusedopt.interface import AdamWHyper, StepArgs
 from fusedopt.keras.config import from_keras
-from fusedopt.keras.schedules import (
-    RateFunction,
-    as_rate,
-    check_function,
-    describe,
-    rate_on_device,
-    revive,
-    takes_tensors,
-)
-from fusedopt.keras.step_count import StepCount
+from fusedopt.keras.rate import ScheduledRate, rate_after
+from fusedopt.keras.schedules import RateFunction, check_function, describe, takes_tensors
+from fusedopt.keras.step_count import StepCount, capturing
 from fusedopt.optimizer.base import refuse_unknown
 from fusedopt.optimizer.clipping import Clipping
 from fusedopt.optimizer.engine import Part
@@ -90,25 +83,14 @@ class AdamWeightDecay(AdamW):
         (True, True)
     """
 
-    _followed: tuple[float | Tensor, int] | None
-    """The rate that a function of the step last set, and a tensor's version then; None after a checkpoint."""
-
-    _followed_for: tuple[int, bool] | None
-    """The step for which it was set, as the host counts, and whether in a capture; None for a step that is over."""
-
-    _rate: Tensor | None
-    """The rate where it is worked out on the device."""
-
-    _count: StepCount
-
-    _home: tuple[torch.device, bool] | None
-    """Where the first parameter is, and whether Triton updates it."""
-
     constructor_options: ClassVar[tuple[str, ...]] = (
         *AdamW.constructor_options,
         *("schedule", "decay", "clipping", "include_in_weight_decay", "exclude_from_weight_decay", "name"),
     )
     counters = frozenset({"iterations"})
+
+    _triton: tuple[torch.device, bool] | None
+    """The device of the first parameter, and whether Triton updates it; None before anybody has asked."""
 
     def __init__(
         self,
@@ -160,7 +142,7 @@ class AdamWeightDecay(AdamW):
         self._count = StepCount()
         if callable(learning_rate) and not isinstance(learning_rate, Tensor):
             check_function("learning_rate", learning_rate)
-            self.schedule, learning_rate = learning_rate, _rate(learning_rate, 0)
+            self.schedule, learning_rate = learning_rate, rate_after(learning_rate, 0)
         # Under the names that they have here; AdamW would complain of `lr` or `betas[0]`.
         checks.learning_rate("learning_rate", learning_rate)
         checks.beta("beta_1", beta_1)
@@ -181,7 +163,7 @@ class AdamWeightDecay(AdamW):
             **as_torch,
         )
         if self.schedule is not None:
-            self._followed, self._followed_for = (self.defaults["lr"], 0), (0, False)
+            self._rate.set(self.param_groups, self.defaults["lr"], step=(0, False))
             self.register_step_pre_hook(_follow)
 
     @property
@@ -190,40 +172,25 @@ class AdamWeightDecay(AdamW):
 
         With a rate that is a function of the user's: number of `step()` calls, which is what the function is asked for.
         """
-        self._read_count()
-        return int(self.param_groups[0]["iterations"]) if self.param_groups else 0
-
-    def _read_count(self) -> None:
-        """Brings the host's number of steps, which is in the param groups, up to date."""
-        if self._count.ahead:
-            taken = self._count.read()
-            for group in self.param_groups:
-                group["iterations"] = taken
+        return self._count.read(self.param_groups)
 
     @property
     def _counts_calls(self) -> bool:
         return self.schedule is not None and not takes_tensors(self.schedule)
 
-    def _where(self) -> tuple[torch.device, bool]:
-        """The device of the first parameter, and whether Triton updates it."""
-        params = (p for group in self.param_groups for p in group["params"])
-        device = next((p.device for p in params), torch.device("cpu"))
-        if self._home is None or self._home[0] != device:
-            self._home = device, backends.choose(device, self.backend) == "triton"
-        return self._home
+    @property
+    def _counting_device(self) -> torch.device | None:
+        """The device of the first parameter, if Triton updates it and steps that were skipped do not count."""
+        device = next((p.device for group in self.param_groups for p in group["params"]), None)
+        if device is None or self._counts_calls:
+            return None
+        if self._triton is None or self._triton[0] != device:
+            self._triton = device, backends.choose(device, self.backend) == "triton"
+        return device if self._triton[1] else None
 
-    def _coming(self) -> int | Tensor:
+    def _current_step(self) -> int | Tensor:
         """What the rate of the coming step is a function of; a tensor where the host does not know it."""
-        on_device = self._where()[1] and not self._counts_calls and (self._count.ahead or _capturing())
-        return self._device_count() if on_device else self.iterations
-
-    def _device_count(self) -> Tensor:
-        if _capturing() and not self._count.exists:
-            raise RuntimeError(
-                "a CUDA graph is being captured before the optimizer counts its steps on the device, which every "
-                "replay would start again: take one step before the capture"
-            )
-        return self._count.on(self._where()[0], self.param_groups[0]["iterations"])
+        return self._count.current(self.param_groups, self._counting_device)
 
     # Param groups.
 
@@ -250,7 +217,7 @@ class AdamWeightDecay(AdamW):
                     f"a param group got the rate {group['lr']!r}, but learning_rate is a function of the step, which "
                     "sets the rate of all groups: pass a number as learning_rate, or use one optimizer per rate"
                 )
-            group["lr"] = _rate(self.schedule, group["iterations"])
+            group["lr"] = rate_after(self.schedule, group["iterations"])
         super().add_param_group(group)
 
     def whole_options(self) -> dict[str, Any]:
@@ -285,16 +252,16 @@ class AdamWeightDecay(AdamW):
     # The step.
 
     def before_step(self) -> None:
-        on_triton = self._where()[1]
-        if (self.schedule is not None or self.decay) and (self._counts_calls or not on_triton) and _capturing():
+        device = self._counting_device
+        if (self.schedule is not None or self.decay) and device is None and capturing():
             raise RuntimeError(
                 "a rate that is a function of the step is computed on the host here, which a CUDA graph does not "
                 "repeat: pass a tensor as learning_rate and change it between replays, or a schedule of this package, "
                 "such as WarmUp, for parameters that Triton updates"
             )
         self.follow_schedule()
-        if on_triton and not self._counts_calls:
-            self._device_count()
+        if device is not None:
+            self._count.tensor(self.param_groups, device)
 
     def follow_schedule(self) -> None:
         """Sets the groups' rate to that of the coming step, if it is a function of the step; steps do so by themselves.
@@ -304,37 +271,18 @@ class AdamWeightDecay(AdamW):
         """
         if self.schedule is None:
             return
-        if self._followed is not None:
-            for group in self.param_groups:
-                if not _is_still(group["lr"], *self._followed):
-                    raise ValueError(
-                        f"the rate of a param group was set to {group['lr']!r}, by a torch scheduler or by hand, but "
-                        "learning_rate is a function of the step, which sets it: pass a number as learning_rate"
-                    )
+        self._rate.check(self.param_groups)
         # A graph has to work the rate out itself, whatever was known before the capture.
-        step = self.param_groups[0]["iterations"], _capturing()
-        if self._followed is None or self._followed_for != step:
-            count = self._coming()
-            rate = self._rate_on_device(count) if isinstance(count, Tensor) else _rate(self.schedule, count)
-            for group in self.param_groups:
-                group["lr"] = rate
-            self._followed = rate, rate._version if isinstance(rate, Tensor) else 0
-            self._followed_for = step
-
-    def _rate_on_device(self, count: Tensor) -> Tensor:
-        """The rate of the coming step, in a tensor that stays: graphs fill it as well."""
-        rate = rate_on_device(self.schedule, count)
-        if self._rate is None or self._rate.device != rate.device:
-            with torch.inference_mode(False):
-                self._rate = torch.empty((), dtype=torch.float64, device=rate.device)
-        return self._rate.copy_(rate)
+        step = self.param_groups[0]["iterations"], capturing()
+        if not self._rate.is_set_for(step):
+            self._rate.set(self.param_groups, rate_after(self.schedule, self._current_step()), step)
 
     def hyper(self, group: dict[str, Any]) -> AdamWHyper:
         hyper = super().hyper(group)
         if not self.decay:
             return hyper
         lr = hyper.lr.double() if isinstance(hyper.lr, Tensor) else hyper.lr
-        return hyper._replace(lr=lr / (1.0 + self.decay * self._coming()))
+        return hyper._replace(lr=lr / (1.0 + self.decay * self._current_step()))
 
     def parts(self, group: dict[str, Any]) -> list[Part]:
         """Those of the parameters whose names decay, and of the others."""
@@ -351,20 +299,9 @@ class AdamWeightDecay(AdamW):
         return [Part(self.rule, decaying), without] if decaying else [without]
 
     def after_step(self, control: StepArgs) -> None:
-        skips = control.found_inf
-        self._followed_for = None
-        if not self._counts_calls:
-            if self._where()[1]:
-                self._count.advance(skips, replayed=_capturing())
-                if self._count.ahead:
-                    return
-            else:
-                self._read_count()
-                self._count = StepCount()
-                if skips is not None and bool(skips):
-                    return
-        for group in self.param_groups:
-            group["iterations"] += 1
+        self._rate.close_step()
+        skips = None if self._counts_calls else control.found_inf
+        self._count.advance(self.param_groups, self._counting_device, skips)
 
     def apply_gradients(
         self, grads_and_params: Iterable[tuple[Tensor | None, Tensor]], scale: float | Tensor = 1.0
@@ -383,13 +320,12 @@ class AdamWeightDecay(AdamW):
 
     def _forget(self) -> None:
         super()._forget()
-        self._followed = self._followed_for = None
-        self._rate = None
-        self._home = None
+        self._rate = ScheduledRate()
+        self._triton = None
 
     def state_dict(self) -> dict[str, Any]:
         """The state, with rates that a schedule set as Python numbers; see `FusedOptimizer.state_dict`."""
-        self._read_count()
+        self._count.read(self.param_groups)
         saved = super().state_dict()
         if self.schedule is not None:
             for group in saved["param_groups"]:
@@ -399,11 +335,12 @@ class AdamWeightDecay(AdamW):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint; see `FusedOptimizer.load_state_dict`."""
         super().load_state_dict(state_dict)
-        if self._where()[1]:
-            self._device_count()  # now, since a capture may come next
+        device = self._counting_device
+        if device is not None:
+            self._count.tensor(self.param_groups, device)  # now, since a capture may come next
 
     def __getstate__(self) -> dict[str, Any]:
-        self._read_count()
+        self._count.read(self.param_groups)
         return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -466,10 +403,6 @@ class AdamWeightDecay(AdamW):
             True
         """
         arguments = from_keras(config)
-        if "lr" in arguments:
-            arguments["learning_rate"] = arguments.pop("lr")
-        if "learning_rate" in arguments:
-            arguments["learning_rate"] = revive(arguments["learning_rate"])
         optimizer = cls(params, **arguments, backend=backend)
         if arguments.get("epsilon") == 0:
             optimizer.set_epsilon(0.0)
@@ -497,22 +430,6 @@ def _patterns(name: str, patterns: Sequence[str] | None) -> list[str] | None:
     return list(patterns)
 
 
-def _rate(schedule: RateFunction, step: int) -> float:
-    rate = as_rate("learning_rate", schedule, step)
-    try:
-        checks.learning_rate("learning_rate", rate)
-    except ValueError:
-        raise ValueError(f"learning_rate gives {rate} at step {step}: a rate must be finite and >= 0") from None
-    return rate
-
-
-def _is_still(lr: Any, rate: float | Tensor, version: int) -> bool:
-    """Whether a group's rate is the one that was set, and has not been written to since."""
-    if isinstance(rate, Tensor):
-        return lr is rate and rate._version == version
-    return bool(lr == rate)
-
-
 def _follow(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Runs ahead of a step's other hooks, so that whoever records the rate sees that of this step, not of the last."""
     assert isinstance(optimizer, AdamWeightDecay)
@@ -522,7 +439,3 @@ def _follow(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
 
 def _keras_epsilon(epsilon: float) -> float:
     return epsilon if epsilon != 0 else _KERAS_EPSILON
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from fusedopt.keras.schedules import revive
+
 _OPTIMIZERS = ("AdamWeightDecay", "Adam", "AdamW")
 
 _HOW_IT_RUNS = ("jit_compile", "is_legacy_optimizer", "ema_momentum", "ema_overwrite_frequency")
@@ -45,4 +47,8 @@ def from_keras(config: dict[str, Any]) -> dict[str, Any]:
         given = arguments.setdefault("weight_decay_rate", decay)
         if given != decay:
             raise ValueError(f"the config has weight_decay={decay!r} and weight_decay_rate={given!r}: leave out one")
+    if "lr" in arguments:
+        arguments["learning_rate"] = arguments.pop("lr")
+    if "learning_rate" in arguments:
+        arguments["learning_rate"] = revive(arguments["learning_rate"])
     return arguments

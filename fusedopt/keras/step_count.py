@@ -1,56 +1,87 @@
-"""StepCount: how many steps an optimizer has taken, where only its device knows which of them were skipped."""
+"""Counts the steps that were not skipped: on the host, or on the device that alone knows which were."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fusedopt_kernels.memory import outside_inference_mode
+
+Groups = list[dict[str, Any]]
+
 
 class StepCount:
-    """A number of steps on a device, without the skipped ones, beside the number that the host counts.
+    """Number of steps of an optimizer without the skipped ones: `iterations` in its param groups, or a tensor.
 
-    Whether a step is skipped is decided on the device, and a CUDA graph is replayed without Python: from the first such
-    step on, the host's number is out of date until it asks the device.
+    A device decides whether a step is skipped, and a CUDA graph is replayed without Python: from the first such step
+    on, `iterations` is out of date until `read` asks the device.
 
-    Attributes:
-        ahead: whether the device may be ahead of the host, or behind it.
+    The `device` of the methods is the one that counts; with None, the host counts.
 
     Example:
-        >>> count = StepCount()
-        >>> count.on(torch.device("cpu"), taken=3)
+        >>> groups, count, device = [{"iterations": 3}], StepCount(), torch.device("cpu")
+        >>> count.tensor(groups, device)
         tensor(3., dtype=torch.float64)
-        >>> count.advance(skips=torch.tensor(1.0))
-        >>> count.advance(skips=torch.tensor(0.0))
-        >>> count.read(), count.ahead
-        (4, True)
+        >>> count.advance(groups, device, skips=torch.tensor(1.0))
+        >>> count.advance(groups, device, skips=torch.tensor(0.0))
+        >>> groups[0]["iterations"], count.read(groups)
+        (3, 4)
     """
 
     def __init__(self) -> None:
-        self._taken: Tensor | None = None
-        self.ahead = False
+        self._tensor: Tensor | None = None
+        self._host_is_behind = False
 
-    @property
-    def exists(self) -> bool:
-        """Whether there is a number on a device."""
-        return self._taken is not None
+    def read(self, groups: Groups) -> int:
+        """Returns the number, and brings `iterations` up to date; waits for the device where that knows more."""
+        if self._host_is_behind:
+            assert self._tensor is not None
+            taken = int(self._tensor)
+            for group in groups:
+                group["iterations"] = taken
+        return int(groups[0]["iterations"]) if groups else 0
 
-    def on(self, device: torch.device, taken: int) -> Tensor:
-        """The number, 0-d float64 on this device, always the same tensor; it begins with `taken`."""
-        if self._taken is None:
-            with torch.inference_mode(False):  # Steps in that mode and out of it advance one tensor.
-                self._taken = torch.full((), float(taken), dtype=torch.float64, device=device)
-        elif self._taken.device != device:
-            self._taken = self._taken.to(device)
-        return self._taken
+    def tensor(self, groups: Groups, device: torch.device) -> Tensor:
+        """Returns the number as a 0-d float64 tensor, the same one at every call.
 
-    def advance(self, skips: Tensor | None, replayed: bool = False) -> None:
-        """Counts a step unless `skips` is not 0; nothing waits. `replayed`: without Python, from now on."""
-        assert self._taken is not None
-        if skips is None:
-            self._taken += 1.0
+        Raises:
+            RuntimeError: it would be made in a CUDA graph.
+        """
+        if self._tensor is None:
+            if capturing():
+                raise RuntimeError(
+                    "a CUDA graph is being captured before the optimizer counts its steps on the device, which every "
+                    "replay would start again: take one step before the capture"
+                )
+            with outside_inference_mode():  # Steps in that mode and out of it advance one tensor.
+                self._tensor = torch.full((), float(groups[0]["iterations"]), dtype=torch.float64, device=device)
+        elif self._tensor.device != device:
+            self._tensor = self._tensor.to(device)
+        return self._tensor
+
+    def current(self, groups: Groups, device: torch.device | None) -> int | Tensor:
+        """Returns the number without waiting for a device that counts: a tensor where the host does not know it."""
+        if device is not None and (self._host_is_behind or capturing()):
+            return self.tensor(groups, device)
+        return self.read(groups)
+
+    def advance(self, groups: Groups, device: torch.device | None, skips: Tensor | None) -> None:
+        """Counts a step, unless `skips` is not 0."""
+        if device is None:
+            self.read(groups)
+            self._tensor, self._host_is_behind = None, False
+            if skips is not None and bool(skips):
+                return
         else:
-            self._taken += skips.to(self._taken.device, non_blocking=True) == 0.0
-        self.ahead = self.ahead or replayed or skips is not None
+            taken = self.tensor(groups, device)
+            taken += 1.0 if skips is None else skips.to(device, non_blocking=True) == 0.0
+            self._host_is_behind = self._host_is_behind or skips is not None or capturing()
+            if self._host_is_behind:
+                return
+        for group in groups:
+            group["iterations"] += 1
 
-    def read(self) -> int:
-        """The number; waits for the device."""
-        assert self._taken is not None
-        return int(self._taken)
+
+def capturing() -> bool:
+    """True if a CUDA graph is being captured."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -67,9 +67,10 @@ def captures(monkeypatch):
         "fusedopt.backends.graphs",
         "fusedopt.backends.triton.capture",
         "fusedopt.backends.triton.scalars",
+        "fusedopt.keras.adam_weight_decay",
+        "fusedopt.keras.step_count",
     ):
-        monkeypatch.setattr(f"{module}.capturing", lambda device: bool(capturing))
-    monkeypatch.setattr("fusedopt.keras.adam_weight_decay._capturing", lambda: bool(capturing))
+        monkeypatch.setattr(f"{module}.capturing", lambda *device: bool(capturing))
     launcher = KernelInterface.__getitem__
 
     def queue(kernel, grid):
