@@ -16,10 +16,10 @@ import torch
 from helpers.comparing import assert_same
 
 from fusedopt import cli
-from fusedopt.demo import Settings, train
-from fusedopt.demo import report as demo_report
-from fusedopt.demo import training as demo
+from fusedopt.demo import Outcome, Settings, report, train, training
+from fusedopt.demo.checkpoint import load_checkpoint
 from fusedopt.demo.model import GPT
+from fusedopt.demo.settings import CHECKPOINT, CONTEXT, DTYPES, METRICS, OPTIMIZERS, SCHEDULES
 from fusedopt.demo.text import DEFAULT_BYTES, Text, read_text
 from fusedopt.files import write_atomically
 
@@ -53,11 +53,11 @@ def without_times(records):
 
 
 def metrics(settings):
-    return [json.loads(line) for line in (Path(settings.out) / demo.METRICS).read_text().splitlines()]
+    return [json.loads(line) for line in (Path(settings.out) / METRICS).read_text().splitlines()]
 
 
 def weights(settings):
-    return demo.read_checkpoint(settings.out)["runs"]
+    return load_checkpoint(Path(settings.out) / CHECKPOINT)["runs"]
 
 
 class Killed(BaseException):
@@ -73,27 +73,27 @@ def kill_at(monkeypatch, step):
             raise Killed
         return time.perf_counter()
 
-    monkeypatch.setattr(demo, "clock", clock)
+    monkeypatch.setattr(training, "clock", clock)
 
 
 def test_learns_and_both_runs_agree(tiny):
     outcome = train(replace(tiny, steps=60, batch_size=8, lr=1e-2))
-    eager, fused = (demo_report.Curves(outcome.records, run) for run in ("eager", "fused"))
+    eager, fused = (report.Curves(outcome.records, run) for run in ("eager", "fused"))
     assert eager.val_loss[-1] < eager.val_loss[0] - 2
     assert eager.steps == fused.steps == list(range(1, 61))
     assert eager.val_steps == fused.val_steps == [1, 25, 50, 60]
     # The same formula in another order of float32 operations, amplified by 60 steps of training.
-    assert demo_report.largest_difference(eager, fused)[0] < 1e-2
-    assert outcome.parameters == sum(p.numel() for p in GPT(2, 16, demo.CONTEXT).parameters())
+    assert report.largest_difference(eager, fused)[0] < 1e-2
+    assert outcome.parameters == sum(p.numel() for p in GPT(2, 16, CONTEXT).parameters())
 
 
 def test_a_wrong_optimizer_shows_in_the_difference(tiny, monkeypatch):
-    right = demo.OPTIMIZERS["adamw"]
+    right = OPTIMIZERS["adamw"]
     wrong = right._replace(ours=lambda params, **options: right.ours(params, **{**options, "convention": "torch"}))
-    monkeypatch.setitem(demo.OPTIMIZERS, "adamw", wrong)
+    monkeypatch.setitem(OPTIMIZERS, "adamw", wrong)
     outcome = train(replace(tiny, steps=20))
-    eager, fused = (demo_report.Curves(outcome.records, run) for run in ("eager", "fused"))
-    assert demo_report.largest_difference(eager, fused)[0] > 5 * AGREES
+    eager, fused = (report.Curves(outcome.records, run) for run in ("eager", "fused"))
+    assert report.largest_difference(eager, fused)[0] > 5 * AGREES
 
 
 def test_records(tiny):
@@ -110,7 +110,7 @@ def test_records(tiny):
         assert record["optimizer_ms"] > 0
 
 
-@pytest.mark.parametrize("schedule", demo.SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule_drives_both_runs(tiny, schedule):
     records = train(replace(tiny, schedule=schedule)).records
     rates = {run: [record["lr"] for record in records if record["run"] == run] for run in ("eager", "fused")}
@@ -118,16 +118,16 @@ def test_every_schedule_drives_both_runs(tiny, schedule):
     assert max(rates["eager"]) > 0
 
 
-@pytest.mark.parametrize("optimizer", demo.OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_agrees_with_its_reference(tiny, optimizer):
     outcome = train(replace(tiny, steps=20, optimizer=optimizer))
-    eager, fused = (demo_report.Curves(outcome.records, run) for run in ("eager", "fused"))
+    eager, fused = (report.Curves(outcome.records, run) for run in ("eager", "fused"))
     assert fused.train_loss[-1] < fused.train_loss[0]
-    assert demo_report.largest_difference(eager, fused)[0] < AGREES
-    assert len(demo_report.figure(outcome).axes) == 3
+    assert report.largest_difference(eager, fused)[0] < AGREES
+    assert len(report.figure(outcome).axes) == 3
 
 
-@pytest.mark.parametrize("dtype", demo.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_every_dtype(tiny, dtype):
     train(replace(tiny, dtype=dtype))
     state = weights(tiny)["fused"]["model"]
@@ -148,7 +148,7 @@ RESUMED = {
     "greedy": {"schedule": "greedy"},
     "bfloat16": {"dtype": "bfloat16"},
     "accumulated": {"accumulate": 2},
-    **{name: {"optimizer": name} for name in demo.OPTIMIZERS if name != "adamw"},
+    **{name: {"optimizer": name} for name in OPTIMIZERS if name != "adamw"},
 }
 
 
@@ -179,7 +179,7 @@ def test_survives_sigkill(tiny, tmp_path):
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    checkpoint = Path(stopped.out) / demo.CHECKPOINT
+    checkpoint = Path(stopped.out) / CHECKPOINT
     deadline = time.monotonic() + 120
     while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -234,7 +234,7 @@ def test_refuses_to_resume_another_run(tiny, changes, message):
 
 @pytest.mark.parametrize("content", [None, b"", b"no checkpoint", "another dict"], ids=str)
 def test_refuses_what_is_no_checkpoint(tiny, content):
-    path = Path(tiny.out) / demo.CHECKPOINT
+    path = Path(tiny.out) / CHECKPOINT
     path.parent.mkdir()
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -266,7 +266,7 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_checkpoint_is_one_sentence_that_names_the_file(tiny, damage, capsys):
     train(tiny)
-    path = Path(tiny.out) / demo.CHECKPOINT
+    path = Path(tiny.out) / CHECKPOINT
     checkpoint = torch.load(path, weights_only=True)
     damage(checkpoint)
     torch.save(checkpoint, path)
@@ -424,11 +424,11 @@ class TestReport:
         ]
 
     def outcome(self, *losses):
-        return demo.Outcome(TINY, 1000, 10, 64, "eager", self.records(*losses))
+        return Outcome(TINY, 1000, 10, 64, "eager", self.records(*losses))
 
     def test_table(self):
         outcome = self.outcome([5.0, 4.0, 3.0], [5.0, 4.25, 3.125])
-        lines = demo_report.table(outcome).splitlines()
+        lines = report.table(outcome).splitlines()
         rows = lines[2:10]
         assert len({len(row) for row in rows}) == 1, "columns do not line up"
         cells = {row[:32].strip(): row[32:].split() for row in rows}
@@ -441,15 +441,15 @@ class TestReport:
 
     def test_losses_that_are_not_finite_are_named(self):
         nan = math.nan
-        lines = demo_report.table(self.outcome([5.0, nan, nan], [5.0, 4.0, math.inf])).splitlines()
+        lines = report.table(self.outcome([5.0, nan, nan], [5.0, 4.0, math.inf])).splitlines()
         assert "reference loop: the loss is not finite from step 2 on" in lines[-2]
         assert "fusedopt: the loss is not finite from step 3 on" in lines[-1]
 
     @pytest.mark.parametrize("losses", [[5.0, 4.0, 3.0], [5.0], [math.nan]], ids=["three", "one", "nan"])
     def test_picture(self, tmp_path, losses):
         outcome = self.outcome(losses, losses)
-        assert len(demo_report.figure(outcome).axes) == 3
-        demo_report.save_picture(outcome, tmp_path / "demo.png")
+        assert len(report.figure(outcome).axes) == 3
+        report.save_picture(outcome, tmp_path / "demo.png")
         assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
 
     @pytest.mark.parametrize(
@@ -465,13 +465,13 @@ class TestReport:
         ids=["same", "one step", "apart", "nothing finite", "both broken", "one broken"],
     )
     def test_the_title_of_the_losses_says_what_there_is_to_see(self, eager, fused, title):
-        figure = demo_report.figure(self.outcome(eager, fused))
+        figure = report.figure(self.outcome(eager, fused))
         assert figure.axes[0].get_title(loc="left") == f"Loss, nats per byte: {title}"
         assert "nan" not in " ".join(text.get_text() for text in figure.axes[0].texts)
 
     def test_the_legend_lies_beside_the_losses(self):
         rising = [1.0, 2.0, 3.0]
-        figure = demo_report.figure(self.outcome(rising, rising))
+        figure = report.figure(self.outcome(rising, rising))
         figure.draw_without_rendering()
         legend = figure.axes[0].get_legend().get_window_extent()
         assert not legend.overlaps(figure.axes[0].bbox)

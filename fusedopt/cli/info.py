@@ -1,4 +1,4 @@
-"""The command `fusedopt info`: what is installed, and what would serve the devices there are."""
+"""The command `fusedopt info`: versions, devices, and the backend that serves each."""
 
 import argparse
 import platform
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fusedopt import backends
+from fusedopt.columns import aligned
 
 
 def add_info_command(commands: Any) -> None:
@@ -21,15 +22,10 @@ def add_info_command(commands: Any) -> None:
 
 
 def run_info(options: argparse.Namespace) -> None:
-    versions = [(name, _version(name)) for name in ("fusedopt", "torch", "triton", "numpy", "matplotlib")]
-    for name, version in [*versions, ("python", platform.python_version())]:
-        print(f"{name:<12}{version}")
-    rows = [("device", "name", "backend")]
+    rows = [(name, _version(name), "") for name in ("fusedopt", "torch", "triton", "numpy", "matplotlib")]
+    rows += [("python", platform.python_version(), ""), ("", "", ""), ("device", "name", "backend")]
     rows += [(str(device), name, backends.choose(device)) for device, name in _devices()]
-    first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
-    print()
-    for device, name, backend in rows:
-        print(f"{device:<{max(first, 9)}}   {name:<{second}}   {backend}")
+    print("\n".join(aligned(rows, "<<<")))
 
 
 def _version(module: str) -> str:

@@ -1,5 +1,6 @@
 """The demo: one small GPT, trained twice on the same batches, with the original's optimizer loop and with ours."""
 
-from fusedopt.demo.training import Outcome, Settings, train
+from fusedopt.demo.settings import Settings
+from fusedopt.demo.training import Outcome, train
 
 __all__ = ["Outcome", "Settings", "train"]

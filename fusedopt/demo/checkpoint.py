@@ -2,15 +2,17 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fusedopt.demo.settings import Settings
 from fusedopt.files import write_atomically
 
 
-def save(path: Path, checkpoint: dict[str, Any]) -> None:
+def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     write_atomically(path, lambda file: torch.save(checkpoint, file))
 
 
@@ -26,15 +28,11 @@ _PARTS = {
 _RECORD = {"run": str, "step": int, "train_loss": float, "lr": (float, type(None)), "optimizer_ms": float}
 
 
-def load(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The checkpoint in `path`, with its tensors on the CPU.
-
-    Args:
-        path: of the file.
-        settings: values of the kind that its settings must have, by their names.
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Returns the checkpoint in `path`, with its tensors on the CPU.
 
     Raises:
-        ValueError: There is none, or it is no checkpoint of the demo.
+        ValueError: the file does not exist, or is no checkpoint of the demo.
     """
     if not path.exists():
         raise ValueError(f"nothing to resume: {path} does not exist; start without resuming, or name another folder")
@@ -43,7 +41,7 @@ def load(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
         missing = _PARTS.keys() - set(checkpoint)
         wrong = [name for name, kind in _PARTS.items() if not missing and not _is(checkpoint[name], kind)]
         if not missing and not wrong:
-            _check_contents(checkpoint, settings)
+            _check_contents(checkpoint)
     if missing:
         raise ValueError(f"cannot resume: {path} is no checkpoint of this demo, {', '.join(sorted(missing))} missing")
     if wrong:
@@ -70,12 +68,13 @@ def _is(value: Any, kind: Any) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
-def _check_contents(checkpoint: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Raises where it is not what a run writes; states are checked by those who load them."""
+def _check_contents(checkpoint: dict[str, Any]) -> None:
+    """Raises ValueError where a run writes something else; states are checked by those who load them."""
+    defaults = {field.name: field.default for field in fields(Settings)}
     for name, value in checkpoint["settings"].items():
-        if name not in settings or not (value is None or settings[name] is None or _is(value, type(settings[name]))):
+        if name not in defaults or not (value is None or defaults[name] is None or _is(value, type(defaults[name]))):
             raise ValueError(f"the setting {name} is {value!r}")
-    for name in settings.keys() - checkpoint["settings"].keys():
+    for name in defaults.keys() - checkpoint["settings"].keys():
         raise ValueError(f"the setting {name} is missing")
     step, records = checkpoint["step"], checkpoint["records"]
     for record in records:

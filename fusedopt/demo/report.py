@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from fusedopt.columns import aligned
 from fusedopt.files import write_atomically
 
 if TYPE_CHECKING:
@@ -66,10 +67,10 @@ def table(outcome: Outcome) -> str:
         ("backend", "plain torch", outcome.backend),
         ("device", device, device),
     ]
-    first, second, third = (max(len(row[column]) for row in rows) for column in range(3))
-    lines = [_what(outcome), ""]
-    lines += [f"{name:<{first}}   {left:>{second}}   {right:>{third}}" for name, left, right in rows]
-    lines += [
+    lines = [
+        _what(outcome),
+        "",
+        *aligned(rows, "<>>"),
         "",
         f"largest difference between the two loss curves: {difference:.2g}" + (f", at step {at}" if at else ""),
     ]

@@ -1,15 +1,14 @@
-"""The demo: one small GPT, trained twice on the same batches, with the original's optimizer loop and with ours."""
+"""Trains one model twice on the same batches: with the original's optimizer loop and with ours."""
 
 import copy
 import hashlib
 import json
-import math
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,17 +16,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-import fusedopt
 from fusedopt import backends
-from fusedopt.demo import checkpoint as demo_checkpoint
+from fusedopt.demo.checkpoint import check_same_run, load_checkpoint, reading, save_checkpoint
 from fusedopt.demo.model import GPT
+from fusedopt.demo.settings import CHECKPOINT, CONTEXT, METRICS, OPTIMIZERS, Settings
 from fusedopt.demo.text import Text, read_text
 from fusedopt.files import naming, write_atomically
-from fusedopt.reference import ReferenceAdafactor, ReferenceAdamW, ReferenceAdamWeightDecay
-from fusedopt.schedules import SchedulerType, example_arguments, get_scheduler, needs_metric
-
-CONTEXT = 64
-"""Bytes the model sees at once; short, so that two trainings fit into a minute on two CPU cores."""
+from fusedopt.schedules import example_arguments, get_scheduler, needs_metric
 
 MEASURE_EVERY = 25
 """Steps between two measurements of the validation loss, however long the run: a longer one repeats a shorter."""
@@ -37,132 +32,6 @@ HELD_OUT_WINDOWS = 64
 
 WARMUP_SHARE = 0.1
 """Part of the steps in which the learning rate rises, in the schedules that have a warm-up."""
-
-
-METRICS, PICTURE, CHECKPOINT = "metrics.jsonl", "demo.png", "checkpoint.pt"
-
-
-class Choice(NamedTuple):
-    """An optimizer of the demo: ours, the reference for it, and what both are given."""
-
-    ours: Callable[..., Optimizer]
-    reference: Callable[..., Optimizer]
-    lr: float | None
-    """Default learning rate; None: the optimizer has a rate of its own, and no schedule."""
-    options: dict[str, Any]
-    lr_name: str = "lr"
-
-
-OPTIMIZERS = {
-    "adamw": Choice(fusedopt.AdamW, ReferenceAdamW, 2e-3, {"betas": (0.9, 0.99), "weight_decay": 0.1}),
-    # The settings that T5 was fine-tuned with, then the original's defaults: rates relative to the parameters' size.
-    "adafactor": Choice(
-        fusedopt.Adafactor, ReferenceAdafactor, 1e-3, {"scale_parameter": False, "relative_step": False}
-    ),
-    "adafactor_relative": Choice(fusedopt.Adafactor, ReferenceAdafactor, None, {}),
-    "adam_weight_decay": Choice(
-        fusedopt.AdamWeightDecay,
-        ReferenceAdamWeightDecay,
-        2e-3,
-        {"beta_2": 0.99, "weight_decay_rate": 0.1},
-        lr_name="learning_rate",
-    ),
-}
-
-LIMITS = {
-    "steps": (1, 100_000_000),
-    "batch_size": (1, 1_000_000),
-    "accumulate": (1, 1_000_000),
-    "layers": (1, 1_000),
-    "width": (1, 100_000),
-    "seed": (0, 2**63 - 1),
-    "checkpoint_every": (0, 100_000_000),
-}
-SCHEDULES = tuple(member.value for member in SchedulerType)
-DTYPES = ("float32", "bfloat16", "float16", "float64")
-DEVICES = ("auto", "cpu", "cuda")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run of the demo is made of.
-
-    Attributes:
-        steps: Optimizer steps.
-        batch_size: Windows per batch.
-        accumulate: Batches per optimizer step; their gradients are averaged.
-        layers: Blocks of the model.
-        width: Features per position of the model.
-        optimizer: A key of `OPTIMIZERS`.
-        schedule: A name that `fusedopt.get_scheduler` knows; None for cosine with warm-up.
-        lr: Learning rate that the schedule scales; None for the optimizer's own default here.
-        dtype: Of parameters, activations and gradients.
-        device: "auto" is the GPU if there is one, else the CPU.
-        seed: Of starting weights and batches.
-        text: File to learn from; None for the sources of Python's standard library.
-        out: Folder for metrics, picture and checkpoint.
-        checkpoint_every: Steps between two checkpoints; 0 for one at the end only.
-
-    Raises:
-        ValueError: A value is out of its range.
-
-    Example:
-        >>> Settings(steps=0)
-        Traceback (most recent call last):
-        ...
-        ValueError: steps must be between 1 and 100,000,000, got 0
-    """
-
-    steps: int = 500
-    batch_size: int = 16
-    accumulate: int = 1
-    layers: int = 4
-    width: int = 128
-    optimizer: str = "adamw"
-    schedule: str | None = None
-    lr: float | None = None
-    dtype: str = "float32"
-    device: str = "auto"
-    seed: int = 0
-    text: str | None = None
-    out: str = "runs/demo"
-    checkpoint_every: int = 100
-
-    def __post_init__(self) -> None:
-        for name, (least, most) in LIMITS.items():
-            if not least <= getattr(self, name) <= most:
-                raise ValueError(f"{name} must be between {least:,} and {most:,}, got {getattr(self, name):,}")
-        words = {"optimizer": tuple(OPTIMIZERS), "schedule": SCHEDULES, "dtype": DTYPES, "device": DEVICES}
-        for name, known in words.items():
-            if getattr(self, name) not in known and (name, self.schedule) != ("schedule", None):
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if self.lr is not None and not (math.isfinite(self.lr) and self.lr >= 0):
-            raise ValueError(f"lr must be a finite number >= 0, got {self.lr}")
-        if OPTIMIZERS[self.optimizer].lr is None and (self.lr, self.schedule) != (None, None):
-            raise ValueError(f"optimizer {self.optimizer} has a learning rate of its own; give neither lr nor schedule")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device 'cuda' was asked for, but torch finds no CUDA or ROCm GPU here; use device 'cpu'")
-
-    @property
-    def torch_device(self) -> torch.device:
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.device)
-
-    @property
-    def learning_rate(self) -> float | None:
-        return OPTIMIZERS[self.optimizer].lr if self.lr is None else self.lr
-
-    @property
-    def schedule_name(self) -> str | None:
-        return self.schedule or (None if self.learning_rate is None else "cosine")
-
-    def identity(self) -> dict[str, Any]:
-        """What must not change when a run is continued: all that decides a step, but for the text."""
-        free = ("steps", "text", "out", "checkpoint_every")
-        decisive = {name: value for name, value in asdict(self).items() if name not in free}
-        resolved = {"lr": self.learning_rate, "schedule": self.schedule_name, "device": self.torch_device.type}
-        return {**decisive, **resolved}
 
 
 class Outcome(NamedTuple):
@@ -234,15 +103,6 @@ class Run:
                 self.scheduler.step()
 
 
-def read_checkpoint(folder: str | Path) -> dict[str, Any]:
-    """The checkpoint in a folder that a run has left.
-
-    Raises:
-        ValueError: There is none, or it is no checkpoint of the demo.
-    """
-    return demo_checkpoint.load(Path(folder) / CHECKPOINT, asdict(Settings()))
-
-
 def train(settings: Settings, *, resume: bool = False) -> Outcome:
     """Trains both runs side by side, step by step, and leaves metrics.jsonl and checkpoint.pt in `settings.out`.
 
@@ -284,10 +144,10 @@ def train(settings: Settings, *, resume: bool = False) -> Outcome:
     # Where to begin: at the first step, or after the last one of the checkpoint. Records of later steps are dropped.
     done, records = 0, []
     if resume:
-        checkpoint = read_checkpoint(out)
-        demo_checkpoint.check_same_run(checkpoint, identity, settings.steps)
+        checkpoint = load_checkpoint(out / CHECKPOINT)
+        check_same_run(checkpoint, identity, settings.steps)
         done, records = checkpoint["step"], checkpoint["records"]
-        with demo_checkpoint.reading(out / CHECKPOINT):
+        with reading(out / CHECKPOINT):
             batches.set_state(checkpoint["batches"])
             for run in runs:
                 another_total = checkpoint["settings"]["steps"] != settings.steps
@@ -342,7 +202,7 @@ def train(settings: Settings, *, resume: bool = False) -> Outcome:
                     "batches": batches.get_state(),
                     "runs": {run.name: run.state_dict() for run in runs},
                 }
-                demo_checkpoint.save(out / CHECKPOINT, checkpoint)
+                save_checkpoint(out / CHECKPOINT, checkpoint)
 
     parameters = list(model.parameters())
     backend = backends.choose(device)

@@ -1,0 +1,16 @@
+"""Tables as text."""
+
+from collections.abc import Sequence
+
+
+def aligned(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
+    """Returns one line per row, with columns of equal width; `sides` has "<" or ">" for each.
+
+    Example:
+        >>> print(*aligned([("", "mean"), ("first", "10"), ("second", "7")], "<>"), sep="\\n")
+                 mean
+        first      10
+        second      7
+    """
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["   ".join(f"{c:{side}{w}}" for c, side, w in zip(row, sides, widths)).rstrip() for row in rows]
