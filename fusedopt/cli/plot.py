@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
+import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR
 
 from fusedopt import checks
 from fusedopt.files import write_atomically
@@ -171,95 +172,39 @@ def _thin_out(picture: BinaryIO) -> None:
     thin.save(picture.name, format="png", optimize=True)
 
 
-# One training loop as it should be, and the classic mistakes.
-
-Step = Callable[[], object]
-MakeScheduler = Callable[[], LambdaLR]
-
-
-def _right(total: int, optimizer_step: Step, make_scheduler: MakeScheduler) -> None:
-    scheduler = make_scheduler()
-    for _ in range(total):
-        optimizer_step()
-        scheduler.step()
-
-
-def _scheduler_first(total: int, optimizer_step: Step, make_scheduler: MakeScheduler) -> None:
-    scheduler = make_scheduler()
-    for _ in range(total):
-        scheduler.step()
-        optimizer_step()
-
-
-def _twice_per_step(total: int, optimizer_step: Step, make_scheduler: MakeScheduler) -> None:
-    scheduler = make_scheduler()
-    for _ in range(total):
-        optimizer_step()
-        scheduler.step()
-        scheduler.step()
-
-
-def _once_per_epoch(total: int, optimizer_step: Step, make_scheduler: MakeScheduler) -> None:
-    scheduler = make_scheduler()
-    for step in range(1, total + 1):
-        optimizer_step()
-        if step % max(2, total // 10) == 0:
-            scheduler.step()
-
-
-def _not_at_all(total: int, optimizer_step: Step, make_scheduler: MakeScheduler) -> None:
-    make_scheduler()
-    for _ in range(total):
-        optimizer_step()
-
-
-def _anew_on_resume(total: int, optimizer_step: Step, make_scheduler: MakeScheduler) -> None:
-    _right(total // 2, optimizer_step, make_scheduler)
-    _right(total - total // 2, optimizer_step, make_scheduler)  # its state_dict was not loaded
-
-
-_LOOPS = {
-    "as it should be": _right,
-    "stepped before the optimizer": _scheduler_first,
-    "stepped twice per step": _twice_per_step,
-    "stepped once per epoch": _once_per_epoch,
-    "never stepped": _not_at_all,
-    "started anew on resume": _anew_on_resume,
+# What a training loop calls in step `n` of `total`: o steps the optimizer, s the scheduler, n makes a new scheduler.
+_LOOPS: dict[str, Callable[[int, int], str]] = {
+    "as it should be": lambda n, total: "os",
+    "stepped before the optimizer": lambda n, total: "so",
+    "stepped twice per step": lambda n, total: "oss",
+    "stepped once per epoch": lambda n, total: "o" if n % max(2, total // 10) else "os",
+    "never stepped": lambda n, total: "o",
+    "started anew on resume": lambda n, total: "nos" if n == total // 2 + 1 else "os",  # no state_dict was loaded
 }
 
 
 def _verification(name: str, lr: float, total: int, arguments: dict[str, Any]) -> Figure:
-    """Fit a line with each loop, and draw the rates that its optimizer used over those that were meant."""
-    import warnings
-
+    """Runs each loop, and draws the rates that its optimizer used over those that were meant."""
     from matplotlib.figure import Figure
 
     if needs_metric(name):
         raise ValueError(f"schedule {name!r} follows a metric, so there is no curve to verify against; name another")
+    warm_up, length = arguments.pop("num_warmup_steps"), arguments.pop("num_training_steps", None)
     figure = Figure(figsize=(12.6, 6.8), dpi=100, layout="constrained")
     labelled: dict[str, Any] = {}
-    x = torch.linspace(-1.0, 1.0, 32, dtype=torch.float32, device="cpu")
-    for ax, (title, loop) in zip(figure.subplots(2, 3, sharex=True, sharey=True).flat, _LOOPS.items()):
-        line = torch.zeros(2, dtype=torch.float32, device="cpu", requires_grad=True)
-        optimizer = torch.optim.AdamW([line], lr=lr)
+    for ax, (title, calls) in zip(figure.subplots(2, 3, sharex=True, sharey=True).flat, _LOOPS.items()):
+        optimizer = torch.optim.SGD([torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)], lr=lr)
         recorder = LRRecorder(optimizer)
-
-        def optimizer_step(line: torch.Tensor = line, optimizer: torch.optim.Optimizer = optimizer) -> None:
-            optimizer.zero_grad()
-            (line[0] * x + line[1] - (3.0 * x - 1.0)).square().mean().backward()
-            optimizer.step()
-
-        def make_scheduler(optimizer: torch.optim.Optimizer = optimizer) -> LambdaLR:
-            specific = dict(arguments)
-            warm_up, length = specific.pop("num_warmup_steps"), specific.pop("num_training_steps", None)
-            scheduler = get_scheduler(name, optimizer, warm_up, length, specific)
-            assert isinstance(scheduler, LambdaLR)
-            return scheduler
-
+        make_scheduler = partial(get_scheduler, name, optimizer, warm_up, length, arguments)
+        scheduler: Any = make_scheduler()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected call of")  # the mistake is made on purpose
-            loop(total, optimizer_step, make_scheduler)
-        plot_verification(recorder, make_scheduler().lr_lambdas[0], ax, title=title, legend=False)
+            for call in "".join(calls(n, total) for n in range(1, total + 1)):
+                if call == "n":
+                    scheduler = make_scheduler()
+                else:
+                    (optimizer if call == "o" else scheduler).step()
+        plot_verification(recorder, scheduler.lr_lambdas[0], ax, title=title, legend=False)
         ax.label_outer()
         labelled |= dict(zip(*reversed(ax.get_legend_handles_labels())))
     figure.legend(labelled.values(), labelled, loc="outside lower center", ncols=len(labelled), frameon=False)
