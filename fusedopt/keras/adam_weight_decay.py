@@ -21,10 +21,10 @@ from fusedopt.optimizer.engine import Part
 from fusedopt.optimizer.state import torch_looks_at_state
 
 _KERAS_EPSILON = 1e-7
-"""What Keras' Adam takes for an epsilon of 0."""
+"""The epsilon of Keras' Adam where 0 was given."""
 
 _GROUP_OPTIONS = {"learning_rate": "lr", "epsilon": "eps", "weight_decay_rate": "weight_decay"}
-"""Options of a param group may have Keras' names too; the group itself has torch's, so that torch's tools find them."""
+"""Keras' names of options in a param group. The group keeps torch's names, which torch's tools look for."""
 
 
 class AdamWeightDecay(AdamW):
@@ -32,41 +32,41 @@ class AdamWeightDecay(AdamW):
 
     Per parameter with gradient g, t counting the applied steps of the whole optimizer:
 
-        p = p - lr * weight_decay_rate * p                              (where the parameter's name says so)
+        p = p - lr * weight_decay_rate * p                              (if the parameter's name says so)
         m = beta_1 * m + (1 - beta_1) * g
         v = beta_2 * v + (1 - beta_2) * g²
         p = p - lr * sqrt(1 - beta_2^t) / (1 - beta_1^t) * m / (sqrt(v) + epsilon)
 
-    It is `AdamW(convention="keras")` with decay by name, clipping and rates that are functions of the step. Gradients
-    are clipped first by value, then by tensor, then by their common norm, on their device; they are not written to.
+    This is `AdamW(convention="keras")` with decay by name, Keras' clipping and rates that are functions of the step.
+    Gradients are clipped by value, then by tensor, then by their common norm, without writing to them.
 
     Args:
-        params: what torch's optimizers take; with patterns, best `model.named_parameters()`.
+        params: as for torch's optimizers; patterns need names, so pass `model.named_parameters()`.
         learning_rate: a float; a tensor of one element, read on its device at every step; or a function from the number
-            of steps so far (0 at the first) to the rate. Schedules of this package, such as `WarmUp`, are asked for
-            `iterations`; for other functions, which are called on the host, skipped steps count too.
+            of steps so far (0 at the first) to the rate. Skipped steps count only for functions that are not schedules
+            of this package, such as `WarmUp`: those functions are called on the host.
         beta_1, beta_2: decay rates of the averages of g and g², each in [0, 1).
         epsilon: added to the root of v; 0 means 1e-7, as in Keras.
         amsgrad: divide by the largest v so far.
         weight_decay_rate: decoupled weight decay, >= 0, in units of the rate.
-        include_in_weight_decay: regular expressions; a parameter whose name one of them finds decays.
-        exclude_from_weight_decay: the same for parameters that do not decay, asked second. Whoever is found by neither
-            decays: the first list alone restricts nothing.
-        name: for the config.
+        include_in_weight_decay: regular expressions; a parameter decays if one of them matches in its name.
+        exclude_from_weight_decay: regular expressions; other parameters do not decay if one of them matches. Names
+            without any match decay, so the first list on its own changes nothing.
+        name: an entry of the config.
         backend: "auto" (Triton for CUDA and ROCm tensors, eager for the others), "triton" or "eager".
         max_grad_norm, skip_nonfinite: as in `AdamW`; the first excludes Keras' clippings.
         **kwargs: Keras' `clipvalue`, `clipnorm`, `global_clipnorm` (the last two exclude each other), `decay` (the rate
-            is divided by 1 + decay * iterations) and `lr` (instead of `learning_rate`, with a warning). With `betas`
-            come the other options under torch's names, too, which `defaults` have.
+            is divided by 1 + decay * iterations) and `lr` (instead of `learning_rate`, with a warning). With `betas`,
+            all options may have torch's names, as in `defaults`.
 
     Raises:
-        ValueError: an option is out of range; patterns without names; at a step, a function that returns no rate.
-        TypeError: an option that does not exist here.
+        ValueError: an option is out of range; there are patterns but no names; at a step, the function returns no rate.
+        TypeError: an option does not exist here.
 
-    `group["lr"]` is the rate in use (before `decay`), so torch's schedulers work; a function of the step sets it, and a
-    second hand on it is refused. It is a float; where only the device knows which steps were skipped (Triton with a
-    GradScaler, `skip_nonfinite` or in a CUDA graph), the rate of a schedule of this package is worked out there, and is
-    a float64 tensor.
+    `group["lr"]` is the rate in use (before `decay`), so torch's schedulers work with a number. With a function of the
+    step, the optimizer sets it, and refuses any other value that it finds there. It is a float, unless only the device
+    knows which steps were skipped (Triton with a GradScaler, with `skip_nonfinite` or in a CUDA graph): then schedules
+    of this package are evaluated there, and it is a float64 tensor.
 
     Sources: transformers 4.34, `optimization_tf.py`; Keras 2.14, `optimizers/legacy/adam.py`.
 
@@ -90,7 +90,7 @@ class AdamWeightDecay(AdamW):
     counters = frozenset({"iterations"})
 
     _triton: tuple[torch.device, bool] | None
-    """The device of the first parameter, and whether Triton updates it; None before anybody has asked."""
+    """The device of the first parameter, and True if Triton updates it; None until `_counting_device` is read."""
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ class AdamWeightDecay(AdamW):
         eps = _keras_epsilon(epsilon)
         as_torch = {}
         if "betas" in kwargs:
-            # `defaults` have torch's names, and a function's first rate beside the function.
+            # As in `defaults`, which have torch's names, and both a function and its first rate.
             rate = kwargs.pop("lr", learning_rate)
             learning_rate = learning_rate if callable(learning_rate) else rate
             checks.betas("betas", kwargs["betas"])
@@ -143,7 +143,7 @@ class AdamWeightDecay(AdamW):
         if callable(learning_rate) and not isinstance(learning_rate, Tensor):
             check_function("learning_rate", learning_rate)
             self.schedule, learning_rate = learning_rate, rate_after(learning_rate, 0)
-        # Under the names that they have here; AdamW would complain of `lr` or `betas[0]`.
+        # AdamW's errors would name `lr` or `betas[0]`.
         checks.learning_rate("learning_rate", learning_rate)
         checks.beta("beta_1", beta_1)
         checks.beta("beta_2", beta_2)
@@ -168,9 +168,10 @@ class AdamWeightDecay(AdamW):
 
     @property
     def iterations(self) -> int:
-        """Number of steps so far, without those that a GradScaler or `skip_nonfinite` made skip; may wait for a device.
+        """Number of steps so far, without those that a GradScaler or `skip_nonfinite` skipped; may wait for a device.
 
-        With a rate that is a function of the user's: number of `step()` calls, which is what the function is asked for.
+        If the rate is a function other than a schedule of this package, all calls of `step()` count: it gets their
+        number.
         """
         return self._count.read(self.param_groups)
 
@@ -180,7 +181,7 @@ class AdamWeightDecay(AdamW):
 
     @property
     def _counting_device(self) -> torch.device | None:
-        """The device of the first parameter, if Triton updates it and steps that were skipped do not count."""
+        """The device that counts the steps: the first parameter's, if Triton updates it; None if the host counts."""
         device = next((p.device for group in self.param_groups for p in group["params"]), None)
         if device is None or self._counts_calls:
             return None
@@ -189,7 +190,7 @@ class AdamWeightDecay(AdamW):
         return device if self._triton[1] else None
 
     def _current_step(self) -> int | Tensor:
-        """What the rate of the coming step is a function of; a tensor where the host does not know it."""
+        """Returns the number of steps before this one; a tensor where the host does not know it."""
         return self._count.current(self.param_groups, self._counting_device)
 
     # Param groups.
@@ -198,7 +199,8 @@ class AdamWeightDecay(AdamW):
         """Adds a group, whose options may have torch's names or Keras'.
 
         Raises:
-            ValueError: an option is out of range; patterns without names; an own rate beside a function of the step.
+            ValueError: an option is out of range; there are patterns but no names; the group has a rate of its own, but
+                the rate is a function of the step.
         """
         if not isinstance(param_group, dict):
             super().add_param_group(param_group)  # refuses it
@@ -264,15 +266,15 @@ class AdamWeightDecay(AdamW):
             self._count.tensor(self.param_groups, device)
 
     def follow_schedule(self) -> None:
-        """Sets the groups' rate to that of the coming step, if it is a function of the step; steps do so by themselves.
+        """Sets the rate of all groups for the coming step, if it is a function of the step. Every step calls this.
 
         Raises:
-            ValueError: the function returns no rate, or somebody else set the rate of a group.
+            ValueError: the function returns no rate, or the rate of a group was changed in between.
         """
         if self.schedule is None:
             return
         self._rate.check(self.param_groups)
-        # A graph has to work the rate out itself, whatever was known before the capture.
+        # A CUDA graph has to evaluate the schedule itself, even if the rate was known before the capture.
         step = self.param_groups[0]["iterations"], capturing()
         if not self._rate.is_set_for(step):
             self._rate.set(self.param_groups, rate_after(self.schedule, self._current_step()), step)
@@ -285,7 +287,7 @@ class AdamWeightDecay(AdamW):
         return hyper._replace(lr=lr / (1.0 + self.decay * self._current_step()))
 
     def parts(self, group: dict[str, Any]) -> list[Part]:
-        """Those of the parameters whose names decay, and of the others."""
+        """Returns a part for the parameters that decay, and one for the others."""
         decaying: list[int] = []
         others: list[int] = []
         for i in range(len(group["params"])):
@@ -298,9 +300,9 @@ class AdamWeightDecay(AdamW):
         without = Part(self.rule, others, {"weight_decay": 0.0})
         return [Part(self.rule, decaying), without] if decaying else [without]
 
-    def after_step(self, control: StepArgs) -> None:
+    def after_step(self, args: StepArgs) -> None:
         self._rate.close_step()
-        skips = None if self._counts_calls else control.found_inf
+        skips = None if self._counts_calls else args.found_inf
         self._count.advance(self.param_groups, self._counting_device, skips)
 
     def apply_gradients(
@@ -309,7 +311,7 @@ class AdamWeightDecay(AdamW):
         """Updates parameters from gradients given here; see `FusedOptimizer.apply_gradients`.
 
         Raises:
-            ValueError: also, as in Keras, where there is no gradient at all.
+            ValueError: as there; also, as in Keras, if all gradients are None.
         """
         pairs = list(grads_and_params)
         if all(grad is None for grad, _ in pairs):
@@ -324,7 +326,7 @@ class AdamWeightDecay(AdamW):
         self._triton = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, with rates that a schedule set as Python numbers; see `FusedOptimizer.state_dict`."""
+        """Returns the state, with rates as Python numbers; see `FusedOptimizer.state_dict`."""
         self._count.read(self.param_groups)
         saved = super().state_dict()
         if self.schedule is not None:
@@ -337,7 +339,7 @@ class AdamWeightDecay(AdamW):
         super().load_state_dict(state_dict)
         device = self._counting_device
         if device is not None:
-            self._count.tensor(self.param_groups, device)  # now, since a capture may come next
+            self._count.tensor(self.param_groups, device)  # not later: a capture may come next
 
     def __getstate__(self) -> dict[str, Any]:
         self._count.read(self.param_groups)
@@ -346,17 +348,17 @@ class AdamWeightDecay(AdamW):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._count = StepCount()
-        # Copies come without hooks.
+        # Copies have no hooks.
         if self.schedule is not None and _follow not in self._optimizer_step_pre_hooks.values():
             self.register_step_pre_hook(_follow)
 
     # Configs.
 
     def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments except parameters and backend, under Keras' keys; numbers are Python's.
+        """Returns the constructor's arguments under Keras' keys, without parameters and backend; numbers are Python's.
 
-        Our schedules become `{"class_name", "config"}`, at any depth; other functions stay what they are. What
-        `state_dict()` holds (moments, counts, rates that were changed later) is not part of it.
+        Schedules of this package become `{"class_name", "config"}`, at any depth; other functions stay as they are.
+        Moments, counts and rates that were changed later are in `state_dict()` instead.
         """
         rate = self.defaults["lr"] if self.schedule is None else self.schedule
         beta_1, beta_2 = self.defaults["betas"]
@@ -379,20 +381,20 @@ class AdamWeightDecay(AdamW):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], params: Any, *, backend: str = "auto") -> "AdamWeightDecay":
-        """The optimizer that `get_config` described, for these parameters; configs of Keras are read as well.
+        """Returns the optimizer that a config describes: one of `get_config`, or of Keras' own Adam or AdamW.
 
-        Those are of Keras' Adam, old (`legacy`) and new, and of its AdamW, whose `weight_decay` is `weight_decay_rate`
-        here. Options of Keras' that are switched off in the config are dropped.
+        Keras' Adam may be the old one (`legacy`) or the new one; the `weight_decay` of its AdamW is `weight_decay_rate`
+        here. Options of Keras that do not exist here are dropped if they are switched off.
 
         Args:
-            config: with `lr` in place of `learning_rate` too; schedules in it are configs, or any callable. What Keras'
-                `serialize` made is read too: a dict of `class_name` and `config`.
-            params: as the constructor takes them.
-            backend: as the constructor takes it.
+            config: what `get_config` or Keras' `serialize` returned. `lr` may stand for `learning_rate`; schedules are
+                configs or callables.
+            params: as for the constructor.
+            backend: as for the constructor.
 
         Raises:
-            ValueError: the config holds a schedule that is not known here, an option that does not exist here and is
-                switched on, or is another optimizer's.
+            ValueError: the config has an unknown schedule, or an option that does not exist here and is switched on, or
+                belongs to another optimizer.
 
         Example:
             >>> import torch
@@ -409,7 +411,7 @@ class AdamWeightDecay(AdamW):
         return optimizer
 
     def set_epsilon(self, epsilon: float) -> None:
-        """Sets epsilon for all groups; unlike in the constructor, 0 stays 0, as in the Adam of newer Keras."""
+        """Sets epsilon for all groups. Other than in the constructor, 0 stays 0, as in newer Keras' Adam."""
         checks.finite_non_negative("epsilon", epsilon)
         epsilon = checks.plain(epsilon)
         self.defaults["eps"] = epsilon
@@ -431,7 +433,7 @@ def _patterns(name: str, patterns: Sequence[str] | None) -> list[str] | None:
 
 
 def _follow(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Runs ahead of a step's other hooks, so that whoever records the rate sees that of this step, not of the last."""
+    """The first hook of a step, so that hooks that record the rate see this step's."""
     assert isinstance(optimizer, AdamWeightDecay)
     if optimizer.state or not torch_looks_at_state():
         optimizer.follow_schedule()

@@ -1,4 +1,4 @@
-"""Configs of Keras' own Adam and AdamW, as arguments of AdamWeightDecay."""
+"""Turns configs of AdamWeightDecay and of Keras' own Adam and AdamW into arguments of AdamWeightDecay."""
 
 from typing import Any
 
@@ -6,25 +6,26 @@ from fusedopt.keras.schedules import revive
 
 _OPTIMIZERS = ("AdamWeightDecay", "Adam", "AdamW")
 
-_HOW_IT_RUNS = ("jit_compile", "is_legacy_optimizer", "ema_momentum", "ema_overwrite_frequency")
-"""Options that change no number; those of the average of weights do not where there is none (`use_ema`)."""
+_WITHOUT_EFFECT = ("jit_compile", "is_legacy_optimizer", "ema_momentum", "ema_overwrite_frequency")
+"""Options that change no number; those of the moving average do not if it is switched off (`use_ema`)."""
 
-_SWITCHED_ON: dict[str, str] = {
+_INSTEAD = {
     "use_ema": "keep the average with torch.optim.swa_utils.AveragedModel",
     "loss_scale_factor": "scale the loss with torch.amp.GradScaler",
     "gradient_accumulation_steps": "add gradients up with fusedopt.GradientAccumulator",
 }
-"""Options that do something else when they are on, and what does it here."""
+"""Options that do not exist here, and what does the same."""
 
 
 def from_keras(config: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of AdamWeightDecay that stand for a config of it, or of Keras' Adam or AdamW.
+    """Returns the arguments of AdamWeightDecay for a config of it, or of Keras' Adam or AdamW.
 
     Args:
-        config: what `get_config` returned, or `keras.optimizers.serialize`.
+        config: what `get_config` or `keras.optimizers.serialize` returned.
 
     Raises:
-        ValueError: the config is another optimizer's, or an option that does not exist here is switched on.
+        ValueError: the config belongs to another optimizer, has an unknown schedule, or switches on an option that does
+            not exist here.
 
     Example:
         >>> from_keras({"learning_rate": 0.1, "weight_decay": None, "use_ema": False, "jit_compile": True})
@@ -37,8 +38,8 @@ def from_keras(config: dict[str, Any]) -> dict[str, Any]:
         if str(name).split(">")[-1] not in _OPTIMIZERS:  # "Custom>Adam" and "package>Adam" are registered classes
             raise ValueError(f"the config is of {name!r}: those of {', '.join(_OPTIMIZERS)} can be read")
         config = config["config"]
-    arguments = {option: value for option, value in config.items() if option not in _HOW_IT_RUNS}
-    for option, instead in _SWITCHED_ON.items():
+    arguments = {option: value for option, value in config.items() if option not in _WITHOUT_EFFECT}
+    for option, instead in _INSTEAD.items():
         value = arguments.pop(option, None)
         if value not in (None, False):
             raise ValueError(f"the config has {option}={value!r}, which does not exist here: {instead}")

@@ -1,4 +1,4 @@
-"""The rate that a function of the step sets in the param groups of an optimizer."""
+"""Sets the rate of an optimizer that is a function of the step."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ from fusedopt_kernels.memory import lasting
 
 
 class ScheduledRate:
-    """Sets the rate of all param groups, once per step, and notices if somebody else has set it.
+    """Sets the rate of all param groups, once per step, and notices if something else has changed it.
 
-    A fresh one takes the rates that it finds for granted.
+    A new object accepts whatever rates it finds.
     """
 
     def __init__(self) -> None:
@@ -23,11 +23,11 @@ class ScheduledRate:
         self._tensor: Tensor | None = None
 
     def is_set_for(self, step: Any) -> bool:
-        """True if the groups have the rate of this step already."""
+        """True if the groups already have the rate of this step."""
         return self._rate is not None and self._step == step
 
     def set(self, groups: list[dict[str, Any]], rate: float | Tensor, step: Any) -> None:
-        """Sets the rate of all groups for a step; a tensor is copied into one that stays, which graphs fill as well."""
+        """Sets the rate of all groups for a step; a tensor is copied into one that lasts, which graphs can fill."""
         if isinstance(rate, Tensor):
             if self._tensor is None or self._tensor.device != rate.device:
                 self._tensor = lasting((), torch.float64, rate.device)
@@ -38,11 +38,11 @@ class ScheduledRate:
             group["lr"] = rate
 
     def close_step(self) -> None:
-        """Asks for the rate again at the next step, even if that is one of the same number."""
+        """Makes the next step set its rate anew, even if it has the same number."""
         self._step = None
 
     def check(self, groups: list[dict[str, Any]]) -> None:
-        """Raises ValueError if the rate of a group is another one than was set."""
+        """Raises ValueError if the rate of a group has changed since it was set."""
         for group in groups:
             lr = group["lr"]
             if isinstance(self._rate, Tensor):
@@ -57,7 +57,7 @@ class ScheduledRate:
 
 
 def rate_after(schedule: RateFunction, steps: int | Tensor) -> float | Tensor:
-    """Returns the rate after a number of steps; of a tensor, on its device and without waiting for it.
+    """Returns the rate after a number of steps; for a tensor, on its device and without waiting for it.
 
     Raises:
         ValueError: the function returns no rate.

@@ -1,4 +1,4 @@
-"""create_optimizer: an AdamWeightDecay and the schedule that it follows, in one call."""
+"""create_optimizer: makes an AdamWeightDecay and the schedule that it follows."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -28,30 +28,30 @@ def create_optimizer(
     *,
     backend: str = "auto",
 ) -> tuple[AdamWeightDecay, WarmUp | PolynomialDecay]:
-    """An `AdamWeightDecay` whose rate rises in a straight line and then decays to `init_lr * min_lr_ratio`.
+    """Returns an `AdamWeightDecay` whose rate rises linearly and then decays to `init_lr * min_lr_ratio`.
 
     Args:
-        params: a module, or named parameters; without weight decay anything that torch's optimizers take. The original
+        params: a module or named parameters; without weight decay, anything that torch's optimizers take. The original
             has no such argument.
         init_lr: the rate at the end of the warm-up.
-        num_train_steps: number of steps in all, warm-up included.
+        num_train_steps: number of all steps, those of the warm-up included.
         num_warmup_steps: length of the warm-up; 0 for none.
-        min_lr_ratio: the last rate, as a part of `init_lr`.
+        min_lr_ratio: the last rate, divided by `init_lr`.
         adam_beta1, adam_beta2, adam_epsilon: as in `AdamWeightDecay`; without weight decay an epsilon of 0 stays 0, as
             in the other class that the original then returns.
-        adam_clipnorm, adam_global_clipnorm: bound of each gradient's norm, or of their common norm.
-        weight_decay_rate: of all parameters but those with "LayerNorm", "layer_norm" or "bias" in their name. Few torch
-            models name their norms so: `fusedopt.decay_groups` sorts them by the type of their module.
-        power: of the decay's polynomial; the warm-up is a straight line whatever it is.
+        adam_clipnorm, adam_global_clipnorm: bound on the norm of each gradient, or on their common norm.
+        weight_decay_rate: for parameters without "LayerNorm", "layer_norm" or "bias" in their name. Most torch models
+            name their norms differently: `fusedopt.decay_groups` goes by the type of their module.
+        power: exponent of the polynomial decay; the warm-up is always linear.
         include_in_weight_decay: regular expressions for names that decay all the same.
         backend: "auto", "triton" or "eager".
 
     Returns:
-        The optimizer and its schedule, which it calls by itself. The transformers Trainer takes the pair as it is:
+        The optimizer, and the schedule that it evaluates by itself. The transformers Trainer takes both:
         `Trainer(..., optimizers=create_optimizer(...))`.
 
     Raises:
-        ValueError: an option is out of range, the warm-up is longer than the training, or there are no names to match.
+        ValueError: an option is out of range, the warm-up is longer than the training, or the parameters have no names.
 
     Source: transformers 4.34, `optimization_tf.py`.
 
@@ -64,10 +64,7 @@ def create_optimizer(
         [0.0, 0.2, 0.4, 0.3, 0.2, 0.1, 0.0]
     """
     init_lr, min_lr_ratio = number("init_lr", init_lr), number("min_lr_ratio", min_lr_ratio)
-    num_train_steps, num_warmup_steps = (
-        number("num_train_steps", num_train_steps),  # type: ignore[assignment]
-        number("num_warmup_steps", num_warmup_steps),  # type: ignore[assignment]
-    )
+    total, warm_up = number("num_train_steps", num_train_steps), number("num_warmup_steps", num_warmup_steps)
     for name, value in (
         ("adam_beta1", adam_beta1),
         ("adam_beta2", adam_beta2),
@@ -78,12 +75,10 @@ def create_optimizer(
     ):
         if value is not None:
             checks.number(name, value)
-    if num_train_steps < num_warmup_steps:
-        raise ValueError(
-            f"num_train_steps includes num_warmup_steps={num_warmup_steps} and must not be less, got {num_train_steps}"
-        )
-    decay = PolynomialDecay(init_lr, num_train_steps - num_warmup_steps, init_lr * min_lr_ratio, power)
-    schedule = WarmUp(init_lr, decay, num_warmup_steps) if num_warmup_steps else decay
+    if total < warm_up:
+        raise ValueError(f"num_train_steps includes num_warmup_steps={warm_up} and must not be less, got {total}")
+    decay = PolynomialDecay(init_lr, total - warm_up, init_lr * min_lr_ratio, power)
+    schedule = WarmUp(init_lr, decay, warm_up) if warm_up else decay
     decays = weight_decay_rate != 0.0
     optimizer = AdamWeightDecay(
         params.named_parameters() if isinstance(params, torch.nn.Module) else params,

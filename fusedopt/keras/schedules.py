@@ -1,6 +1,6 @@
-"""WarmUp and PolynomialDecay: learning rates as functions of the step, as TensorFlow recipes have them.
+"""WarmUp and PolynomialDecay: learning rates as functions of the step, as in TensorFlow recipes.
 
-Unlike the schedules of `fusedopt.schedules`, which are factors of an optimizer's rate, these return the rate itself.
+They return the rate itself; the schedules of `fusedopt.schedules` return factors of the initial rate.
 """
 
 import inspect
@@ -24,9 +24,9 @@ RateFunction = Callable[[Any], Any]
 
 @dataclass(frozen=True)
 class RateSchedule(Followed):
-    """A learning rate as a function of the step: what `WarmUp` and `PolynomialDecay` share.
+    """A learning rate as a function of the step: the base of `WarmUp` and `PolynomialDecay`.
 
-    Numbers may be NumPy's or torch's scalars; they are kept as Python's, so that a config can be written as JSON.
+    Numbers may be scalars of NumPy or torch. They are kept as Python's, so that a config can be written as JSON.
     """
 
     @overload
@@ -35,7 +35,7 @@ class RateSchedule(Followed):
     def __call__(self, step: Tensor | np.ndarray | Sequence[float]) -> Any: ...
 
     def __call__(self, step: Any) -> Any:
-        """The learning rate after `step` steps.
+        """Returns the learning rate after `step` steps.
 
         Args:
             step: a number or a tensor of one element (read on the host); an array or sequence gives a curve.
@@ -52,11 +52,11 @@ class RateSchedule(Followed):
         return self._rate(values.item(), PYTHON)
 
     def _rate(self, s: Any, f: Functions) -> Any:
-        """The rate at a step, which is a Python number or a float64 tensor."""
+        """Returns the rate at step `s`, a Python number or a float64 tensor."""
         raise NotImplementedError
 
     def _is_sound(self) -> bool:
-        """Whether `_rate` takes tensors, and every rate is finite and >= 0."""
+        """True if `_rate` takes tensors, and every rate is finite and >= 0."""
         raise NotImplementedError
 
     def __post_init__(self) -> None:
@@ -72,12 +72,12 @@ class RateSchedule(Followed):
             object.__setattr__(self, field.name, value)
 
     def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments; an inner schedule is the object itself."""
+        """Returns the constructor's arguments; an inner schedule is the object itself."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Any:
-        """The schedule that `get_config` described, here or in Keras; inner ones may be configs too."""
+        """Returns the schedule that `get_config` described, here or in Keras; inner ones may be configs."""
         return cls(**{name: revive(value) for name, value in config.items()})
 
 
@@ -90,11 +90,11 @@ class PolynomialDecay(RateSchedule):
         decay_steps: number of steps until the end. With 0 the rate is NaN, as in Keras.
         end_learning_rate: the rate at the end.
         power: exponent; 1 is a straight line.
-        cycle: start over from above whenever the end is reached: `decay_steps` is stretched to its next multiple.
-        name: for the config.
+        cycle: stretch `decay_steps` to its next multiple whenever the end is reached, so that the rate rises again.
+        name: an entry of the config.
 
     Raises:
-        ValueError: a value is no finite number, or `decay_steps` or `power` is negative.
+        ValueError: a value is not a finite number, or `decay_steps` or `power` is negative.
 
     Source: Keras 2.14, `keras.optimizers.schedules.PolynomialDecay`.
 
@@ -135,13 +135,13 @@ class WarmUp(RateSchedule):
 
     Args:
         initial_learning_rate: the rate that the warm-up rises to.
-        decay_schedule_fn: what follows, any callable from a number of steps to a rate.
+        decay_schedule_fn: the schedule after the warm-up, any callable from a number of steps to a rate.
         warmup_steps: length of the warm-up; 0 for none.
         power: exponent; 1 is a straight line, 0 starts at the full rate.
-        name: for the config.
+        name: an entry of the config.
 
     Raises:
-        ValueError: `decay_schedule_fn` is not callable, a value is no finite number, or `warmup_steps` or `power` is
+        ValueError: `decay_schedule_fn` is not callable, a value is not a finite number, or `warmup_steps` or `power` is
             negative.
 
     Source: transformers 4.34, `optimization_tf.py`.
@@ -164,7 +164,7 @@ class WarmUp(RateSchedule):
 
     @property
     def num_warmup_steps(self) -> float:
-        """Length of the warm-up under the name that torch's schedules give it."""
+        """Length of the warm-up; the schedules of `fusedopt.schedules` have it under this name."""
         return self.warmup_steps
 
     @property
@@ -175,7 +175,7 @@ class WarmUp(RateSchedule):
     def _rate(self, s: Any, f: Functions) -> Any:
         w = self.warmup_steps
         if f is PYTHON:
-            # A function of the user's is asked for the steps that are its own, and for no others.
+            # A user's function gets no step before its own first.
             return self._rise(s) if s < w else as_rate("decay_schedule_fn", self.decay_schedule_fn, s - w)
         after = rate_on_device(self.decay_schedule_fn, f.at_least(s - w, 0.0))
         return f.where(s < w, self._rise(f.at_most(s, w)), after) if w else after
@@ -188,7 +188,7 @@ class WarmUp(RateSchedule):
 
 
 def check_function(name: str, function: Any) -> None:
-    """Raises ValueError for what cannot be called with a step."""
+    """Raises ValueError if `function` cannot be called with a step."""
     if not callable(function):
         raise ValueError(
             f"{name} must be a function of the step, got {function!r}; for a constant rate pass lambda step: rate"
@@ -206,10 +206,10 @@ def check_function(name: str, function: Any) -> None:
 
 
 def as_rate(name: str, function: RateFunction, step: float) -> float:
-    """What a function of the step gives, as a float; NumPy's scalars and tensors of one element are numbers too.
+    """Returns the rate at a step as a float; scalars of NumPy and tensors of one element are numbers too.
 
     Raises:
-        ValueError: it gives no real number, or several.
+        ValueError: the function does not return one real number.
     """
     rate = function(step)
     try:
@@ -219,25 +219,25 @@ def as_rate(name: str, function: RateFunction, step: float) -> float:
 
 
 def takes_tensors(rate: Any) -> bool:
-    """Whether `rate_on_device` works a rate out from a tensor, and all its rates are finite and >= 0.
+    """True if `rate_on_device` can evaluate this function of the step, and all its rates are finite and >= 0.
 
-    True of this package's schedules, unless their rates go below 0 or a function of the user's is in them.
+    It is for schedules of this package, unless their rates go below 0 or a user's function is inside.
     """
     if type(rate) in (WarmUp, PolynomialDecay):
         return bool(rate._is_sound())
     if isinstance(rate, forms.PolynomialSchedule) and rate.lr_end < 0:
         return False
-    return type(rate).__module__ == forms.__name__  # A subclass of the user's is a function like any other.
+    return type(rate).__module__ == forms.__name__  # A user's subclass is like any other function.
 
 
 def rate_on_device(rate: Any, steps: Tensor) -> Tensor:
-    """The rate after so many steps, a float64 tensor where `steps` is; for what `takes_tensors`. Nothing waits."""
+    """Returns the rate after `steps` steps, a float64 tensor on their device; nothing waits for it."""
     result: Tensor = rate._rate(steps.double(), TORCH) if isinstance(rate, RateSchedule) else rate(steps)
     return result
 
 
 def describe(rate: Any) -> Any:
-    """A rate as a config holds it: our schedules as `{"class_name", "config"}`, anything else as it is.
+    """Returns a rate for a config: schedules of this module as `{"class_name", "config"}`, anything else as it is.
 
     Example:
         >>> describe(PolynomialDecay(0.1, 10))["class_name"]
@@ -250,10 +250,10 @@ def describe(rate: Any) -> Any:
 
 
 def revive(described: Any) -> Any:
-    """The rate that `describe`, or a config of Keras, stands for; what is no dict is returned as it is.
+    """Returns the schedule of a config, made by `describe` or by Keras; anything but a dict is returned as it is.
 
     Raises:
-        ValueError: the config is of a schedule that is not known here.
+        ValueError: the schedule is not known here.
     """
     if not isinstance(described, dict):
         return described

@@ -1,4 +1,4 @@
-"""Counts the steps that were not skipped: on the host, or on the device that alone knows which were."""
+"""Counts the steps that were not skipped, on the host or on the device that knows which were."""
 
 from typing import Any
 
@@ -11,12 +11,12 @@ Groups = list[dict[str, Any]]
 
 
 class StepCount:
-    """Number of steps of an optimizer without the skipped ones: `iterations` in its param groups, or a tensor.
+    """The number of an optimizer's steps without skipped ones: `iterations` of its param groups, and a tensor.
 
-    A device decides whether a step is skipped, and a CUDA graph is replayed without Python: from the first such step
-    on, `iterations` is out of date until `read` asks the device.
+    A device decides if a step is skipped, and a CUDA graph is replayed without Python. From the first such step on,
+    only the tensor is up to date, until `read` waits for it.
 
-    The `device` of the methods is the one that counts; with None, the host counts.
+    `device` is always the one that counts; None: the host counts.
 
     Example:
         >>> groups, count, device = [{"iterations": 3}], StepCount(), torch.device("cpu")
@@ -33,7 +33,7 @@ class StepCount:
         self._host_is_behind = False
 
     def read(self, groups: Groups) -> int:
-        """Returns the number, and brings `iterations` up to date; waits for the device where that knows more."""
+        """Returns the number, and brings `iterations` up to date; waits for the device if it may know more."""
         if self._host_is_behind:
             assert self._tensor is not None
             taken = int(self._tensor)
@@ -45,7 +45,7 @@ class StepCount:
         """Returns the number as a 0-d float64 tensor, the same one at every call.
 
         Raises:
-            RuntimeError: it would be made in a CUDA graph.
+            RuntimeError: a CUDA graph is being captured, and the tensor does not exist yet.
         """
         if self._tensor is None:
             if capturing():
@@ -53,14 +53,14 @@ class StepCount:
                     "a CUDA graph is being captured before the optimizer counts its steps on the device, which every "
                     "replay would start again: take one step before the capture"
                 )
-            with outside_inference_mode():  # Steps in that mode and out of it advance one tensor.
+            with outside_inference_mode():
                 self._tensor = torch.full((), float(groups[0]["iterations"]), dtype=torch.float64, device=device)
         elif self._tensor.device != device:
             self._tensor = self._tensor.to(device)
         return self._tensor
 
     def current(self, groups: Groups, device: torch.device | None) -> int | Tensor:
-        """Returns the number without waiting for a device that counts: a tensor where the host does not know it."""
+        """Returns the number as an int, or as a tensor where the host would have to wait for it."""
         if device is not None and (self._host_is_behind or capturing()):
             return self.tensor(groups, device)
         return self.read(groups)
