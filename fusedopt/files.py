@@ -1,4 +1,4 @@
-"""Writing files: a crash or a full disk leaves the old one, and every error names the file."""
+"""Writes files such that a crash or a full disk leaves the old one, and every error names the file."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError in the block names `path`, even where a library has put an error of its own around it.
+    """Makes an OSError of the block name `path`, even if a library has wrapped it in an error of its own.
 
     Example:
         >>> with naming(Path("run/metrics.jsonl")):
@@ -30,14 +30,14 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Replaces `path` by what `write` puts into a file; until all of it is on the disk, `path` stays what it was.
+    """Replaces the file `path` by a new one, once that is complete and on the disk.
 
     Args:
-        path: The file, or a link to it. It is written beside the old one, so its folder has to be writable.
-        write: Gets the new file, open for bytes; a library that wants a path takes its `name`.
+        path: of the file, or of a link to it. The new file is written next to it, so its folder must be writable.
+        write: is called with the new file, open for bytes; a library that wants a path takes its `name`.
 
     Raises:
-        OSError: The file cannot be written; it names `path`. Nothing is left behind.
+        OSError: the file cannot be written; the error names `path`, and nothing is left behind.
     """
     target = Path(os.path.realpath(path))
     with naming(path):
@@ -56,7 +56,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
-        # The new name must reach the disk as well; Windows cannot open a folder, and needs not.
+        # The folder has to reach the disk as well; Windows cannot open one, and need not.
         if os.name == "posix":
             folder = os.open(target.parent, os.O_RDONLY)
             try:

@@ -1,6 +1,6 @@
 """The command line: `fusedopt demo`, `fusedopt plot`, `fusedopt info`.
 
-Torch and all that needs it is imported inside `main`, once the environment is as it should be and Ctrl-C has an answer.
+Torch, and all that needs it, is imported inside `main`, where the environment is ready and Ctrl-C is caught.
 """
 
 import argparse
@@ -16,23 +16,23 @@ from fusedopt.cli.threads import share_the_cores
 
 
 class _Parser(argparse.ArgumentParser):
-    """Answers a mistake with one sentence instead of the whole usage."""
+    """Prints one sentence for a mistake instead of the whole usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        (file or sys.stderr).write(message)  # argparse's own passes over a full disk
+        (file or sys.stderr).write(message)  # argparse ignores a full disk
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; a mistake of the user is one sentence on stderr and exit code 2.
+    """Runs one command; a user's mistake is one sentence on stderr and exit code 2.
 
     Args:
-        arguments: Without the program's name; default `sys.argv[1:]`.
+        arguments: without the program's name; default `sys.argv[1:]`.
 
     Returns:
-        The exit code: 0, 2, 130 after Ctrl-C, or 141 if nobody reads the output any more.
+        The exit code: 0, 2, 130 after Ctrl-C, or 141 if the reader of the output has closed it.
     """
     _prepare_streams()
     if "torch" not in sys.modules:  # torch reads it when it is imported
@@ -62,17 +62,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _prepare_streams() -> None:
-    """What a terminal cannot show is spelled `\\xe9`; what goes to a closed stream is lost."""
+    """Makes streams write `\\xe9` for letters that they cannot encode, and replaces closed ones."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - as long as the process
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open as long as the process
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def _leave_nothing_unwritten() -> None:
-    """Python writes what is left when it ends, and would complain once more where that cannot be written."""
+    """Flushes the streams, and discards what cannot be written: at its end, Python would complain again."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -82,10 +82,10 @@ def _leave_nothing_unwritten() -> None:
 
 
 def _sentence(error: Exception) -> str:
-    """What to tell the user; empty for a defect, whose traceback is of more use."""
+    """Returns a sentence for the user; empty for a defect, where the traceback says more."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "there is not enough memory for this; take a smaller model or a smaller batch"
-    if isinstance(error, RuntimeError):  # The CPU's allocator has no exception of its own.
+    if isinstance(error, RuntimeError):  # The CPU's allocator raises no MemoryError.
         return _sentence(MemoryError()) if "can't allocate memory" in str(error) else ""
     if isinstance(error, ModuleNotFoundError):
         ours = (error.name or "fusedopt").startswith("fusedopt")

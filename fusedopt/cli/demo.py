@@ -24,7 +24,7 @@ def add_demo_command(commands: Any) -> None:
         epilog=f"Schedules: {', '.join(SCHEDULES)}. Threads: as many as torch takes, one per core; OMP_NUM_THREADS "
         "says otherwise. On Linux they sleep soon when they wait for each other, so that other programs may run beside "
         f"the demo: {waiting}, unless the environment sets that variable or OMP_WAIT_POLICY.",
-        # What is not given stays away, so that --resume can tell it from what is.
+        # Options that are not given are left out, so that --resume takes them from the checkpoint.
         argument_default=argparse.SUPPRESS,
     )
     for field in fields(demo.Settings):
@@ -39,7 +39,7 @@ def add_demo_command(commands: Any) -> None:
 
 
 def run_demo(options: argparse.Namespace) -> None:
-    import matplotlib  # noqa: F401 - better missed before the training than after it
+    import matplotlib  # noqa: F401 - if it is missing, that should be known before the training
 
     given = {name: value for name, value in vars(options).items() if name not in ("run", "command", "resume")}
     if options.resume:

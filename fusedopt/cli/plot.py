@@ -1,4 +1,4 @@
-"""The command `fusedopt plot`: pictures of schedules, and of what a training loop makes of them."""
+"""The command `fusedopt plot`: draws schedules, and the rates of training loops that use them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def add_plot_command(subparsers: Any) -> None:
-    """Add `plot` to an argparse parser's subparsers; its handler is `run_plot`.
+def add_plot_command(commands: Any) -> None:
+    """Adds `plot` to the sub-commands of an argument parser.
 
     Example:
         >>> parser = argparse.ArgumentParser()
@@ -32,7 +32,7 @@ def add_plot_command(subparsers: Any) -> None:
         >>> parser.parse_args(["plot", "linear", "--lr", "0.001"]).names
         ['linear']
     """
-    parser = subparsers.add_parser(
+    parser = commands.add_parser(
         "plot",
         help="draw learning-rate schedules",
         description="Draw one learning-rate schedule, several to compare, or all of them. "
@@ -43,7 +43,7 @@ def add_plot_command(subparsers: Any) -> None:
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="train with the schedule, rightly and with each classic mistake, and draw the rates that were used",
+        help="use the schedule in a training loop, rightly and with each classic mistake, and draw the rates",
     )
     parser.add_argument("--warmup-steps", type=number, metavar="STEPS", help="default: a tenth of the training")
     parser.add_argument("--training-steps", type=number, metavar="STEPS", help="default: 1000, with --verify 60")
@@ -53,22 +53,22 @@ def add_plot_command(subparsers: Any) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="an argument of that schedule alone, say num_cycles=3; may be repeated",
+        help="an argument of the schedule itself, say num_cycles=3; may be repeated",
     )
     parser.add_argument("-o", "--output", type=Path, metavar="FILE.png", help="default: named after what is drawn")
     parser.set_defaults(run=run_plot)
 
 
 def number(text: str) -> float:
-    """An int where the text is one, else a float; argparse puts the name of this function into its errors."""
-    return float(text) if not text.lstrip("+-").isdecimal() else int(text)
+    """Returns an int if the text is one, else a float; errors of argparse have the name of this function."""
+    return int(text) if text.lstrip("+-").isdecimal() else float(text)
 
 
 def run_plot(args: argparse.Namespace) -> int:
-    """Draw what was asked for into a file, and say which.
+    """Draws into a file, and prints its name.
 
     Raises:
-        ValueError: On names, counts and files that make no picture, in one sentence with the way out.
+        ValueError: an argument makes no picture.
     """
     figure, stem = _figure_for(args)
     output = args.output or Path(f"{stem}.png")
@@ -78,7 +78,7 @@ def run_plot(args: argparse.Namespace) -> int:
 
 
 def _figure_for(args: argparse.Namespace) -> tuple[Figure, str]:
-    """The figure, and the name of its file without suffix."""
+    """Returns the figure, and the name of its file without suffix."""
     checks.finite_non_negative("--lr", args.lr)
     total = args.training_steps if args.training_steps is not None else (60 if args.verify else 1000)
     total = count("--training-steps", total)
@@ -102,14 +102,15 @@ def _figure_for(args: argparse.Namespace) -> tuple[Figure, str]:
         raise ValueError(f"{error}; see the schedule's function for the arguments that --set may give") from error
 
 
-# The arguments whose values are no numbers.
 _WORDS = ("mode", "threshold_mode", "warmup_type", "decay_type")
-# Arguments that exclude each other: what --set gives takes the place of ours.
+"""Arguments that are words instead of numbers."""
+
 _INSTEAD_OF = {"min_lr": "min_lr_rate", "num_stable_steps": "num_training_steps"}
+"""Arguments of --set, and the argument of the example that each excludes."""
 
 
 def _arguments(name: str, counts: dict[str, float], args: argparse.Namespace) -> dict[str, Any]:
-    """All arguments of the schedule `name`: those of the example, with those of --set in their place."""
+    """Returns all arguments of a schedule: those of --set, else those of the example."""
     own = dict(_key_and_value(text) for text in args.set)
     for key in own:
         if key in counts:
@@ -150,7 +151,7 @@ def _save(figure: Figure, output: Path) -> None:
     suffix = output.suffix.lstrip(".").lower()
 
     def write(file: BinaryIO) -> None:
-        # By the name, for some formats are text; another program makes those that matplotlib cannot make by itself.
+        # By the name: some formats are text, and some are written by another program.
         figure.savefig(file.name, format=suffix)
         if suffix == "png":
             _thin_out(file)
@@ -164,7 +165,7 @@ def _save(figure: Figure, output: Path) -> None:
 
 
 def _thin_out(picture: BinaryIO) -> None:
-    """A third of the bytes: lines and letters need no more colours than a palette has."""
+    """Shrinks a PNG to a third: lines and letters need no more colours than a palette has."""
     from PIL import Image
 
     with Image.open(picture.name) as image:

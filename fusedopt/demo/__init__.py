@@ -1,4 +1,4 @@
-"""The demo: one small GPT, trained twice on the same batches, with the original's optimizer loop and with ours."""
+"""The demo: trains one small GPT twice on the same batches, with the original's optimizer loop and with ours."""
 
 from fusedopt.demo.settings import Settings
 from fusedopt.demo.training import Outcome, train

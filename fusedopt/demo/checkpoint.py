@@ -1,4 +1,4 @@
-"""Checkpoints of the demo: what does not fit is named."""
+"""Checkpoints of the demo, whose errors name what does not fit."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     write_atomically(path, lambda file: torch.save(checkpoint, file))
 
 
-# What there is in a checkpoint, and of which kind.
+# The parts of a checkpoint, the fields of a record, and their types.
 _PARTS = {
     "settings": dict,
     "identity": dict,
@@ -53,10 +53,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Whatever goes wrong with the contents of `path` in this block is one ValueError that names it."""
+    """Turns every error of the block into one ValueError that names `path`."""
     try:
         yield
-    except Exception as error:  # torch.load, for one, names a dozen kinds of damage in as many ways
+    except Exception as error:  # torch.load alone raises a dozen kinds for damaged files
         text = " ".join(str(error).split())
         said = f": {text}" if text and isinstance(error, (ValueError, TypeError)) else ""
         raise ValueError(

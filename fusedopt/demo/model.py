@@ -10,14 +10,12 @@ from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 BYTES = 256
 """The vocabulary: a token is a byte."""
 
-_MADE: Any = {"dtype": torch.float32, "device": "cpu"}
-"""What parameters are, whatever torch's defaults: a seed means the same weights everywhere."""
+_FACTORY: Any = {"dtype": torch.float32, "device": "cpu"}
+"""How parameters are made, independent of torch's defaults: a seed means the same weights everywhere."""
 
 
 class GPT(nn.Module):
-    """Predicts the next byte from at most `context` bytes before it.
-
-    Parameters are made on the CPU in float32.
+    """Predicts the next byte from up to `context` bytes before it. Its parameters are float32, on the CPU.
 
     Args:
         layers: number of blocks.
@@ -34,25 +32,25 @@ class GPT(nn.Module):
 
     def __init__(self, layers: int, width: int, context: int) -> None:
         super().__init__()
-        self.token = nn.Embedding(BYTES, width, **_MADE)
-        self.position = nn.Parameter(torch.empty(context, width, **_MADE))
+        self.token = nn.Embedding(BYTES, width, **_FACTORY)
+        self.position = nn.Parameter(torch.empty(context, width, **_FACTORY))
         self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
-        self.norm = nn.LayerNorm(width, **_MADE)
-        # Residual branches start small, so that the stream keeps its size whatever the depth (GPT-2).
+        self.norm = nn.LayerNorm(width, **_FACTORY)
+        # Residual branches start small, so that activations do not grow with the depth (GPT-2).
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 branch_end = name.endswith(("attend.weight", "shrink.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * layers) if branch_end else 0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits [batch, time, 256] for the byte after each of `tokens` [batch, time]."""
+        """Returns logits [batch, time, 256] for the byte after each of `tokens` [batch, time]."""
         x = self.token(tokens) + self.position[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x)
         return F.linear(self.norm(x), self.token.weight)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats per byte; the log-softmax is taken in at least float32."""
+        """Returns the mean cross-entropy in nats per byte, computed in at least float32."""
         logits = self(tokens).flatten(0, 1)
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
@@ -60,17 +58,17 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention to earlier positions, then a network of its own for each position."""
+    """Attention to earlier positions, then a network for each position."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.heads = next(n for n in range(max(1, width // 32), 0, -1) if width % n == 0)
-        self.norm1 = nn.LayerNorm(width, **_MADE)
-        self.query_key_value = nn.Linear(width, 3 * width, bias=False, **_MADE)
-        self.attend = nn.Linear(width, width, bias=False, **_MADE)
-        self.norm2 = nn.LayerNorm(width, **_MADE)
-        self.grow = nn.Linear(width, 4 * width, **_MADE)
-        self.shrink = nn.Linear(4 * width, width, **_MADE)
+        self.norm1 = nn.LayerNorm(width, **_FACTORY)
+        self.query_key_value = nn.Linear(width, 3 * width, bias=False, **_FACTORY)
+        self.attend = nn.Linear(width, width, bias=False, **_FACTORY)
+        self.norm2 = nn.LayerNorm(width, **_FACTORY)
+        self.grow = nn.Linear(width, 4 * width, **_FACTORY)
+        self.shrink = nn.Linear(4 * width, width, **_FACTORY)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.query_key_value(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)

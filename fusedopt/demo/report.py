@@ -1,4 +1,4 @@
-"""What the demo shows in the end: a table and a picture, both drawn from the records of its steps."""
+"""The report of the demo: a table and a picture of the records of its steps."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ class Curves:
 
 
 def largest_difference(eager: Curves, fused: Curves) -> tuple[float, int]:
-    """Between the two training losses, and the step it is found at; NaN if no step has two finite losses."""
+    """Returns the largest difference of the training losses and its step; NaN and 0 if no two losses are finite."""
     gaps = [(abs(a - b), step) for a, b, step in zip(eager.train_loss, fused.train_loss, eager.steps)]
     return max((gap for gap in gaps if math.isfinite(gap[0])), default=(math.nan, 0))
 
 
 def table(outcome: Outcome) -> str:
-    """The result as lines of text; losses are in nats per byte.
+    """Returns the result as text; losses are in nats per byte.
 
     Example:
         >>> import tempfile
-        >>> from fusedopt.demo.training import Settings, train
+        >>> from fusedopt.demo import Settings, train
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     outcome = train(Settings(steps=1, batch_size=2, layers=1, width=8, device="cpu", out=folder))
         >>> print(table(outcome).splitlines()[0])
@@ -91,12 +91,12 @@ def _what(outcome: Outcome) -> str:
 
 
 def save_picture(outcome: Outcome, path: Path) -> None:
-    """Draws `figure(outcome)` into a PNG."""
+    """Writes `figure(outcome)` as a PNG."""
     write_atomically(path, lambda file: figure(outcome).savefig(file, format="png", dpi=150))
 
 
 def figure(outcome: Outcome) -> Figure:
-    """Loss curves on top of each other, learning rate, optimizer time per step."""
+    """Draws both loss curves in one plot, the learning rate, and the optimizer's time per step."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -114,9 +114,9 @@ def figure(outcome: Outcome) -> Figure:
 
 
 def loss_title(eager: Curves, fused: Curves) -> str:
-    """What the picture of the losses shows: whether there is one curve to see, two, or none.
+    """Returns a title for the picture of the losses: it says if there is one curve to see, two, or none.
 
-    Two curves are one for the eye if they differ by less than the wider line covers, a hundredth of their height.
+    Two curves look like one if they differ by less than the width of a line, a hundredth of their height.
     """
     losses = [loss for curves in (eager, fused) for loss in curves.train_loss if math.isfinite(loss)]
     if not losses:
@@ -133,7 +133,7 @@ def loss_title(eager: Curves, fused: Curves) -> str:
 
 
 def _not_finite(curves: Curves) -> int | None:
-    """The first step whose loss is not finite."""
+    """Returns the first step whose loss is not finite."""
     return next((step for step, loss in zip(curves.steps, curves.train_loss) if not math.isfinite(loss)), None)
 
 
@@ -152,7 +152,7 @@ def _draw_loss(axes: Axes, eager: Curves, fused: Curves) -> None:
         axes.plot([], [], "o-", color=COLORS["eager"], lw=4.5, ms=9, label=LABELS["eager"])[0],
         axes.plot([], [], "o-", color=COLORS["fused"], lw=0.9, ms=4, label=LABELS["fused"])[0],
     ]
-    # Beside the title, where no curve comes.
+    # To the right of the title, above all curves.
     place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.3, "ncols": 2}
     axes.legend(handles=keys, frameon=False, labelcolor=INK, **place)
 
@@ -187,7 +187,7 @@ def _draw_time(axes: Axes, eager: Curves, fused: Curves) -> None:
             weight="bold",
             path_effects=[withStroke(linewidth=4, foreground="white")],
         )
-    # A step that had to wait for the machine would squeeze all the others onto the axis.
+    # A few slow steps would otherwise press all the others onto the axis.
     axes.set_ylim(0, 2 * max(eager.median_ms, fused.median_ms))
 
 

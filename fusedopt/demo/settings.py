@@ -1,4 +1,4 @@
-"""What a run of the demo is made of. Each setting is declared once; the options of the command line follow from it."""
+"""The settings of the demo, each declared once: the options of the command line and the checks follow."""
 
 import argparse
 import math
@@ -15,7 +15,7 @@ from fusedopt.reference import ReferenceAdafactor, ReferenceAdamW, ReferenceAdam
 from fusedopt.schedules import SchedulerType
 
 CONTEXT = 64
-"""Bytes the model sees at once; short, so that two trainings fit into a minute on two CPU cores."""
+"""Bytes in a window; short, so that two trainings take less than a minute on two CPU cores."""
 
 METRICS, PICTURE, CHECKPOINT = "metrics.jsonl", "demo.png", "checkpoint.pt"
 """Files that a run leaves in its folder."""
@@ -25,7 +25,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 class Choice(NamedTuple):
-    """An optimizer of the demo: ours, the reference for it, and the arguments of both."""
+    """An optimizer of the demo: its class here, its reference, and the arguments of both."""
 
     ours: Callable[..., Optimizer]
     reference: Callable[..., Optimizer]
@@ -90,7 +90,7 @@ def setting(
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a run, checked; the help of a field says what it is.
+    """The settings of a run; the text of a field is its help on the command line.
 
     Raises:
         ValueError: a value is out of its range.
@@ -162,6 +162,6 @@ class Settings:
         return self.schedule or (None if self.learning_rate is None else "cosine")
 
     def identity(self) -> dict[str, Any]:
-        """Returns what must not change when a run is continued: all that decides a step, but for the text."""
+        """Returns what must stay the same when a run is continued; the text is compared by its hash."""
         kept = {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata["free"]}
         return kept | {"lr": self.learning_rate, "schedule": self.schedule_name, "device": self.torch_device.type}

@@ -1,4 +1,4 @@
-"""The text that the demo learns: bytes, split into a part to train on and a part to measure on."""
+"""The text of the demo: bytes, split into one part for training and one for validation."""
 
 import sysconfig
 from pathlib import Path
@@ -7,17 +7,17 @@ import torch
 from torch import Tensor
 
 DEFAULT_BYTES = 3_000_000
-"""Read from Python's standard library: more than the default demo sees, and no time to wait for."""
+"""Size of the text from Python's standard library: more than the default demo sees, and read at once."""
 
 LARGEST_TEXT = 256_000_000
-"""Bytes read from a text of one's own; the text is held in memory."""
+"""Largest size of a user's text, which is held in memory."""
 
 
 def read_text(path: str | None = None) -> bytes:
-    """The bytes of the file `path`, or of the sources of Python's standard library: modules in order of their names.
+    """Returns the bytes of a file; without a path, of the sources of Python's standard library in order of their names.
 
     Raises:
-        ValueError: there is no such text, or it cannot be read.
+        ValueError: the text does not exist or cannot be read.
 
     Example:
         >>> len(read_text()) <= DEFAULT_BYTES
@@ -48,14 +48,14 @@ def _standard_library() -> bytes:
 
 
 class Text:
-    """Windows of `context` bytes, and of the bytes that follow them.
+    """Windows of `context` bytes (tokens), and the same windows one byte later (targets).
 
     Args:
         text: the last tenth is held out for validation.
         context: length of a window.
 
     Raises:
-        ValueError: one of the two parts does not hold a window.
+        ValueError: one of the two parts is shorter than a window.
 
     Example:
         >>> text = Text(bytes(range(200)), context=4)
@@ -74,13 +74,13 @@ class Text:
         self._train, self._held_out = (part.unfold(0, context + 1, 1) for part in (data[:-held_out], data[-held_out:]))
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """`size` windows from random places: tokens and targets, int64 [size, context]."""
+        """Returns tokens and targets of `size` windows from random places, int64 [size, context]."""
         last = len(self._train)
         return _shifted(self._train[torch.randint(last, (size,), generator=generator, dtype=torch.int64, device="cpu")])
 
     def held_out(self, windows: int) -> tuple[Tensor, Tensor]:
-        """Tokens and targets of `windows` windows spread evenly over the part held out, always the same."""
-        # In integers: a float32 cannot tell the places of a long text apart, and may round past its end.
+        """Returns tokens and targets of `windows` windows, spread evenly over the validation part; always the same."""
+        # In integers: float32 rounds the places of a long text, perhaps past its end.
         last, gaps = len(self._held_out) - 1, max(1, windows - 1)
         return _shifted(self._held_out[torch.arange(windows, dtype=torch.int64, device="cpu") * last // gaps])
 

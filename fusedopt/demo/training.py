@@ -25,17 +25,17 @@ from fusedopt.files import naming, write_atomically
 from fusedopt.schedules import example_arguments, get_scheduler, needs_metric
 
 MEASURE_EVERY = 25
-"""Steps between two measurements of the validation loss, however long the run: a longer one repeats a shorter."""
+"""Steps between two measurements of the validation loss, for runs of any length: a longer one repeats a shorter."""
 
 HELD_OUT_WINDOWS = 64
-"""Windows of CONTEXT bytes in such a measurement, always the same ones; it costs about as much as one training step."""
+"""Windows of CONTEXT bytes per measurement, always the same ones; it takes about as long as a training step."""
 
 WARMUP_SHARE = 0.1
-"""Part of the steps in which the learning rate rises, in the schedules that have a warm-up."""
+"""Fraction of the steps in the warm-up of schedules that have one."""
 
 
 class Outcome(NamedTuple):
-    """What a run of the demo leaves."""
+    """The result of a run of the demo."""
 
     settings: Settings
     parameters: int
@@ -43,13 +43,13 @@ class Outcome(NamedTuple):
     context: int
     """Bytes per window."""
     backend: str
-    """That served our optimizer on the device."""
+    """The one of our optimizer."""
     records: list[dict[str, Any]]
     """One per step and run, as in metrics.jsonl."""
 
 
 class Run:
-    """One of the two trainings: a model, its optimizer and its schedule, if the optimizer leaves its rate to one."""
+    """One of the two trainings: a model, its optimizer, and a scheduler unless the optimizer has a rate of its own."""
 
     def __init__(self, name: str, model: GPT, make: Callable[..., Optimizer], settings: Settings) -> None:
         self.name = name
@@ -72,7 +72,7 @@ class Run:
 
     @property
     def lr(self) -> float | None:
-        """Of the next step; None if the optimizer has a rate of its own."""
+        """The rate of the next step; None if the optimizer has one of its own."""
         lr = self.optimizer.param_groups[0]["lr"]
         return None if lr is None else float(lr)
 
@@ -89,7 +89,7 @@ class Run:
         return {name: part.state_dict() for name, part in parts.items() if part is not None}
 
     def load_state_dict(self, state: dict[str, Any], replay_schedule: int | None = None) -> None:
-        """Continues `state`; with `replay_schedule`, learning rates follow this run's schedule from that step on."""
+        """Continues `state`; from step `replay_schedule` on, if given, rates follow the schedule of this run."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is None:
@@ -107,12 +107,12 @@ def train(settings: Settings, *, resume: bool = False) -> Outcome:
     """Trains both runs side by side, step by step, and leaves metrics.jsonl and checkpoint.pt in `settings.out`.
 
     Args:
-        settings: What to train, on what, where to.
-        resume: Go on from the checkpoint in `settings.out`, bit for bit as if the run had never stopped. With more
-            `steps` than before, the schedule is that of the longer run from here on.
+        settings: of the run.
+        resume: True to go on from the checkpoint in `settings.out`, bit for bit as if the run had not stopped. With
+            more `steps` than before, rates follow the schedule of the longer run from here on.
 
     Raises:
-        ValueError: The text cannot be used, or the checkpoint is missing, unreadable or of another run.
+        ValueError: the text cannot be used, or the checkpoint is missing, unreadable or of another run.
 
     Example:
         >>> import tempfile
@@ -127,8 +127,7 @@ def train(settings: Settings, *, resume: bool = False) -> Outcome:
     content = read_text(settings.text)
     identity = {**settings.identity(), "text": hashlib.sha256(content).hexdigest()}
 
-    # What both runs share: the text, the batches, the weights they start from (drawn on the CPU, so that a seed means
-    # the same on every device).
+    # Both runs share text, batches and first weights, drawn on the CPU so that a seed means the same on every device.
     text = Text(content, CONTEXT)
     held_out = [part.to(device) for part in text.held_out(HELD_OUT_WINDOWS)]
     batches = torch.Generator("cpu").manual_seed(settings.seed)
@@ -137,11 +136,11 @@ def train(settings: Settings, *, resume: bool = False) -> Outcome:
         model = GPT(settings.layers, settings.width, CONTEXT)
     model.to(device, getattr(torch, settings.dtype))
 
-    # What differs: the optimizer, and nothing else.
+    # They differ in their optimizer.
     choice = OPTIMIZERS[settings.optimizer]
     runs = [Run("eager", copy.deepcopy(model), choice.reference, settings), Run("fused", model, choice.ours, settings)]
 
-    # Where to begin: at the first step, or after the last one of the checkpoint. Records of later steps are dropped.
+    # The first step, or the one after the checkpoint's. Records of later steps are dropped.
     done, records = 0, []
     if resume:
         checkpoint = load_checkpoint(out / CHECKPOINT)
@@ -153,13 +152,13 @@ def train(settings: Settings, *, resume: bool = False) -> Outcome:
                 another_total = checkpoint["settings"]["steps"] != settings.steps
                 run.load_state_dict(checkpoint["runs"][run.name], replay_schedule=done if another_total else None)
     out.mkdir(parents=True, exist_ok=True)
-    if not resume:  # A checkpoint of an earlier run is none of this one, which may be interrupted before its first.
+    if not resume:  # This run may be interrupted before its first checkpoint: an earlier run's must not be resumed.
         (out / CHECKPOINT).unlink(missing_ok=True)
     write_atomically(out / METRICS, lambda file: file.writelines(map(_line, records)))
 
     with (
         deterministic(device),
-        open(out / METRICS, "ab", buffering=0) as log,  # a crash, or Ctrl-C, loses no step
+        open(out / METRICS, "ab", buffering=0) as log,  # no step is lost by a crash or Ctrl-C
         tqdm(total=settings.steps, initial=done, unit="step", mininterval=0.5, dynamic_ncols=True) as bar,
     ):
         for step in range(done + 1, settings.steps + 1):
@@ -173,8 +172,8 @@ def train(settings: Settings, *, resume: bool = False) -> Outcome:
                     loss.backward()
                     loss_sum = loss_sum + loss.detach()
 
-                # The step, and how long it takes. On a GPU both readings of the clock wait until the device is done, so
-                # the time is that of the step alone, launches included; .item() waits as well, after it.
+                # The step. On a GPU both readings of the clock wait for the device, so that the time is the step's
+                # with its launches; `.item()` waits after it.
                 lr = run.lr
                 began = clock(device)
                 run.optimizer.step()
@@ -182,7 +181,7 @@ def train(settings: Settings, *, resume: bool = False) -> Outcome:
                 run.optimizer.zero_grad(set_to_none=True)
                 train_loss = loss_sum.item()
 
-                # What is worth knowing about it.
+                # The record.
                 record = {"run": run.name, "step": step, "train_loss": train_loss}
                 if step == 1 or step % MEASURE_EVERY == 0 or step == settings.steps:
                     record["val_loss"] = validation_loss(run.model, *held_out)
@@ -219,7 +218,7 @@ def validation_loss(model: GPT, tokens: Tensor, targets: Tensor) -> float:
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, once everything that was sent to `device` is done."""
+    """Returns the time in seconds, after all work of `device` is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -227,16 +226,16 @@ def clock(device: torch.device) -> float:
 
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
-    """Deterministic algorithms on a GPU: the two runs then differ in their optimizer alone, and resume bit for bit."""
+    """Makes a GPU deterministic: the runs then differ only in their optimizer, and resume bit for bit."""
     if device.type != "cuda":
         yield
         return
-    # cuBLAS reads this when it is first used.
+    # cuBLAS reads this at its first use.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     options: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), options.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    # Filling every new tensor with NaN would be charged to the optimizer that makes temporaries.
+    # Filling new tensors with NaN would add to the time of optimizers that make temporaries.
     options.fill_uninitialized_memory = False
     try:
         yield
