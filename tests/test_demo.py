@@ -1,6 +1,7 @@
 """The demo: what it learns, what it writes, and that a run that was stopped goes on as if it had not been."""
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -212,6 +213,36 @@ def test_a_longer_run_follows_its_own_schedule(tiny, tmp_path):
 def test_resuming_a_finished_run_changes_nothing(tiny):
     before = train(tiny).records
     assert train(tiny, resume=True).records == before == metrics(tiny)
+
+
+def test_a_checkpoint_has_what_earlier_versions_wrote(tiny):
+    """Another name or value here would be another run, and theirs could not be resumed."""
+    train(tiny)
+    checkpoint = load_checkpoint(Path(tiny.out) / CHECKPOINT)
+    assert list(checkpoint) == ["settings", "identity", "step", "records", "batches", "runs"]
+    assert checkpoint["settings"] == {
+        "steps": 4,
+        "batch_size": 2,
+        "accumulate": 1,
+        "layers": 2,
+        "width": 16,
+        "optimizer": "adamw",
+        "schedule": None,
+        "lr": None,
+        "dtype": "float32",
+        "device": "cpu",
+        "seed": 0,
+        "text": tiny.text,
+        "out": tiny.out,
+        "checkpoint_every": 0,
+    }
+    resolved = {"schedule": "cosine", "lr": 0.002, "text": hashlib.sha256(Path(tiny.text).read_bytes()).hexdigest()}
+    may_change = ("steps", "out", "checkpoint_every")
+    kept = {name: value for name, value in checkpoint["settings"].items() if name not in may_change}
+    assert checkpoint["identity"] == kept | resolved
+    assert {name: list(run) for name, run in checkpoint["runs"].items()} == {
+        name: ["model", "optimizer", "scheduler"] for name in ("eager", "fused")
+    }
 
 
 REFUSED_TO_RESUME = {
