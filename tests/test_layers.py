@@ -27,7 +27,6 @@ LAYERS = [
     {"fusedopt.precision"},
     {"fusedopt.checks", "fusedopt.without_data", "fusedopt.wrappers", "fusedopt.files", "fusedopt.columns"},
     {"fusedopt.interface", "fusedopt.sharding", "fusedopt.backends.graphs", "fusedopt.reference"},
-    {"fusedopt.interface", "fusedopt.sharding", "fusedopt.backends.graphs", "fusedopt.reference"},
     {"fusedopt.backends.scratch", "fusedopt.backends.eager", "fusedopt.backends.triton"},
     {"fusedopt.backends"},
     {"fusedopt.schedules.base", "fusedopt.schedules.checks", "fusedopt.schedules.forms", "fusedopt.schedules.followed"},
