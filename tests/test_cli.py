@@ -1,4 +1,4 @@
-"""The command line: help, information, and one sentence for every mistake."""
+"""The command line: help, `info`, and one sentence for every mistake."""
 
 import importlib
 import json
@@ -23,7 +23,7 @@ TINY = ["--steps=2", "--layers=1", "--width=8", "--batch-size=2", "--device=cpu"
 
 
 def run(*arguments):
-    """The exit code, however the command ends."""
+    """Returns the exit code, however the command ends."""
     try:
         return cli.main(arguments)
     except SystemExit as end:
@@ -83,7 +83,7 @@ MISTAKES = {
 
 
 def out_of_memory(*sizes):
-    # What torch's allocator for the CPU says.
+    # The message of torch's allocator for the CPU.
     raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried ...")
 
 
@@ -110,7 +110,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch):
         run("demo", *TINY)
 
 
-def test_interruption_says_how_to_go_on(monkeypatch, capsys):
+def test_an_interrupted_demo_names_the_command_that_resumes_it(monkeypatch, capsys):
     def interrupt(*arguments, **keywords):
         raise KeyboardInterrupt
 
@@ -129,7 +129,7 @@ def test_demo_leaves_table_picture_numbers_and_checkpoint(tmp_path, capsys):
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 4
 
 
-def test_resume_keeps_the_options_that_are_not_given(tmp_path, capsys):
+def test_resuming_keeps_the_options_that_are_not_given(tmp_path, capsys):
     out = str(tmp_path / "out")
     assert run("demo", *TINY, "--seed=7", "--out", out) == 0
     assert run("demo", "--resume", "--steps=3", "--out", out) == 0
@@ -156,7 +156,7 @@ def test_info(capsys):
 
 
 def test_info_without_triton_on_a_gpu(monkeypatch, capsys):
-    """Two devices, the second a GPU that no kernel can serve."""
+    """Two devices, the second a GPU without triton."""
 
     def import_module(name):
         if name == "triton":
@@ -174,7 +174,7 @@ def test_info_without_triton_on_a_gpu(monkeypatch, capsys):
 
 
 def in_a_process(*arguments, code=None, before="", stdout=subprocess.PIPE, **environment):
-    """The command in a process of its own, as a shell would start it."""
+    """Runs the command in a process of its own, as a shell does."""
     path = os.pathsep.join(filter(None, (before, str(ROOT), str(ROOT / "kernels"))))
     variables = {**os.environ, "PYTHONPATH": path, **environment}
     command = [sys.executable, *(["-c", code] if code else ["-m", "fusedopt"]), *arguments]
@@ -209,8 +209,8 @@ def test_the_package_is_imported_when_a_name_is_asked_for():
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes and devices of posix")
 class TestOutputThatCannotBeWritten:
-    def test_nobody_reads_on(self):
-        """As `fusedopt --help | head -1`, whose reader is gone at once."""
+    def test_the_reader_has_closed_the_pipe(self):
+        """As in `fusedopt --help | head -1`, where the reader closes the pipe at once."""
         read, write = os.pipe()
         os.close(read)
         try:
@@ -238,7 +238,7 @@ class TestOutputThatCannotBeWritten:
 
     @pytest.mark.parametrize("limit", [100, 20_000, pytest.param(60_000, marks=pytest.mark.slow)])
     def test_the_disk_fills_up_during_a_demo(self, limit, tmp_path):
-        """Numbers, checkpoint or picture do not fit: one sentence names the file, and no half of one is left."""
+        """Metrics, checkpoint or picture do not fit: one sentence names the file, and no part of it is left."""
         code = (
             "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
             f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}));"
@@ -255,13 +255,13 @@ class TestOutputThatCannotBeWritten:
 
 
 @pytest.mark.parametrize("arguments", [["plot", "linear", "-o", "{folder}/caf\xe9.png"], ["demo", "--text", "caf\xe9"]])
-def test_a_terminal_that_knows_ascii_alone_shows_every_output(arguments, tmp_path):
+def test_an_ascii_terminal_shows_every_output(arguments, tmp_path):
     done = in_a_process(*(word.format(folder=tmp_path) for word in arguments), PYTHONIOENCODING="ascii")
     assert done.returncode == {"plot": 0, "demo": 2}[arguments[0]]
     assert "caf\\xe9" in done.stdout + done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_package_that_is_missing_is_named(monkeypatch, capsys):
+def test_a_missing_package_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     trained = []
     monkeypatch.setattr(demo, "train", lambda *arguments, **keywords: trained.append(1))
@@ -271,17 +271,17 @@ def test_a_package_that_is_missing_is_named(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"),
+    ("given", "expected"),
     [({}, WAITING), *(({name: "7"}, {name: "7"}) for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"))],
     ids=str,
 )
-def test_threads_sleep_soon_unless_the_user_says_how_they_wait(said, expected):
-    environment = dict(said)
+def test_threads_sleep_soon_unless_the_environment_says_how_they_wait(given, expected):
+    environment = dict(given)
     share_the_cores(environment)
     assert environment == expected
 
 
-def test_only_the_command_line_says_how_threads_wait(tmp_path, capsys):
+def test_only_the_command_line_sets_how_threads_wait(tmp_path, capsys):
     code = "import os, sys; {}; sys.exit('GOMP_SPINCOUNT' in os.environ)"
     variables = {name: value for name, value in os.environ.items() if name not in (*WAITING, "OMP_WAIT_POLICY")}
     variables["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))

@@ -56,7 +56,7 @@ def test_schedule_and_config_golden(case):
         }
     config = optimizer.get_config()
     assert revive(config["learning_rate"]) == schedule
-    # With both classes: what the original's config says, where ours has such a key. The class of rate 0 is called Adam.
+    # The keys that both configs have. The original's class without decay is called Adam.
     shared = {key: value for key, value in raw["config"].items() if key in config and key != "name"}
     assert {key: config[key] for key in shared} == shared
     for key in ("include_in_weight_decay", "exclude_from_weight_decay"):
@@ -79,8 +79,8 @@ def test_without_decay_names_are_not_needed():
 
 
 @pytest.mark.parametrize(("weight_decay_rate", "epsilon"), [(0.0, 0.0), (0.1, 1e-7)])
-def test_epsilon_zero_stays_zero_without_decay_alone(weight_decay_rate, epsilon):
-    """The original's two classes differ so; a round trip through the config keeps either."""
+def test_epsilon_zero_stays_zero_only_without_decay(weight_decay_rate, epsilon):
+    """As in the two classes of the original; a round trip through the config keeps either."""
     optimizer, _ = create_optimizer(parameters(), 0.1, 10, 2, adam_epsilon=0.0, weight_decay_rate=weight_decay_rate)
     again = AdamWeightDecay.from_config(optimizer.get_config(), parameters())
     for one in (optimizer, again):
@@ -88,7 +88,7 @@ def test_epsilon_zero_stays_zero_without_decay_alone(weight_decay_rate, epsilon)
 
 
 def test_training_ends_where_the_warm_up_does():
-    """All steps of such a training are defined; the one after it is refused, where the original would set NaN."""
+    """Every step of such a training has a rate; the step after it is refused, where the original would set NaN."""
     [(name, p)] = parameters()
     optimizer, _ = create_optimizer([(name, p)], 0.1, num_train_steps=3, num_warmup_steps=3)
     for _ in range(3):
@@ -122,7 +122,7 @@ def test_refuses(options, message):
 
 
 def test_signature_is_the_originals():
-    """After `params`; what is ours alone is keyword-only."""
+    """After `params`; arguments that the original lacks are keyword-only."""
     ours = [p for p in inspect.signature(create_optimizer).parameters.values() if p.kind is not p.KEYWORD_ONLY][1:]
     originals = API["signatures"]["create_optimizer"]
     assert [p.name for p in ours] == [p["name"] for p in originals]

@@ -1,4 +1,4 @@
-"""The demo: what it learns, what it writes, and that a run that was stopped goes on as if it had not been."""
+"""The demo: it learns, writes its files, and resumes as if it had never stopped."""
 
 import errno
 import hashlib
@@ -29,7 +29,7 @@ TINY = Settings(steps=4, batch_size=2, layers=2, width=16, device="cpu", checkpo
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Threads only wait for each other in a model this small, the longer the more tests run beside it."""
+    """In a model this small, threads only wait for each other, the longer the more tests run at the same time."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -38,14 +38,14 @@ def one_thread():
 
 @pytest.fixture
 def tiny(tmp_path):
-    """Settings of a run that takes a tenth of a second, on a text of its own."""
+    """Settings of a run that takes a tenth of a second, with its own text."""
     text = tmp_path / "text.txt"
     text.write_bytes(b"".join(b"%d green bottles hanging on the wall; " % (n % 7) for n in range(100)))
     return replace(TINY, text=str(text), out=str(tmp_path / "out"))
 
 
-# Between the two losses in 20 tiny steps. Measured: 0 with the right formula, 7.5e-5 with decay on the wrong side of
-# the update or with a beta that is off by 0.001.
+# Largest difference of the two losses in 20 tiny steps. Measured: 0 with the right formula, 7.5e-5 with decay on the
+# wrong side of the update or with a beta that is off by 0.001.
 AGREES = 1e-5
 
 
@@ -62,11 +62,11 @@ def weights(settings):
 
 
 class Killed(BaseException):
-    """Ends a run where no handler catches it."""
+    """Ends a run; no handler catches it."""
 
 
 def kill_at(monkeypatch, step):
-    """The next run ends in the middle of `step`, when its second training has its gradients."""
+    """Makes the next run end in the middle of `step`, when its second training has its gradients."""
     ticks = iter(range(1, 10**6))
 
     def clock(device):
@@ -136,10 +136,10 @@ def test_every_dtype(tiny, dtype):
 
 
 def test_accumulation_averages_batches(tiny):
-    """Two batches of two windows give the loss of one batch of the same four windows."""
+    """Two batches of two windows have the loss of one batch of the same four windows."""
     whole = train(replace(tiny, steps=2, batch_size=4, lr=0.0)).records
     parts = train(replace(tiny, steps=2, batch_size=2, accumulate=2, lr=0.0)).records
-    # Mean of means, in float32.
+    # A mean of means, in float32.
     assert [r["train_loss"] for r in parts] == pytest.approx([r["train_loss"] for r in whole], rel=1e-6)
 
 
@@ -161,7 +161,7 @@ def test_resumes_bit_for_bit(tiny, tmp_path, monkeypatch, changes):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_at(patch, step=7)
         train(stopped)
-    assert max(record["step"] for record in metrics(stopped)) >= 6, "the run was to be killed after its checkpoint"
+    assert max(record["step"] for record in metrics(stopped)) >= 6, "the run should be killed after its checkpoint"
     outcome = train(stopped, resume=True)
 
     assert without_times(metrics(stopped)) == without_times(metrics(straight))
@@ -185,7 +185,7 @@ def test_survives_sigkill(tiny, tmp_path):
     while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL) if os.name == "posix" else process.kill()
-    assert process.wait() != 0, "the run was over before it could be killed"
+    assert process.wait() != 0, "the run ended before it could be killed"
 
     train(stopped, resume=True)
     train(straight)
@@ -216,7 +216,7 @@ def test_resuming_a_finished_run_changes_nothing(tiny):
 
 
 def test_a_checkpoint_has_what_earlier_versions_wrote(tiny):
-    """Another name or value here would be another run, and theirs could not be resumed."""
+    """With other names or values, their runs could not be resumed."""
     train(tiny)
     checkpoint = load_checkpoint(Path(tiny.out) / CHECKPOINT)
     assert list(checkpoint) == ["settings", "identity", "step", "records", "batches", "runs"]
@@ -264,7 +264,7 @@ def test_refuses_to_resume_another_run(tiny, changes, message):
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no checkpoint", "another dict"], ids=str)
-def test_refuses_what_is_no_checkpoint(tiny, content):
+def test_refuses_files_that_are_no_checkpoint(tiny, content):
     path = Path(tiny.out) / CHECKPOINT
     path.parent.mkdir()
     if isinstance(content, bytes):
@@ -407,7 +407,7 @@ class TestText:
         assert len(tokens[:, 0].unique()) > 10
 
     def test_places_in_a_text_longer_than_float32_can_count(self):
-        """The places are those of whole numbers, at the size of the largest text; nothing of that size is made."""
+        """Places are computed in integers, for any size; no text of that size is made."""
         text = Text(b"x" * 200, context=4)
         size = 10**9 + 7
         asked = []

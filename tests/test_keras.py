@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:lr is Keras' old name")
 
 
 def round_trip(optimizer):
-    """Through a config as the original makes it, without the lists of patterns."""
+    """Returns the optimizer of the config as the original makes it, without the lists of patterns."""
     config = optimizer.get_config()
     for patterns in ("include_in_weight_decay", "exclude_from_weight_decay"):
         del config[patterns]
@@ -66,8 +66,8 @@ def test_decay_rules(rule):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_gradients_are_not_held_on_to(backend):
-    """The next backward pass needs their memory."""
+def test_gradients_are_not_kept(backend):
+    """Their memory is needed by the next backward pass."""
     p = parameter(*range(20), device=device_of(backend))
     for options in ({}, {"clipnorm": 1.0}):
         optimizer = AdamWeightDecay([p], backend=backend, **options)
@@ -79,8 +79,8 @@ def test_gradients_are_not_held_on_to(backend):
             assert gone() is None
 
 
-def test_names_are_those_of_the_model_that_is_here():
-    """A checkpoint has names as well, perhaps of the model in another wrapper: patterns are not searched in them."""
+def test_patterns_are_searched_in_the_names_of_the_present_model():
+    """A checkpoint has names too, perhaps of the model in another wrapper: patterns are not searched in those."""
     wrapped = AdamWeightDecay([("module.bias", parameter())], exclude_from_weight_decay=["^bias"])
     optimizer = AdamWeightDecay([("bias", parameter())], weight_decay_rate=0.5, exclude_from_weight_decay=["^bias"])
     optimizer.load_state_dict({**wrapped.state_dict()})
@@ -129,7 +129,7 @@ def test_all_parameters_of_a_group_excluded():
     "clipping", [{"clipvalue": 0.3}, {"clipnorm": 0.5}, {"global_clipnorm": 0.5}], ids=lambda c: next(iter(c))
 )
 def test_clipped_is_clipped_by_hand(clipping, dtype, backend):
-    """Gradients are left as they are; the update is the one that clipped float32 (or float64) gradients give."""
+    """Gradients stay as they are; the update is that of gradients clipped in float32 (or float64)."""
     torch.manual_seed(0)
     device = device_of(backend)
     start = [torch.randn(3, 5, device=device).to(dtype), torch.randn(7, device=device).to(dtype)]
@@ -166,7 +166,7 @@ def test_clip_of_many_layouts():
 
 
 def test_clipping_sees_unscaled_gradients():
-    """A GradScaler's factor is divided out before anything is compared with a bound."""
+    """The factor of a GradScaler is divided out before anything is compared with a bound."""
     p = parameter()
     optimizer = AdamWeightDecay([p], global_clipnorm=1.0)
     control = StepArgs(scale=0.5, grad_scale=torch.tensor([1024.0]))

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:lr is Keras' old name")
 
 
 def without_modules(config):
-    """What Keras writes beside class name and config says where its classes live."""
+    """Drops the keys of Keras that say where its classes live."""
     if not isinstance(config, dict):
         return config
     return {key: without_modules(v) for key, v in config.items() if key not in ("module", "registered_name")}
@@ -87,7 +87,7 @@ DEPARTURES = {
     "weight_decay_rate_negative": "weight_decay_rate must be finite and >= 0, got -1.0",
     "beta_above_one": r"beta_1 must be in \[0, 1\), got 2.0",
 }
-"""What the original accepts."""
+"""Refused here, accepted by the original."""
 
 
 @pytest.mark.parametrize("case", [c for c in API["errors"] if c["when"] == "construct"], ids=lambda case: case["name"])
@@ -105,7 +105,7 @@ def test_construction_errors_golden(case):
 
 @pytest.mark.parametrize("case", [c for c in API["errors"] if c["when"] == "apply"], ids=lambda case: case["name"])
 def test_apply_errors_golden(case):
-    """Decay of what is not float32 is an error of the original and works here; TF's own class is RuntimeError."""
+    """Decay in other dtypes than float32 is an error only in the original; TF's error class is RuntimeError here."""
     dtype = getattr(torch, case.get("dtype", "float32"))
     p = parameter(1.0, 1.0, 1.0, dtype=dtype)
     optimizer = AdamWeightDecay([p], 0.5, weight_decay_rate=case.get("weight_decay_rate", 0.0))
@@ -135,13 +135,13 @@ def test_refuses(options, error, message):
         AdamWeightDecay([parameter()], **options)
 
 
-def test_a_group_with_a_rate_of_its_own_beside_a_function_is_refused():
+def test_a_rate_of_a_group_is_refused_if_the_rate_is_a_function():
     with pytest.raises(ValueError, match=re.escape("a param group got the rate 0.5, but learning_rate is a function")):
         AdamWeightDecay([{"params": [parameter()], "lr": 0.5}], lambda i: 0.1)
 
 
 def test_signature_is_the_originals():
-    """After `params`; what is ours alone is keyword-only."""
+    """After `params`; arguments that the original lacks are keyword-only."""
     ours = [p for p in inspect.signature(AdamWeightDecay).parameters.values() if p.kind is not p.KEYWORD_ONLY][1:]
     originals = API["signatures"]["AdamWeightDecay.__init__"][1:]
     assert [p.name for p in ours] == [p["name"] for p in originals]

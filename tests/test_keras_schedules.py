@@ -91,7 +91,7 @@ def test_schedule_refuses(make, message):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_function_counts_calls_and_the_correction_counts_updates(backend):
-    """A call without gradients moves the schedule on and the bias correction not."""
+    """A call without gradients advances the schedule but not the bias correction."""
     rates = [0.5, 0.25, 0.125]
     p, plain = (parameter(device=device_of(backend)) for _ in range(2))
     optimizer = AdamWeightDecay([p], lambda i: rates[i], backend=backend)
@@ -135,7 +135,7 @@ def test_calls_are_counted_across_checkpoints_copies_and_late_groups():
 
 
 def test_recorded_rates_are_those_of_their_steps():
-    """Of copies too, whose hooks are made again, and once."""
+    """For copies too, whose hooks are made again, once."""
     optimizer = AdamWeightDecay([parameter()], PolynomialDecay(0.4, 4, 0.0))
     copied, loaded = copy.deepcopy(optimizer), copy.deepcopy(optimizer)
     loaded.load_state_dict(optimizer.state_dict())

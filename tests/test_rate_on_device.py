@@ -1,4 +1,4 @@
-"""Rates that are functions of the step where only the device knows which steps were skipped, or a graph is replayed."""
+"""Rates that are functions of the step when only the device knows which steps were skipped, or a graph is replayed."""
 
 import copy
 import pickle
@@ -22,7 +22,7 @@ RATE = WarmUp(0.5, PolynomialDecay(0.5, 8, 0.1, power=2.0), 3)
 TRITON = pytest.mark.parametrize("backend", BACKENDS[1:])
 OPTIONS = {"weight_decay_rate": 0.1, "decay": 0.25}
 
-# What a GradScaler finds in the gradients of each step.
+# The `found_inf` of a GradScaler at each step.
 FOUND = [1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0]
 
 

@@ -1,4 +1,4 @@
-"""The recorded runs of the TensorFlow half, in the terms of `golden`, and what the tests of it share."""
+"""The recorded runs of the TensorFlow half as cases of `golden`, and helpers for its tests."""
 
 import json
 from typing import Any
@@ -36,12 +36,12 @@ BACKENDS = [
 
 
 def device_of(backend: str) -> str:
-    """Where the parameters of a test lie that runs on this backend."""
+    """Returns the device of the parameters in a test of this backend."""
     return "cuda" if backend == "triton" and torch.cuda.is_available() and not backends.interpreting() else "cpu"
 
 
 def schedule(description: Any) -> Any:
-    """A recorded learning rate: a number, our schedule, or a plain function of the step."""
+    """Returns a recorded learning rate: a number, one of our schedules, or a plain function of the step."""
     if not isinstance(description, dict):
         return description
     config = description["config"]
