@@ -318,13 +318,18 @@ def captured(capture):
         yield graph
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU")
-def test_a_captured_schedule_goes_on_with_every_replay_that_counts(capture, monkeypatch):
-    """And with the steps between replays; a step that a GradScaler's overflow skips does not count."""
-    # Of tensors on a GPU, for which these stand in, a step looks at the kind and not at the value.
+@pytest.fixture
+def values_are_not_read(monkeypatch):
+    """Of tensors on a GPU, for which those of these tests stand in, a step looks at the kind and not at the value."""
     monkeypatch.setattr("fusedopt.optimizer.state_check.has_data", lambda t: False)
     in_use = checks.rate_in_use
     monkeypatch.setattr(checks, "rate_in_use", lambda rate: 0.0 if isinstance(rate, torch.Tensor) else in_use(rate))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU")
+@pytest.mark.usefixtures("values_are_not_read")
+def test_a_captured_schedule_goes_on_with_every_replay_that_counts(capture):
+    """And with the steps between replays; a step that a GradScaler's overflow skips does not count."""
     ours, expected = [parameter(1.0, -2.0, 3.0)], [parameter(1.0, -2.0, 3.0)]
     optimizer = AdamWeightDecay(ours, RATE, backend="triton", **OPTIONS)
     eager = AdamWeightDecay(expected, RATE, backend="eager", **OPTIONS)
@@ -352,6 +357,21 @@ def test_a_captured_schedule_goes_on_with_every_replay_that_counts(capture, monk
         assert_near(ours[0], expected[0], rtol=1e-6, atol=0.0)
     assert rates == pytest.approx([RATE(n) for n in (1, 2, 3, 3, 4)], rel=1e-13)
     assert optimizer.iterations == eager.iterations == 5
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU")
+@pytest.mark.usefixtures("values_are_not_read")
+def test_replays_count_where_nothing_can_be_skipped(capture):
+    p = parameter()
+    optimizer = AdamWeightDecay([p], RATE, backend="triton")
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    with captured(capture) as graph:
+        optimizer.step()
+    for taken in (2, 3, 4):
+        graph.replay()
+        assert optimizer.iterations == taken
+        assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(RATE(taken - 1), rel=1e-13)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU")
