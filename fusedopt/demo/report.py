@@ -16,15 +16,22 @@ if TYPE_CHECKING:
 
     from fusedopt.demo.training import Outcome
 
-LABELS = {"eager": "reference loop", "fused": "fusedopt"}
-COLORS = {"eager": "#e8a33d", "fused": "#1f4e79"}
+STYLES = {"eager": ("reference loop", "#e8a33d"), "fused": ("fusedopt", "#1f4e79")}
+"""Label and color of each run."""
+
 INK = "#333b45"
 
 
 class Curves:
-    """The records of one run as columns."""
+    """The records of one run as columns.
+
+    Attributes:
+        median_ms: median of the optimizer's times: the first steps allocate the state, or compile.
+        broken_at: first step whose loss is not finite; None if there is none.
+    """
 
     def __init__(self, records: list[dict[str, Any]], run: str) -> None:
+        self.label, self.color = STYLES[run]
         of_run = [record for record in records if record["run"] == run]
         measured = [record for record in of_run if "val_loss" in record]
         self.steps = [record["step"] for record in of_run]
@@ -33,8 +40,8 @@ class Curves:
         self.val_loss = [record["val_loss"] for record in measured]
         self.lr = [record["lr"] for record in of_run]
         self.optimizer_ms = [record["optimizer_ms"] for record in of_run]
-        # The median: the first steps allocate the state, or compile.
         self.median_ms = median(self.optimizer_ms)
+        self.broken_at = next((r["step"] for r in of_run if not math.isfinite(r["train_loss"])), None)
 
 
 def largest_difference(eager: Curves, fused: Curves) -> tuple[float, int]:
@@ -54,11 +61,11 @@ def table(outcome: Outcome) -> str:
         >>> print(table(outcome).splitlines()[0])
         adamw on 3,416 float32 parameters in 14 tensors, 1 step of 2 x 64 bytes
     """
-    eager, fused = (Curves(outcome.records, run) for run in LABELS)
+    eager, fused = (Curves(outcome.records, run) for run in STYLES)
     difference, at = largest_difference(eager, fused)
     device = outcome.settings.torch_device.type
     rows = [
-        ("", *LABELS.values()),
+        ("", eager.label, fused.label),
         ("train loss, last step", f"{eager.train_loss[-1]:.4f}", f"{fused.train_loss[-1]:.4f}"),
         (f"validation loss, step {eager.val_steps[0]}", f"{eager.val_loss[0]:.4f}", f"{fused.val_loss[0]:.4f}"),
         ("validation loss, last step", f"{eager.val_loss[-1]:.4f}", f"{fused.val_loss[-1]:.4f}"),
@@ -74,10 +81,11 @@ def table(outcome: Outcome) -> str:
         "",
         f"largest difference between the two loss curves: {difference:.2g}" + (f", at step {at}" if at else ""),
     ]
-    for label, curves in zip(LABELS.values(), (eager, fused)):
-        broken = _not_finite(curves)
-        if broken:
-            lines.append(f"{label}: the loss is not finite from step {broken} on; try a smaller lr, or another dtype")
+    lines += [
+        f"{run.label}: the loss is not finite from step {run.broken_at} on; try a smaller lr, or another dtype"
+        for run in (eager, fused)
+        if run.broken_at
+    ]
     return "\n".join(lines)
 
 
@@ -100,7 +108,7 @@ def figure(outcome: Outcome) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    eager, fused = (Curves(outcome.records, run) for run in LABELS)
+    eager, fused = (Curves(outcome.records, run) for run in STYLES)
     layout = ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.12, hspace=0.06, wspace=0.06)
     fig = Figure(figsize=(10, 7), layout=layout, facecolor="white")
     grid = fig.add_gridspec(2, 2, height_ratios=(1.7, 1))
@@ -122,19 +130,13 @@ def loss_title(eager: Curves, fused: Curves) -> str:
     if not losses:
         return "no loss is finite"
     difference, at = largest_difference(eager, fused)
-    broken = {LABELS[run]: _not_finite(curves) for run, curves in (("eager", eager), ("fused", fused))}
-    first = min((step for step in broken.values() if step), default=None)
+    first = min((run.broken_at for run in (eager, fused) if run.broken_at), default=None)
     if first is not None:
-        whose = " and ".join(label for label, step in broken.items() if step == first)
-        return f"not finite from step {first:,} on ({whose})"
+        broken = " and ".join(run.label for run in (eager, fused) if run.broken_at == first)
+        return f"not finite from step {first:,} on ({broken})"
     if difference <= max(0.01 * (max(losses) - min(losses)), 1e-6 * max(map(abs, losses))):
         return "one curve on top of the other"
     return f"two curves, furthest apart at step {at:,}"
-
-
-def _not_finite(curves: Curves) -> int | None:
-    """Returns the first step whose loss is not finite."""
-    return next((step for step, loss in zip(curves.steps, curves.train_loss) if not math.isfinite(loss)), None)
 
 
 def _draw_loss(axes: Axes, eager: Curves, fused: Curves) -> None:
@@ -142,19 +144,16 @@ def _draw_loss(axes: Axes, eager: Curves, fused: Curves) -> None:
     gap = "none can be told" if math.isnan(difference) else f"{difference:.2g}"
     _style(axes, f"Loss, nats per byte: {loss_title(eager, fused)}", below="lines: training, dots: validation; "
            f"largest difference: {gap}")  # fmt: skip
-    axes.plot(eager.steps, eager.train_loss, color=COLORS["eager"], lw=4.5, alpha=0.6, solid_capstyle="round")
-    axes.plot(fused.steps, fused.train_loss, color=COLORS["fused"], lw=0.9)
-    axes.plot(eager.val_steps, eager.val_loss, "o", color=COLORS["eager"], ms=9)
-    axes.plot(fused.val_steps, fused.val_loss, "o", color=COLORS["fused"], ms=4)
+    axes.plot(eager.steps, eager.train_loss, color=eager.color, lw=4.5, alpha=0.6, solid_capstyle="round")
+    axes.plot(fused.steps, fused.train_loss, color=fused.color, lw=0.9)
+    axes.plot(eager.val_steps, eager.val_loss, "o", color=eager.color, ms=9)
+    axes.plot(fused.val_steps, fused.val_loss, "o", color=fused.color, ms=4)
     if len(eager.steps) > 1:
         axes.set_xlim(eager.steps[0] - 0.01 * len(eager.steps), eager.steps[-1] + 0.01 * len(eager.steps))
-    keys = [
-        axes.plot([], [], "o-", color=COLORS["eager"], lw=4.5, ms=9, label=LABELS["eager"])[0],
-        axes.plot([], [], "o-", color=COLORS["fused"], lw=0.9, ms=4, label=LABELS["fused"])[0],
-    ]
+    axes.plot([], [], "o-", color=eager.color, lw=4.5, ms=9, label=eager.label)
+    axes.plot([], [], "o-", color=fused.color, lw=0.9, ms=4, label=fused.label)
     # To the right of the title, above all curves.
-    place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.3, "ncols": 2}
-    axes.legend(handles=keys, frameon=False, labelcolor=INK, **place)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.3, ncols=2, frameon=False, labelcolor=INK)
 
 
 def _draw_rate(axes: Axes, fused: Curves) -> None:
@@ -162,7 +161,7 @@ def _draw_rate(axes: Axes, fused: Curves) -> None:
         _style(axes, "Learning rate: the optimizer's own")
         return
     _style(axes, "Learning rate")
-    axes.plot(fused.steps, fused.lr, color=COLORS["fused"], lw=1.8)
+    axes.plot(fused.steps, fused.lr, color=fused.color, lw=1.8)
     axes.set_ylim(bottom=0)
 
 
@@ -171,19 +170,19 @@ def _draw_time(axes: Axes, eager: Curves, fused: Curves) -> None:
 
     ratio = eager.median_ms / fused.median_ms
     _style(axes, f"Optimizer, ms per step: {ratio:.1f} times as fast")
-    for run, curves, other in (("eager", eager, fused), ("fused", fused, eager)):
-        above = curves.median_ms >= other.median_ms
-        axes.plot(curves.steps, curves.optimizer_ms, ".", color=COLORS[run], ms=4, alpha=0.5, mew=0)
-        axes.axhline(curves.median_ms, color=COLORS[run], lw=1.8)
+    for run, other in ((eager, fused), (fused, eager)):
+        above = run.median_ms >= other.median_ms
+        axes.plot(run.steps, run.optimizer_ms, ".", color=run.color, ms=4, alpha=0.5, mew=0)
+        axes.axhline(run.median_ms, color=run.color, lw=1.8)
         axes.annotate(
-            f"{LABELS[run]} {curves.median_ms:.2f}",
-            (1, curves.median_ms),
+            f"{run.label} {run.median_ms:.2f}",
+            (1, run.median_ms),
             xycoords=("axes fraction", "data"),
             xytext=(-2, 4 if above else -4),
             textcoords="offset points",
             ha="right",
             va="bottom" if above else "top",
-            color=COLORS[run],
+            color=run.color,
             weight="bold",
             path_effects=[withStroke(linewidth=4, foreground="white")],
         )

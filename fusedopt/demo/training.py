@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from fusedopt import backends
 from fusedopt.demo.checkpoint import check_same_run, load_checkpoint, reading, save_checkpoint
@@ -22,7 +22,7 @@ from fusedopt.demo.model import GPT
 from fusedopt.demo.settings import CHECKPOINT, CONTEXT, METRICS, OPTIMIZERS, Settings
 from fusedopt.demo.text import Text, read_text
 from fusedopt.files import naming, write_atomically
-from fusedopt.schedules import example_arguments, get_scheduler, needs_metric
+from fusedopt.schedules import example_arguments, get_scheduler
 
 MEASURE_EVERY = 25
 """Steps between two measurements of the validation loss, for runs of any length: a longer one repeats a shorter."""
@@ -54,20 +54,20 @@ class Run:
     def __init__(self, name: str, model: GPT, make: Callable[..., Optimizer], settings: Settings) -> None:
         self.name = name
         self.model = model
-        choice, lr, self.schedule = OPTIMIZERS[settings.optimizer], settings.learning_rate, settings.schedule_name
+        choice, lr, schedule = OPTIMIZERS[settings.optimizer], settings.learning_rate, settings.schedule_name
         matrices = [p for p in model.parameters() if p.dim() >= 2]
         vectors = [p for p in model.parameters() if p.dim() < 2]
         # Norms and biases do not decay.
         groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = make(groups, **{choice.lr_name: lr}, **choice.options)
         self.scheduler: Any = None
-        if self.schedule is not None and lr is not None:
+        if schedule is not None and lr is not None:
             self.scheduler = get_scheduler(
-                self.schedule,
+                schedule,
                 self.optimizer,
                 num_warmup_steps=round(WARMUP_SHARE * settings.steps),
                 num_training_steps=settings.steps,
-                scheduler_specific_kwargs=example_arguments(self.schedule, settings.steps, lr),
+                scheduler_specific_kwargs=example_arguments(schedule, settings.steps, lr),
             )
 
     @property
@@ -76,31 +76,25 @@ class Run:
         lr = self.optimizer.param_groups[0]["lr"]
         return None if lr is None else float(lr)
 
-    @property
-    def needs_loss(self) -> bool:
-        return self.schedule is not None and needs_metric(self.schedule)
-
     def advance_schedule(self, train_loss: float) -> None:
-        if self.scheduler is not None:
-            self.scheduler.step(*([train_loss] if self.needs_loss else []))
+        if isinstance(self.scheduler, LambdaLR):
+            self.scheduler.step()
+        elif self.scheduler is not None:
+            self.scheduler.step(train_loss)
 
     def state_dict(self) -> dict[str, Any]:
         parts = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
         return {name: part.state_dict() for name, part in parts.items() if part is not None}
 
-    def load_state_dict(self, state: dict[str, Any], replay_schedule: int | None = None) -> None:
-        """Continues `state`; from step `replay_schedule` on, if given, rates follow the schedule of this run."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues `state`, from now on with the rates of this run's schedule, which may be longer."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.scheduler is None:
-            return
-        if replay_schedule is None or self.needs_loss:
+        if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
-            return
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-            for _ in range(replay_schedule):
-                self.scheduler.step()
+        if isinstance(self.scheduler, LambdaLR):
+            for group, factor in zip(self.optimizer.param_groups, self.scheduler.lr_lambdas):
+                group["lr"] = group["initial_lr"] * factor(self.scheduler.last_epoch)
 
 
 def train(settings: Settings, *, resume: bool = False) -> Outcome:
@@ -149,8 +143,7 @@ def train(settings: Settings, *, resume: bool = False) -> Outcome:
         with reading(out / CHECKPOINT):
             batches.set_state(checkpoint["batches"])
             for run in runs:
-                another_total = checkpoint["settings"]["steps"] != settings.steps
-                run.load_state_dict(checkpoint["runs"][run.name], replay_schedule=done if another_total else None)
+                run.load_state_dict(checkpoint["runs"][run.name])
     out.mkdir(parents=True, exist_ok=True)
     if not resume:  # This run may be interrupted before its first checkpoint: an earlier run's must not be resumed.
         (out / CHECKPOINT).unlink(missing_ok=True)
