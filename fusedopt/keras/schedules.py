@@ -73,7 +73,7 @@ class RateSchedule(Followed):
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments; an inner schedule is the object itself."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return dict(self._fields())
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Any:
