@@ -19,11 +19,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import KernelInterface
 
-import fusedopt
 from fusedopt import Adafactor
 from fusedopt.backends.triton.adafactor import TritonAdafactor
 from fusedopt.interface import ParamSet, ShardInfo, StepArgs
+from perf.cases import DTYPES, Case
 from perf.providers import RULES
+from perf.workloads import Shape
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -75,7 +76,7 @@ def fake_gpu(target: str) -> Iterator[list[Launch]]:
 
 
 class Resources(NamedTuple):
-    """What a compiled kernel takes."""
+    """What a compiled kernel takes. Each is a column of the static report."""
 
     registers: int  # per thread
     spilled: int  # bytes per thread in local memory, where registers did not suffice
@@ -112,96 +113,48 @@ def _cubin_usage(code: Any) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-class Variant(NamedTuple):
-    """A kernel of a step."""
-
-    name: str  # for AdamW dtypes, alignment, amsgrad; for Adafactor phase and dtype
-    launch: Launch  # one of its code
-    bytes: tuple[int, int]  # read and written per element; 0 for kernels that read no gradients
-
-
-DTYPES = {
-    **{str(d).removeprefix("torch."): (d,) * 3 for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)},
-    "bfloat16, gradient and moments float32": (torch.bfloat16, torch.float32, torch.float32),
-    "float32, gradient bfloat16": (torch.float32, torch.bfloat16, torch.float32),
-}
-"""Dtypes of parameter, gradient and moments that occur in training."""
-AMSGRAD = ("float32", "bfloat16")
-ADAFACTOR_DTYPES = ("float32", "bfloat16", "float64")
-
-ADAFACTOR_PHASES = ("prologue", "sums", "averages", "squares", "finish", "apply")
-"""In the order of their launches."""
-
-SHARD_PHASES = (
-    *("prologue", "sums", "totals of tiles", "averages of shards", "means of shards"),
-    *("squares", "totals of squares", "finish", "apply"),
-)
-"""The same where all tensors are shards."""
-
 ADAFACTOR_SHAPES = ((64, 64), (256,), (63, 63), (255,), (8, 4, 3, 3))
 """One of each kind; all of them share the launches."""
 
+ELEMENTWISE_SHAPES = {"aligned": ((4096,),), "unaligned": ((4095,),)}
 
-def variants(target: str, names: Sequence[str] | None = None) -> list[Variant]:
-    """Returns all kernels of all our optimizers, for all of `DTYPES` or those named."""
-    found: list[Variant] = []
-    for ours in dict.fromkeys(rule.ours for rule in RULES.values()):
-        of_it = adafactor_variants(target, names) if ours == "Adafactor" else elementwise_variants(target, names, ours)
-        found += [variant._replace(name=f"{ours}, {variant.name}") for variant in of_it]
-    for name in ("float32", "bfloat16"):
-        for alignment, size in (("aligned", 4096), ("unaligned", 4095)):
-            if names is None or name in names:
-                launches, _ = _elementwise_step(target, "AdamW", name, size, max_grad_norm=1.0)
-                norm = next(launch for launch in launches if launch.kernel == "sum_of_squares")
-                found.append(Variant(f"norm, {name}, {alignment}", norm, (0, 0)))
+
+class Kernel(NamedTuple):
+    """A compiled kernel of a case."""
+
+    case: Case
+    name: str  # with dtypes, alignment and options
+    launch: Launch  # the first of its code
+
+
+def kernels(target: str, cases: Sequence[Case]) -> list[Kernel]:
+    """Returns the kernels of cases; code that several of them share comes once."""
+    found: list[Kernel] = []
+    for case in cases:
+        adafactor = RULES[case.rule].ours == "Adafactor"
+        for alignment, shapes in {"": ADAFACTOR_SHAPES}.items() if adafactor else ELEMENTWISE_SHAPES.items():
+            name = ", ".join(filter(None, [case.dtypes, alignment, *case.options]))
+            for launch in step(target, case, shapes):
+                if all(launch.code is not kernel.launch.code for kernel in found):
+                    found.append(Kernel(case, f"{launch.kernel}, {name}", launch))
     return found
 
 
-def elementwise_variants(target: str, names: Sequence[str] | None = None, ours: str = "AdamW") -> list[Variant]:
-    """Returns the prologue, and the update for dtypes, aligned and not, with amsgrad for some."""
-    found: list[Variant] = []
-    for name in DTYPES if names is None else [name for name in DTYPES if name in names]:
-        for options in ({}, {"amsgrad": True})[: 1 + (ours == "AdamW" and name in AMSGRAD)]:
-            for alignment, size in (("aligned", 4096), ("unaligned", 4095)):
-                (prologue, update), moved = _elementwise_step(target, ours, name, size, **options)
-                found += [Variant("prologue", prologue, (0, 0))] * (not found)
-                found.append(Variant(", ".join([name, alignment, *options]), update, moved))
-    return found
-
-
-def _elementwise_step(
-    target: str, ours: str, name: str, size: int, **options: Any
-) -> tuple[list[Launch], tuple[int, int]]:
-    """Returns the launches of a step on one parameter, and the bytes per element that it must read and write."""
-    dtype, grad_dtype, moment_dtype = DTYPES[name]
-    p = torch.nn.Parameter(torch.zeros(size, dtype=dtype))
-    optimizer = getattr(fusedopt, ours)([p], **options, backend="triton")
-    optimizer.init_state()
-    moments = {name: value.to(moment_dtype) for name, value in optimizer.state[p].items() if name != "step"}
-    optimizer.state[p].update(moments)
+def step(target: str, case: Case, shapes: Sequence[Shape]) -> list[Launch]:
+    """Returns the launches of a step; of Adafactor's, those of the same parameters as shards too."""
+    param_dtype, grad_dtype, moment_dtype = DTYPES[case.dtypes]
+    params = [torch.nn.Parameter(torch.zeros(shape, dtype=param_dtype)) for shape in shapes]
+    grads = [torch.zeros(shape, dtype=grad_dtype) for shape in shapes]
+    optimizer: Any = case.make(params)
+    if not isinstance(optimizer, Adafactor):
+        optimizer.init_state()
+        for state in optimizer.state.values():
+            state.update({name: t.to(moment_dtype) for name, t in state.items() if name != "step"})
     with fake_gpu(target) as launches:
-        optimizer.apply_gradients([(torch.zeros(size, dtype=grad_dtype), p)])
-    written = dtype.itemsize + len(moments) * moment_dtype.itemsize
-    return launches, (written + grad_dtype.itemsize, written)
-
-
-def adafactor_variants(target: str, names: Sequence[str] | None = None) -> list[Variant]:
-    """Returns all phases for `ADAFACTOR_DTYPES`, with an average of updates; of whole tensors and of shards."""
-    found: list[Variant] = []
-    for name in ADAFACTOR_DTYPES if names is None else [name for name in ADAFACTOR_DTYPES if name in names]:
-        dtype: torch.dtype = getattr(torch, name)
-        size, m_size = dtype.itemsize, torch.promote_types(dtype, torch.float32).itemsize
-        sizes = {"sums": (2 * size, 0), "squares": (size, 0), "apply": (2 * size + m_size, size + m_size)}
-        params = [torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in ADAFACTOR_SHAPES]
-        optimizer = Adafactor(params, beta1=0.9, backend="triton")
-        grads = [torch.zeros_like(p) for p in params]
-        with fake_gpu(target) as launches:
-            optimizer.apply_gradients(zip(grads, params))
+        optimizer.apply_gradients(zip(grads, params))
+        if isinstance(optimizer, Adafactor):
             shard_step(optimizer, params, grads)
-        for phase, launch in zip((*ADAFACTOR_PHASES, *SHARD_PHASES), launches, strict=True):
-            if all(launch.code is not variant.launch.code for variant in found):
-                found.append(Variant(f"{phase}, {name}", launch, sizes.get(phase, (0, 0))))
-    return found
+    return launches
 
 
 def shard_step(optimizer: Adafactor, params: list[torch.nn.Parameter], grads: list[torch.Tensor]) -> None:

@@ -2,12 +2,11 @@
 
 Runs from a bare checkout (`PYTHONPATH=.:kernels`) without a package registry. Each part is a process of its own, so
 that a fault in one of them, which costs it the device, costs the others nothing; each writes before the next starts.
-In DIR: `results.jsonl` and `sweeps.jsonl` (measurements), `static.jsonl` (registers, spills, bytes), `log.txt` (all
-output), `summary.json` (what ran, how it ended, how long it took), `report.md` and `performance.png`.
+In DIR: `results.jsonl` and `sweeps.jsonl` (measurements), `static.jsonl` (registers, spills, bytes), `parts.jsonl`
+(what ran, how it ended, how long it took), `log.txt` (all output), `report.md` and `performance.png`.
 """
 
 import argparse
-import json
 import os
 import shutil
 import signal
@@ -20,11 +19,8 @@ from typing import NamedTuple
 
 import torch
 
-from perf import report, results
-from perf.results import ROOT
-
-RESERVE = 10.0
-"""Seconds kept for the report at the end."""
+from perf import results
+from perf.results import ROOT, Record
 
 
 class Part(NamedTuple):
@@ -65,71 +61,66 @@ GPU_PARTS = (
 )
 """In the order of their importance: what is not reached in time is what is missed least."""
 
-_TINY = "--seconds 0 --backend triton"
+_INTERPRETED = "--device cpu --backend triton"
 
 SMOKE_PARTS = (
-    Part("steps on the device", f"{_ONCE} --workloads smoke --backend triton", 60),
-    Part("benchmarks", f"{_BENCH}/results.jsonl {_TINY} --workloads smoke --providers 'fusedopt;torch fused'", 60),
-    Part("static report", f"env -u TRITON_INTERPRET {_STATIC} --smoke", 60),
-    Part("sweeps", f"{_BENCH}/sweeps.jsonl {_TINY} --plan smoke-sweeps", 60),
+    Part("steps on the device", f"env TRITON_INTERPRET=1 {_ONCE} --workloads smoke {_INTERPRETED}", 60),
+    Part("benchmarks", f"env TRITON_INTERPRET=1 {_BENCH}/results.jsonl --plan smoke {_INTERPRETED} --seconds 0", 60),
+    Part("static report", f"{_STATIC} --smoke", 60),
 )
-"""The same road, a few steps long: runs on any machine, in Triton's interpreter where there is no GPU."""
+"""The same road, a few steps long: runs on any machine, in Triton's interpreter."""
+
+REPORT = Part(
+    "report",
+    "{python} -m perf.report {out}/*.jsonl --markdown --picture {out}/performance.png > {out}/report.md",
+    seconds=20,
+)
+"""At the end, in time that is kept for it."""
 
 
-def run(parts: Sequence[Part], out: Path, minutes: float) -> list[dict[str, object]]:
-    """Runs parts until the time is over, and returns the summary, which it rewrites after each."""
-    out.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + 60 * minutes - RESERVE
-    summary: list[dict[str, object]] = []
-    for part in parts:
-        left = end - time.monotonic()
-        tool = part.command.split()[0].format(python=sys.executable)
-        if not shutil.which(tool):
-            outcome, seconds = f"left out: {tool} is not there", 0.0
-        elif left < part.enough:
-            outcome, seconds = "left out: no time was left", 0.0
-        else:
-            start = time.monotonic()
-            outcome = _run(part, out, min(part.seconds, left))
-            seconds = time.monotonic() - start
-        summary.append({"part": part.name, "outcome": outcome, "seconds": round(seconds, 1)})
-        (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-        print(f"{part.name}: {outcome} ({seconds:.0f} s)", flush=True)
-    return summary
+def run(parts: Sequence[Part], out: Path, minutes: float) -> list[Record]:
+    """Runs parts until the time is over, and returns what came of them, which it writes after each."""
+    end = time.monotonic() + 60 * minutes
+    return [_run(part, out, end - time.monotonic()) for part in parts]
 
 
-def _run(part: Part, out: Path, seconds: float) -> str:
+def _run(part: Part, out: Path, left: float) -> Record:
+    start = time.monotonic()
+    tool = part.command.split()[0].format(python=sys.executable)
+    if not shutil.which(tool):
+        outcome = f"left out: {tool} is not there"
+    elif left < part.enough:
+        outcome = "left out: no time was left"
+    else:
+        outcome = _process(part, out, min(part.seconds, left))
+    record = {"kind": "part", "part": part.name, "outcome": outcome, "seconds": round(time.monotonic() - start, 1)}
+    results.append(out / "parts.jsonl", [record])
+    print(f"{part.name}: {outcome} ({record['seconds']:.0f} s)", flush=True)
+    return record
+
+
+def _process(part: Part, out: Path, seconds: float) -> str:
+    """Returns how the process ended, which gets no more than these seconds."""
     # Some time goes to imports and compilation, which the part itself does not plan for.
     command = part.command.format(python=sys.executable, out=out, seconds=int(max(5, 0.75 * seconds - 15)))
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+    environment.pop("TRITON_INTERPRET", None)  # kernels run on the device, and are compiled for others
+    out.mkdir(parents=True, exist_ok=True)
     with (out / "log.txt").open("a") as log:
-        log.write(f"\n$ {command}\n")
-        log.flush()
+        print(f"\n$ {command}", file=log, flush=True)
         process = subprocess.Popen(
             command, shell=True, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             code = process.wait(seconds)
-        except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)  # the part and what it started
-            process.wait()
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
+        except subprocess.TimeoutExpired:
             return f"stopped after {seconds:.0f} s"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # the part and what it started
+                process.wait()
     return "done" if code == 0 else f"failed with exit code {code}"
-
-
-def write_report(out: Path) -> None:
-    """Writes tables of everything in a folder of evidence, and the picture beside them."""
-    text = ["# What was measured", "```", (out / "summary.json").read_text().strip(), "```"]
-    for name in ("results.jsonl", "sweeps.jsonl"):
-        if (out / name).exists():
-            records = results.read(out / name)
-            text += [f"## {name}", report.text(records, markdown=True)]
-            if name == "results.jsonl" and any(r.get("status") == "measured" for r in records):
-                report.steps_picture(records).savefig(out / "performance.png", dpi=130)
-    (out / "report.md").write_text("\n\n".join(text) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -138,17 +129,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=9.0, help="when to stop (default: %(default)s)")
     parser.add_argument("--smoke", action="store_true", help="the same road with tiny tensors, without a GPU too")
     options = parser.parse_args(arguments)
-    gpu = torch.cuda.is_available()
-    if not gpu and not options.smoke:
+    if not options.smoke and not torch.cuda.is_available():
         parser.error("there is no GPU here; --smoke runs every part on tiny tensors, `make bench` measures the CPU")
-    if not gpu:
-        os.environ.setdefault("TRITON_INTERPRET", "1")
-    summary = run(SMOKE_PARTS if options.smoke else GPU_PARTS, options.out.resolve(), options.minutes)
-    try:
-        write_report(options.out)
-    except Exception as error:  # The measurements are written; a picture must not turn them into a failure.
-        print(f"no report: {type(error).__name__}: {error}")
-    return 0 if all(str(s["outcome"]).startswith(("done", "left out")) for s in summary) else 1
+    out = options.out.resolve()
+    outcomes = run(SMOKE_PARTS if options.smoke else GPU_PARTS, out, options.minutes - REPORT.seconds / 60)
+    outcomes += run([REPORT], out, REPORT.seconds / 60)
+    return 0 if all(outcome["outcome"].startswith(("done", "left out")) for outcome in outcomes) else 1
 
 
 if __name__ == "__main__":

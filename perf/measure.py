@@ -33,8 +33,8 @@ SLOW, RARELY = 2.0, 6
 class Sample(NamedTuple):
     """One step, in milliseconds."""
 
-    step: float  # from its begin to its end: what a user waits for
-    host: float  # until `step()` returned
+    step: float  # from its beginning to its end: what a user waits for
+    host: float | None = None  # until `step()` returned; None on a CPU, where that is the end
     device: float | None = None  # of the device alone, the host being ahead; None on a CPU
 
 
@@ -45,8 +45,7 @@ T = TypeVar("T")
 def cpu_clock(step: Step) -> Sample:
     start = time.perf_counter()
     step()
-    milliseconds = (time.perf_counter() - start) * 1e3
-    return Sample(milliseconds, milliseconds)
+    return Sample((time.perf_counter() - start) * 1e3)
 
 
 class CudaClock:
@@ -73,10 +72,6 @@ class CudaClock:
         self._begin.record()
         step()
         self._end.record()
-
-
-def _untimed(step: Step) -> None:
-    step()
 
 
 class Problem:
@@ -109,45 +104,70 @@ class Problem:
 
 
 class Candidate:
-    """A provider at work on a problem, and what was measured of it."""
+    """A provider at work on a problem, and the record of it: a time, or the reason why there is none."""
 
     def __init__(self, provider: Provider, problem: Problem) -> None:
         self.provider, self.problem = provider, problem
         self.rounds: list[list[Sample]] = []
-        self.facts: Record = {}
+        workload, device = problem.workload, problem.device
+        missing = provider.missing(device)
+        self.record: Record = {
+            "kind": "step",
+            **{"workload": workload.name, "rule": provider.rule, "provider": provider.name},
+            **{"ours": provider.ours, "mode": provider.mode, "device": device.type, "dtype": workload.dtype_name},
+            **{"params": workload.params, "tensors": workload.tensors},
+            "floor_bytes": RULES[provider.rule].floor(workload.dtype),
+            "status": f"missing: {missing}" if missing else "measured",
+            "gradient_sets": 1 if provider.mode == "captured" else len(problem.sets),
+        }
         self._step: Step | None = None
         self._optimizer: torch.optim.Optimizer | None = None  # whose memory a captured step uses
 
+    @property
+    def runs(self) -> bool:
+        return bool(self.record["status"] == "measured")
+
+    def attempt(self, action: Callable[..., None], *arguments: Any) -> None:
+        """Calls one of the methods below; an exception becomes the status."""
+        try:
+            with self.provider.setting():
+                action(*arguments)
+        except Exception as error:
+            lines = str(error).strip().splitlines()
+            self.record["status"] = f"failed: {type(error).__name__}: {lines[0] if lines else ''}"[:208]
+            self.close()
+
+    def check(self) -> None:
+        """Lets the gate decide whether the provider gets a number."""
+        verdict = gate.check(self.provider, self.problem.workload, self.problem.device)
+        self.record |= {"error": verdict.error, "error_allowed": verdict.allowed}
+        if not verdict.passed:
+            wrong = f"off by {verdict.error:.2g} of the largest movement, allowed {verdict.allowed:.2g}"
+            self.record["status"] = f"wrong here: {wrong}"
+
     def open(self) -> None:
-        """Makes the optimizer, lets it warm up (state, compilation, capture) and, once, notes what its step takes."""
-        if self._step is not None:
-            return
+        """Makes the optimizer and lets it warm up: state, compilation, capture."""
         self.problem.set_grads()
-        on_gpu = self.problem.device.type == "cuda"
-        before = torch.cuda.memory_allocated() if on_gpu else 0
         self._step, self._optimizer = self.provider.start(self.problem.params)
-        self.one_step(_untimed)
-        if not self.facts:
-            self.one_step(_untimed)  # the second step may look at the state that the first one made
-            self.facts = {"state_bytes": traffic.state_bytes(self._optimizer)}
-            self.facts |= _cuda_facts(self, before) if on_gpu else _cpu_facts(self)
+        for _ in range(2):  # the second step may look at the state that the first one made
+            self.one_step(_call)
 
     def close(self) -> None:
         self._step = self._optimizer = None
         gc.collect()
 
-    def measure_round(self, clock: Clock, seconds: float) -> None:
+    def measure_round(self, clock: Clock) -> None:
         """Takes one round's steps; the first finds the caches full of other tensors and is not counted."""
-        self.open()
+        if self._step is None:
+            self.open()
+        if not self.rounds:
+            self._note_facts()
         self.one_step(clock)
         samples: list[Sample] = []
-        until = time.perf_counter() + seconds
+        until = time.perf_counter() + ROUND_SECONDS
         while len(samples) < MIN_STEPS - 1 or time.perf_counter() < until:
             samples.append(self.one_step(clock))
         self.rounds.append(samples)
-
-    def median_ms(self) -> float:
-        return _median([s.step for samples in self.rounds for s in samples]) or 0.0
 
     def one_step(self, observe: Callable[[Step], T]) -> T:
         """Takes a step under something that times or counts it, as in a training loop; returns what that returns."""
@@ -159,138 +179,91 @@ class Candidate:
             self.problem.restore_norm()
         return observed
 
-    def record(self) -> Record:
-        samples = [sample for samples in self.rounds for sample in samples]
-        record: Record = {"gradient_sets": 1 if self.provider.mode == "captured" else len(self.problem.sets)}
-        # Ratios are taken round by round: what disturbs the machine disturbs neighbours alike.
-        record |= {"step_ms": quantiles([s.step for s in samples]), "rounds_ms": self._medians("step")}
-        record |= {"host_ms": quantiles([s.host for s in samples]), **self.facts}
-        if device := [s.device for s in samples if s.device is not None]:
-            record |= {"device_ms": quantiles(device), "rounds_device_ms": self._medians("device")}
-        return record
+    def _note_facts(self) -> None:
+        """Notes what a step takes beside its time."""
+        states = self._optimizer.state.values() if self._optimizer else ()
+        self.record["state_bytes"] = sum(t.nbytes for s in states for t in s.values() if isinstance(t, Tensor))
+        if self.problem.device.type == "cpu":
+            self.record |= self.one_step(traffic.watch)
+            return
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        at_rest = torch.cuda.memory_allocated()
+        self.one_step(_call)
+        torch.cuda.synchronize()
+        self.record["temporary_bytes"] = torch.cuda.max_memory_allocated() - at_rest
+        activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities) as profile:
+            self.one_step(_call)
+            torch.cuda.synchronize()
+        self.record |= launches(profile.events())
 
-    def _medians(self, name: str) -> list[float | None]:
-        return [_median([getattr(s, name) for s in samples]) for samples in self.rounds]
+    def median_ms(self) -> float:
+        steps = [sample.step for samples in self.rounds for sample in samples]
+        return statistics.median(steps) if steps else 0.0
+
+    def note_times(self) -> None:
+        """Notes quantiles and, round by round, medians: what disturbs the machine disturbs neighbours alike."""
+        for clock in Sample._fields:
+            rounds = [[getattr(sample, clock) for sample in samples] for samples in self.rounds]
+            if None not in rounds[0]:
+                self.record[f"{clock}_ms"] = quantiles(list(itertools.chain(*rounds)))
+                # None for a round that the provider sat out.
+                medians = [round(statistics.median(times), 6) if times else None for times in rounds]
+                self.record["rounds_ms" if clock == "step" else f"rounds_{clock}_ms"] = medians
+
+
+def _call(step: Step) -> None:
+    step()
 
 
 def compare(
-    workload: Workload,
-    providers: Sequence[Provider],
-    device: torch.device,
-    seconds: float,
-    clock: Clock | None = None,
-    compiled: bool = True,
+    workload: Workload, providers: Sequence[Provider], device: torch.device, seconds: float, clock: Clock | None = None
 ) -> list[Record]:
     """Returns one record per provider; one that is missing, wrong or fails gets the reason as status, and no time.
 
-    Rounds last `seconds` in all, beyond the first. What torch.compile makes of a step takes minutes to compile.
+    Rounds last `seconds` in all, beyond the first.
     """
-    records: dict[str, Record] = {}
-    ready: list[Provider] = []
-    for provider in providers:
-        record = records[provider.name] = {
-            "kind": "step",
-            "workload": workload.name,
-            **{"rule": provider.rule, "provider": provider.name, "ours": provider.ours, "mode": provider.mode},
-            "device": device.type,
-            "dtype": str(workload.dtype).removeprefix("torch."),
-            **{"params": workload.params, "tensors": workload.tensors},
-            "floor_bytes": RULES[provider.rule].floor(workload.dtype),
-        }
-        if missing := provider.missing(device):
-            record["status"] = f"missing: {missing}"
-        elif provider.mode == "compiled" and not compiled:
-            record["status"] = "skipped: takes minutes to compile, has a plan of its own"
-        else:
-            record |= _gate(provider, workload, device)
-            ready += [provider] * (record["status"] == "measured")
-    if ready:
-        clock = clock or (CudaClock() if device.type == "cuda" else cpu_clock)
-        for name, measured in _rounds(workload, ready, device, seconds, clock).items():
-            records[name] |= measured
-    return list(records.values())
-
-
-def _gate(provider: Provider, workload: Workload, device: torch.device) -> Record:
-    """Returns the status of a provider that runs here, and its error."""
-    try:
-        verdict = gate.check(provider, workload, device)
-    except Exception as error:
-        return {"status": _failed(error)}
-    wrong = f"wrong here: off by {verdict.error:.2g} of the largest movement, allowed {verdict.allowed:.2g}"
-    status = "measured" if verdict.passed else wrong
-    return {"status": status, "error": verdict.error, "error_allowed": verdict.allowed}
-
-
-def _rounds(
-    workload: Workload, providers: Sequence[Provider], device: torch.device, seconds: float, clock: Clock
-) -> dict[str, Record]:
+    clock = clock or (CudaClock() if device.type == "cuda" else cpu_clock)
     size = workload.params * workload.dtype.itemsize
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 6e9
     # One parameter, its gradients, AdamW's state, and as much again for temporaries of the loops' largest tensor.
     problem = Problem(workload, device, next((sets for sets in (3, 2) if (sets + 3.2) * size < 0.9 * free), 1))
-    # Where the states of all do not fit beside each other, they are made anew in each round.
-    together = (2 * len(providers) + 2) * size < 0.8 * free
     candidates = [Candidate(provider, problem) for provider in providers]
-    failed: dict[str, Record] = {}
+    for candidate in candidates:
+        if candidate.runs:
+            candidate.attempt(candidate.check)
+    running = [candidate for candidate in candidates if candidate.runs]
+    # Where the states of all do not fit beside each other, they are made anew in each round.
+    together = (2 * len(running) + 2) * size < 0.8 * free
     end = time.perf_counter() + seconds
     number = 0
-    while number == 0 or (candidates and time.perf_counter() < end):
-        turn = number % len(candidates)
-        bound = SLOW * min(candidate.median_ms() for candidate in candidates)
-        for candidate in [*candidates[turn:], *candidates[:turn]]:
+    while running and (number == 0 or time.perf_counter() < end):
+        turn = number % len(running)
+        bound = SLOW * min(candidate.median_ms() for candidate in running)
+        for candidate in [*running[turn:], *running[:turn]]:
             if number > 1 and number % RARELY and candidate.median_ms() > bound:
                 candidate.rounds.append([])
                 continue
-            try:
-                candidate.measure_round(clock, ROUND_SECONDS)
-            except Exception as error:
-                failed[candidate.provider.name] = {"status": _failed(error)}
-                candidate.close()
+            candidate.attempt(candidate.measure_round, clock)
             if not together:
                 candidate.close()
-        candidates = [c for c in candidates if c.provider.name not in failed]
+        running = [candidate for candidate in running if candidate.runs]
         number += 1
-    return failed | {candidate.provider.name: candidate.record() for candidate in candidates}
+    for candidate in running:
+        candidate.note_times()
+    return [candidate.record for candidate in candidates]
 
 
 def quantiles(values: Sequence[float]) -> Record:
-    """Returns minimum, tenths and quarters, and how many values there were.
+    """Returns minimum, quarters and how many values there were.
 
     Example:
         >>> quantiles([3.0, 1.0, 2.0])["median"]
         2.0
     """
-    shares = {"min": 0.0, "p10": 0.1, "p25": 0.25, "median": 0.5, "p75": 0.75, "p90": 0.9}
-    found = np.quantile(values, list(shares.values())).tolist()
-    return {**{name: round(value, 6) for name, value in zip(shares, found)}, "n": len(values)}
-
-
-def _median(times: list[float]) -> float | None:
-    """Returns the median, or None for a round that a provider sat out."""
-    return round(statistics.median(times), 6) if times else None
-
-
-def _cpu_facts(candidate: Candidate) -> Record:
-    """Operations of a step, the bytes that they move and the largest memory of their temporaries."""
-    c = candidate.one_step(traffic.watch)
-    return {"operations": c.operations, "moved_bytes": c.read + c.written, "temporary_bytes": c.temporary}
-
-
-def _cuda_facts(candidate: Candidate, before: int) -> Record:
-    """Launches, time in kernels and memory of one step."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    at_rest = torch.cuda.memory_allocated()
-    candidate.one_step(_untimed)
-    torch.cuda.synchronize()
-    temporary = torch.cuda.max_memory_allocated() - at_rest
-    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities) as profile:
-        candidate.one_step(_untimed)
-        torch.cuda.synchronize()
-    workspace = max(at_rest - before - candidate.facts["state_bytes"], 0)
-    return {"temporary_bytes": temporary, "workspace_bytes": workspace, **launches(profile.events())}
+    found = np.quantile(values, (0.0, 0.25, 0.5, 0.75)).round(6).tolist()
+    return {**dict(zip(("min", "p25", "median", "p75"), found)), "n": len(values)}
 
 
 def launches(events: Any) -> Record:
@@ -318,8 +291,3 @@ def copy_bandwidth(device: torch.device, gigabytes: float | None = None) -> floa
     clock = CudaClock() if device.type == "cuda" else cpu_clock
     samples = [clock(one_pass) for one_pass in passes for _ in range(7)]
     return 8 * number / min(s.step if s.device is None else s.device for s in samples) * 1e3
-
-
-def _failed(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"failed: {type(error).__name__}: {lines[0] if lines else ''}"[:208]

@@ -1,15 +1,17 @@
 """Rules and who computes them, one row each. A provider whose package is absent is listed as missing."""
 
-import importlib
-import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pkgutil import resolve_name
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 Step = Callable[[], Any]
@@ -38,6 +40,7 @@ class Rule(NamedTuple):
         return float(self.moves * dtype.itemsize)
 
 
+BELOW, CLIPPED = "adamw, norm below the limit", "adamw, clipped"
 _CLIPPED = Rule("AdamW", 8, ADAM, slack=0.02)  # reads gradients once more, for their norm, and writes none of them
 
 RULES = {
@@ -45,10 +48,10 @@ RULES = {
     # Reads gradients for the sums, for the update's size and for the update; weights for their size and the update.
     "adafactor": Rule("Adafactor", 6, {}, slack=0.1),
     "lion": Rule("Lion", 5, dict(lr=LR, weight_decay=1e-2), error16=0.7),  # one sign of the gate's three steps
-    "adamw, norm below the limit": _CLIPPED._replace(max_grad_norm=1e6),  # which no gradient here reaches
-    "adamw, clipped": _CLIPPED._replace(max_grad_norm=1e-2),  # which every step exceeds
+    BELOW: _CLIPPED._replace(max_grad_norm=1e6),  # which no gradient here reaches
+    CLIPPED: _CLIPPED._replace(max_grad_norm=1e-2),  # which every step exceeds
 }
-"""Another optimizer of ours is one row here: providers, gate, roofline and the counting of bytes follow from it."""
+"""Another optimizer of ours is one row here: providers, gate, roofline, counted bytes and registers follow from it."""
 
 
 @dataclass(frozen=True)
@@ -65,60 +68,48 @@ class Provider:
     mode: str = "eager"  # or "compiled" (`torch.compile` around the step) or "captured" (a CUDA graph of the step)
     clips: bool = False  # True if the training loop clips gradients before the step, and pays for it
     ours: bool = False
-    constants: tuple[tuple[str, str, Any], ...] = ()  # (module, name, value) that hold during its steps
+    constants: tuple[tuple[str, Any], ...] = ()  # paths of modules' constants and their values; see `setting`
 
     def missing(self, device: torch.device) -> str | None:
         """Returns why it cannot run on this device of this machine, or None."""
         if device.type not in self.devices:
             return f"does not run on {device.type}"
-        if callable(self.optimizer):
-            return None
-        package = self.optimizer.partition(".")[0]
-        if importlib.util.find_spec(package) is None:
-            return f"{package} is not there"
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what other packages say when they are imported is no result
-                _load(self.optimizer)
+                self._class()
         except (ImportError, AttributeError):
             return f"{self.optimizer} is not there"
         return None
 
+    def make(self, params: Sequence[Tensor], **options: Any) -> Optimizer:
+        """Returns the optimizer; `options` come before the provider's own."""
+        backend = {"backend": BACKEND} if self.ours else {}
+        return self._class()(params, **{**self.options, **backend, **options})
+
     def start(self, params: list[Tensor]) -> tuple[Step, Optimizer]:
         """Returns the step as a training loop calls it, and its optimizer. Parameters must have gradients."""
-        make = self.optimizer if callable(self.optimizer) else _load(self.optimizer)
-        optimizer: Optimizer = make(params, **self.options, **({"backend": BACKEND} if self.ours else {}))
+        optimizer = self.make(params)
+        step: Step = torch.compile(optimizer.step) if self.mode == "compiled" else optimizer.step
         limit = RULES[self.rule].max_grad_norm
-        inner: Step = torch.compile(optimizer.step) if self.mode == "compiled" else optimizer.step
+        if self.clips and limit is not None:
+            inner = step
+            step = lambda: (clip_grad_norm_(params, limit), inner())  # noqa: E731
+        return (_captured(step) if self.mode == "captured" else step), optimizer
 
-        def step() -> None:
-            before = swap(self.constants)
-            try:
-                if self.clips and limit is not None:
-                    torch.nn.utils.clip_grad_norm_(params, limit)
-                inner()
-            finally:
-                swap(before)
+    @contextmanager
+    def setting(self) -> Iterator[None]:
+        """Inside, modules have the constants that this provider is measured with."""
+        with ExitStack() as stack:
+            for path, value in self.constants:
+                stack.enter_context(mock.patch(path, value))
+            yield
 
-        plain = not self.clips and not self.constants
-        return (_captured(step) if self.mode == "captured" else inner if plain else step), optimizer
-
-
-Constants = Sequence[tuple[str, str, Any]]
-
-
-def swap(constants: Constants) -> Constants:
-    """Sets constants of modules (module, name, value), and returns what they were."""
-    modules = [importlib.import_module(module) for module, _, _ in constants]
-    before = [(path, name, getattr(module, name)) for module, (path, name, _) in zip(modules, constants)]
-    for module, (_, name, value) in zip(modules, constants):
-        setattr(module, name, value)
-    return before
-
-
-def _load(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
+    def _class(self) -> Callable[..., Optimizer]:
+        found: Callable[..., Optimizer] = (
+            resolve_name(self.optimizer) if isinstance(self.optimizer, str) else self.optimizer
+        )
+        return found
 
 
 def _captured(step: Step) -> Step:

@@ -5,10 +5,11 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
@@ -18,31 +19,37 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMITTED = ROOT / "perf" / "results"
 """One folder per GPU, with the files that `python -m perf.evidence` wrote there, and one for the CPU."""
 
+OTHERS = ("timm", "torch-optimi", "flashoptim", "torchao", "bitsandbytes", "transformers")
+"""Packages whose optimizers are measured, where they are installed."""
+
 
 def environment(device: torch.device) -> Record:
     """Returns the first record of a file: date, commit, versions, processor and, on a GPU, its name and driver."""
-    others = ("timm", "torch-optimi", "flashoptim", "torchao", "bitsandbytes", "transformers")
+    installed = {distribution.name: distribution.version for distribution in metadata.distributions()}
     record: Record = {
         "kind": "environment",
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "cpu": _cpu(),
+        "triton": installed.get("triton"),
+        "cpu": (_output("grep", "-m1", "model name", "/proc/cpuinfo") or platform.machine()).rpartition(": ")[2],
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "device": device.type,
-        "others": {name: version for name in others if (version := _version(name))},
+        "others": {name: installed[name] for name in OTHERS if name in installed},
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        record |= {"gpu": properties.name, "gpu_bytes": properties.total_memory}
-        record |= {"multiprocessors": properties.multi_processor_count}
-        record |= {"l2_bytes": getattr(properties, "L2_cache_size", None)}
-        record |= {"driver": driver and driver.splitlines()[0], "cuda": torch.version.cuda or torch.version.hip}
+        record |= {
+            "gpu": properties.name,
+            "gpu_bytes": properties.total_memory,
+            "multiprocessors": properties.multi_processor_count,
+            "l2_bytes": getattr(properties, "L2_cache_size", None),
+            "driver": _output("nvidia-smi", "-i", "0", "--query-gpu=driver_version", "--format=csv,noheader"),
+            "cuda": torch.version.cuda or torch.version.hip,
+        }
     return record
 
 
@@ -54,34 +61,55 @@ def machine(record: Record) -> str:
         'A CPU, 2 threads, torch 2.13.0, 2026-01-01, commit abc'
     """
     gpu = record.get("gpu")
-    parts = [gpu or f"{record['cpu']}, {record['threads']} threads", f"torch {record['torch']}"]
-    parts += [f"triton {record['triton']}"] if gpu else []
-    parts += [f"driver {record['driver']}"] if record.get("driver") else []
+    versions = ("torch", "triton", "driver") if gpu else ("torch",)
+    parts = [gpu or f"{record['cpu']}, {record['threads']} threads"]
+    parts += [f"{name} {record[name]}" for name in versions if record.get(name)]
     return ", ".join([*parts, record["date"], *([f"commit {record['commit']}"] if record.get("commit") else [])])
 
 
-def write(records: Iterable[Record], file: TextIO) -> None:
-    """Appends records and hands them to the operating system, so that what is measured is not lost."""
-    for record in records:
-        file.write(json.dumps(record) + "\n")
-    file.flush()
+def append(path: Path, records: Iterable[Record]) -> None:
+    """Adds records to a file, so that what is measured is not lost with what comes after it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
 
 
 def read(path: Path) -> list[Record]:
     """Returns the records of a file; a last line that was cut off is left out."""
     records = []
     for line in path.read_text().splitlines():
-        try:
+        with suppress(json.JSONDecodeError):
             records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
     return records
 
 
-def committed() -> dict[str, list[Record]]:
-    """Returns the committed results of GPUs: name of the folder to the records in its `results.jsonl`."""
-    found = {path.parent.name: read(path) for path in sorted(COMMITTED.glob("*/results.jsonl"))}
-    return {name: records for name, records in found.items() if records and records[0].get("gpu")}
+class Run:
+    """Records, by what they are of."""
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self.records = records
+        head = next(iter(self.of("environment")), None)
+        self.machine = machine(head) if head else ""
+        self.device: str = head["device"] if head else "cpu"
+        # The best copy, in bytes per second.
+        self.bandwidth: float | None = max((r["bytes_per_second"] for r in self.of("copy")), default=None)
+        # Steps by workload and rule or sweep, in the order of their measurement.
+        self.comparisons: dict[tuple[str, str], list[Record]] = {}
+        for r in self.of("step"):
+            self.comparisons.setdefault((r["workload"], str(r.get("sweep", r["rule"]))), []).append(r)
+
+    def of(self, kind: str) -> list[Record]:
+        return [r for r in self.records if r.get("kind") == kind]
+
+    def floor_ms(self, step: Record) -> float | None:
+        """Returns the time in which the best copy moves the fewest bytes of this update; None if there was no copy."""
+        return step["floor_bytes"] * step["params"] / self.bandwidth * 1e3 if self.bandwidth else None
+
+
+def committed() -> dict[str, Run]:
+    """Returns the committed results of GPUs, by the name of their folder."""
+    found = {path.parent.name: Run(read(path)) for path in sorted(COMMITTED.glob("*/results.jsonl"))}
+    return {name: run for name, run in found.items() if run.device == "cuda"}
 
 
 def _commit() -> str | None:
@@ -91,23 +119,8 @@ def _commit() -> str | None:
 
 
 def _output(*command: str) -> str | None:
+    """Returns what a command prints, or None where it fails or is not there."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -6,150 +6,75 @@ accesses, from the compiler.
 """
 
 import argparse
-import json
 import os
-import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from math import prod
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from unittest import mock
 
-import torch
-
-import fusedopt
-from fusedopt import backends
-from perf import compiled, report, traffic
+from perf import compiled, report, results, traffic
+from perf.cases import CASES, DTYPES, Case
 from perf.providers import RULES
-from perf.results import ROOT, Record
+from perf.results import Record, Run
 
 SHAPES = ((64, 96), (128, 32), (256,), (48, 64))
 """Of the parameters that bytes are counted on: sizes that are multiples of 16, as almost all tensors of models are."""
 
-OWNERS = ("parameter", "gradient", "state")
-
-
-class Case(NamedTuple):
-    """A configuration whose bytes are counted."""
-
-    name: str
-    rule: str  # a key of `perf.providers.RULES`
-    dtype: torch.dtype = torch.float32  # of parameters and gradients
-    options: Mapping[str, Any] = {}  # of the constructor, beside the rule's
-    extra: float = 0.0  # bytes per parameter beyond the floor of its rule
-
-    @property
-    def floor(self) -> float:
-        return RULES[self.rule].floor(self.dtype) + self.extra
-
-    @property
-    def allowed(self) -> float:
-        """Bytes per parameter; partial sums are as large for 16-bit tensors as for float32."""
-        return self.floor * (1 + RULES[self.rule].slack * 4 / self.dtype.itemsize)
-
-    def make(self, params: list[torch.Tensor]) -> torch.optim.Optimizer:
-        rule = RULES[self.rule]
-        limit = {"max_grad_norm": rule.max_grad_norm} if rule.max_grad_norm is not None else {}
-        make = getattr(fusedopt, rule.ours)
-        optimizer: torch.optim.Optimizer = make(params, backend="triton", **{**rule.options, **limit, **self.options})
-        return optimizer
-
-
-_TITLES = {rule.ours + ", clipping" * (rule.max_grad_norm is not None): name for name, rule in RULES.items()}
-
-CASES = (
-    *(
-        Case(f"{title}, {dtype}", name, getattr(torch, dtype))
-        for title, name in _TITLES.items()
-        for dtype in ("float32", "bfloat16")
-    ),
-    Case("AdamW, float16", "adamw", torch.float16),
-    Case("AdamW, float64", "adamw", torch.float64),
-    Case("AdamW, amsgrad, float32", "adamw", options={"amsgrad": True}, extra=8.0),
-)
-
 
 def count(case: Case) -> Record:
-    """Returns the launches and bytes of a step; runs where TRITON_INTERPRET=1 is set."""
-    traced = traffic.trace(case.make, SHAPES, case.dtype)
-    elements = sum(torch.Size(shape).numel() for shape in SHAPES)
-    kinds = {k: [traced.read[k] / elements, traced.written[k] / elements] for k in (*OWNERS, "else")}
-    moved = sum(sum(kinds[owner]) for owner in OWNERS)
-    row = {"kind": "traffic", "case": case.name, "launches": traced.kernels, "bytes": kinds}
-    return {**row, "moved": moved, "floor": case.floor, "ok": moved <= case.allowed}
+    """Returns the launches and bytes per parameter of a step; runs where TRITON_INTERPRET=1 is set.
+
+    It is "ok" if the step moves no more than the floor, and partial sums, which are as large for 16-bit tensors as for
+    float32. Launch tables and workspace ("else") are not counted in.
+    """
+    dtype = DTYPES[case.dtypes][0]
+    traced = traffic.trace(case.make, SHAPES, dtype)
+    elements = sum(map(prod, SHAPES))
+    moved = {o: [traced.total(a, o) / elements for a in ("read", "written")] for o in (*traffic.OWNERS, "else")}
+    read, written = (sum(moved[owner][access] for owner in traffic.OWNERS) for access in (0, 1))
+    row = {"kind": "traffic", "rule": case.rule, "case": case.name, "launches": traced.kernels, "bytes": moved}
+    allowed = case.floor * (1 + RULES[case.rule].slack * 4 / dtype.itemsize)
+    return {**row, "read": read, "written": written, "floor": case.floor, "ok": read + written <= allowed}
 
 
-def count_all(cases: Sequence[Case] = CASES) -> list[Record]:
-    """Counts cases, in a process of its own where Triton's interpreter is not already on."""
-    if backends.interpreting():
-        return [count(case) for case in cases]
-    command = [sys.executable, "-m", "perf.static_report", "--count", *(case.name for case in cases)]
-    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"counting failed: {done.stderr[-2000:]}")
-    return [json.loads(line) for line in done.stdout.splitlines()]
+def of_one_dtype(cases: Sequence[Case]) -> list[Case]:
+    """Returns the cases with a floor: parameters, gradients and moments have the same dtype."""
+    return [case for case in cases if len(set(DTYPES[case.dtypes])) == 1]
 
 
-def moved(row: Record) -> tuple[float, float]:
-    """Returns the bytes per parameter that a counted case reads and writes, without tables and workspace."""
-    read, written = (sum(row["bytes"][owner][side] for owner in OWNERS) for side in (0, 1))
-    return read, written
-
-
-def traffic_table(rows: Sequence[Record]) -> str:
-    """Returns bytes per parameter, read and written, by whose memory it is."""
-    head = ("step", "launches", *OWNERS, "moved", "must", "")
-    body = []
-    for row in rows:
-        cells = ["{:.1f} + {:.1f}".format(*row["bytes"][owner]) for owner in OWNERS]
-        numbers = (str(len(row["launches"])), *cells, f"{row['moved']:.1f}", f"{row['floor']:.0f}")
-        body.append((row["case"], *numbers, "" if row["ok"] else "MOVES TOO MUCH"))
-    return report.table(head, body)
-
-
-def compile_all(targets: Sequence[str], dtypes: Sequence[str] | None = None) -> list[Record]:
-    """Compiles every kernel for targets; not where Triton's interpreter is on. `dtypes`: those of `compiled.DTYPES`."""
-    rows: list[Record] = []
-    for target in targets:
-        for name, launch, _ in compiled.variants(target, dtypes):
-            found = compiled.resources(launch.code)._asdict()
-            row = {"kind": "variant", "target": target, "kernel": launch.kernel, "variant": name}
-            rows.append({**row, **found, "ok": found["spilled"] == 0})
+def compile_for(target: str, cases: Sequence[Case]) -> list[Record]:
+    """Compiles the kernels of cases, where Triton's interpreter is off."""
+    rows = []
+    for case, name, launch in compiled.kernels(target, cases):
+        found = compiled.resources(launch.code)._asdict()
+        row = {"kind": "kernel", "target": target, "rule": case.rule, "kernel": name}
+        rows.append({**row, **found, "ok": found["spilled"] == 0})
     return rows
 
 
-def variant_table(rows: Sequence[Record]) -> str:
-    """Returns registers, spills, shared memory and the widths of the accesses, in bits (x how many)."""
-    columns = ("target", "kernel", "variant", "registers", "spilled", "shared")
-    body = [
-        (
-            *(str(row[column]) for column in columns),
-            *(" ".join(f"{w}x{n}" for w, n in sorted(row[k].items(), reverse=True)) for k in ("reads", "writes")),
-        )
-        for row in rows
-    ]
-    return report.table((*columns, "reads", "writes"), body)
+def rows(targets: Sequence[str], cases: Sequence[Case] = CASES) -> list[Record]:
+    """Compiles cases and, in a process of its own with Triton's interpreter, counts those with a floor."""
+    counted = of_one_dtype(cases)
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
+            counts = process.map(count, counted)  # which starts the process
+        kernels = [row for target in targets for row in compile_for(target, cases)]
+        return [*counts, *kernels]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m perf.static_report", description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, help="write the rows to this file, as JSON lines")
+    parser.add_argument("--out", type=Path, help="append the rows to this file, as JSON lines")
     parser.add_argument("--smoke", action="store_true", help="the first case of each part")
-    parser.add_argument("--count", nargs="+", help=argparse.SUPPRESS)  # cases, in a process with the interpreter
     options = parser.parse_args(arguments)
-    if options.count:
-        print("\n".join(json.dumps(row) for row in count_all([c for c in CASES if c.name in options.count])))
-        return 0
-    rows = count_all(CASES[:1] if options.smoke else CASES)
-    print(f"bytes per parameter, read + written\n\n{traffic_table(rows)}")
-    if not backends.interpreting():
-        found = compile_all(["sm_90"], ["float16"]) if options.smoke else compile_all(list(compiled.TARGETS))
-        print(f"\nregisters, spills and widths of memory accesses\n\n{variant_table(found)}")
-        rows += found
+    found = rows(["sm_90"], CASES[:1]) if options.smoke else rows(list(compiled.TARGETS))
     if options.out:
-        options.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return 0 if all(row["ok"] for row in rows) else 1
+        results.append(options.out, found)
+    print(report.text(Run(found)))
+    return 0 if all(row["ok"] for row in found) else 1
 
 
 if __name__ == "__main__":

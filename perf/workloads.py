@@ -19,6 +19,10 @@ class Workload:
     channels_last: bool = False  # layout of 4-d parameters and their gradients
 
     @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def tensors(self) -> int:
         return len(self.shapes)
 
@@ -95,6 +99,7 @@ _ALL = (
     Workload("tiny_300", "300 tensors of 64 elements: the host's time", ((64,),) * 300),
     Workload("tiny_2000", "2,000 tensors of 64 elements: the host's time", ((64,),) * 2000),
     Workload("embedding_2g4", "one embedding of 2.4 G elements", ((1_171_875, 2048),), torch.bfloat16),
+    Workload("equal", "four equal matrices, to count bytes on", ((256, 256),) * 4),
     Workload("smoke", "a few odd shapes, for tests", ((33, 17), (7,), (1024,), (3, 5, 4), (1,))),
 )
 WORKLOADS = {workload.name: workload for workload in _ALL}
@@ -111,9 +116,3 @@ def get(name: str) -> Workload:
     if not isinstance(kind, torch.dtype):
         raise ValueError(f"dtype of a workload must be a dtype of torch, got {dtype!r}")
     return replace(WORKLOADS[base], name=name, dtype=kind)
-
-
-def cut(params: int, tensors: int) -> Workload:
-    """Returns about `params` elements in `tensors` equal square matrices, for scaling curves."""
-    side = max(1, round((params / tensors) ** 0.5))
-    return Workload(f"{tensors} x {side} x {side}", "equal matrices", ((side, side),) * tensors)

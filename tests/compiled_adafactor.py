@@ -7,14 +7,16 @@ import torch
 from helpers.in_place import in_place
 
 from fusedopt import Adafactor
-from perf.compiled import (
-    ADAFACTOR_SHAPES,
-    TARGETS,
-    adafactor_variants,
-    fake_gpu,
-    resources,
-    shard_step,
-)
+from perf.cases import CASES, DTYPES
+from perf.compiled import ADAFACTOR_SHAPES, TARGETS, fake_gpu, kernels, resources, shard_step
+
+
+def per_element(case, phase):
+    """Bytes read and written, with an average of updates, by the phases that see gradients."""
+    size = DTYPES[case.dtypes][0].itemsize
+    average = max(size, 4)
+    sizes = {"sums": (2 * size, 0), "squares": (size, 0), "apply": (2 * size + average, size + average)}
+    return dict(zip(("reads", "writes"), sizes.get(phase, (0, 0))))
 
 
 def variants(target):
@@ -24,11 +26,11 @@ def variants(target):
             "drops_nan": "maxnumf" in launch.code.asm["ttir"],
             "fusion": launch.code.metadata.enable_fp_fusion,
             "threads": launch.code.metadata.num_warps * TARGETS[target].warp_size,
-            "per_element": {"reads": read, "writes": written},
+            "per_element": per_element(case, launch.kernel),
             "in_place": in_place(launch.code),
             **resources(launch.code)._asdict(),
         }
-        for name, launch, (read, written) in adafactor_variants(target)
+        for case, name, launch in kernels(target, [case for case in CASES if case.rule == "adafactor"])
     ]
 
 

@@ -12,12 +12,15 @@ from helpers.in_place import in_place
 
 from fusedopt import AdamW
 from fusedopt_kernels.elementwise import BLOCK, THREADS
-from perf.compiled import TARGETS, elementwise_variants, fake_gpu, resources
+from perf.cases import CASES, DTYPES
+from perf.compiled import TARGETS, fake_gpu, kernels, resources
 
 
 def variants(target):
     found = []
-    for name, launch, (read, written) in elementwise_variants(target):
+    for case, name, launch in kernels(target, [case for case in CASES if case.rule == "adamw"]):
+        param, grad, moment = (dtype.itemsize for dtype in DTYPES[case.dtypes])
+        written = param + (3 if case.options else 2) * moment
         elements = BLOCK // THREADS
         found.append(
             {
@@ -25,7 +28,7 @@ def variants(target):
                 "drops_nan": "maxnumf" in launch.code.asm["ttir"],
                 "fusion": launch.code.metadata.enable_fp_fusion,
                 "threads": launch.code.metadata.num_warps * TARGETS[target].warp_size,
-                "bytes": {"reads": elements * read, "writes": elements * written},
+                "bytes": {"reads": elements * (written + grad), "writes": elements * written},
                 "multiplications_in_32_bits": len(re.findall(r"arith\.muli.*i32\b", launch.code.asm["ttir"])),
                 "in_place": in_place(launch.code),
                 **resources(launch.code)._asdict(),

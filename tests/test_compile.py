@@ -55,7 +55,9 @@ EXEMPTIONS = (
     Exemption("apply, bfloat16", ("sm_100",), ALWAYS, 88, 0, "two programs to a multiprocessor instead of three"),
     Exemption(PHASES, NVIDIA, ((3, 6), (3, 6)), 0, 16, "up to four numbers spilled make room for one more program"),
     Exemption(PHASES, NVIDIA, ((3, 8), (3, 8)), 0, 8, "as in 3.6, two numbers: 64 registers, four programs"),
-    Exemption("float32, unaligned", NVIDIA, ((3, 9), (3, 9)), 96, 0, "two programs, for tensors of odd sizes alone"),
+    Exemption(
+        "update, float32, unaligned", NVIDIA, ((3, 9), (3, 9)), 96, 0, "two programs, for tensors of odd sizes alone"
+    ),
 )
 
 
@@ -83,7 +85,7 @@ def test_every_variant(target):
         assert not kernel["drops_nan"], what
         assert_no_race(kernel, what, in_place=True)
         assert kernel["shared"] == 0, what  # Each thread keeps its elements from the reads to the writes.
-        if kernel["name"] == "prologue":
+        if kernel["name"].startswith("prologue"):
             continue
         assert kernel["threads"] == 256, what
         # Offsets are int64 before the first multiplication.

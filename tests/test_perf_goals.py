@@ -1,19 +1,18 @@
 """Goals are judged rightly, and the commands of `perf` do what they say, evidence and sweeps included."""
 
-import json
-import os
 import subprocess
-import sys
 import time
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 import torch
 
-from perf import bench, evidence, goals, measure, providers, report, results, workloads
+from perf import bench, evidence, gate, goals, measure, plans, providers, report, results, traffic, workloads
+from perf.plans import COPY, Comparison, Goal
 from perf.providers import Provider
+from perf.results import Run
 
 CPU = torch.device("cpu")
 SMOKE = workloads.get("smoke")
@@ -24,17 +23,17 @@ SMOKE = workloads.get("smoke")
 
 def step_record(name, times, **more):
     where = {"kind": "step", "workload": "gpt_50m", "rule": "adamw", "provider": name, "status": "measured"}
-    milliseconds = {"step_ms": measure.quantiles(times), "host_ms": measure.quantiles(times), "rounds_ms": times}
+    quantiles = measure.quantiles(times)
+    milliseconds = {"step_ms": quantiles, "rounds_ms": times, "host_ms": quantiles, "rounds_host_ms": times}
     return {**where, **milliseconds, "params": 1_000_000, "floor_bytes": 28.0, **more}
 
 
 def outcome(goal, *records):
-    (result,) = goals.judge(records, "cpu", [goal])
-    return result
+    return goals.outcome(Comparison("gpt_50m", "adamw"), goal, Run(records))
 
 
 def goal(limit, kind="speedup", theirs="torch fused", clock="step"):
-    return goals.Goal("cpu", "gpt_50m", "adamw", theirs, limit, kind, clock)
+    return Goal(theirs, limit, kind, clock)
 
 
 OURS = step_record("fusedopt", [10.0, 20.0, 30.0, 10.0, 20.0])
@@ -65,8 +64,8 @@ def test_rounds_that_one_sat_out_are_not_compared():
 
 
 def test_who_is_slow_takes_part_more_rarely(monkeypatch):
-    monkeypatch.setattr(measure, "_gate", lambda *args: {"status": "measured"})
-    monkeypatch.setattr(measure, "_cpu_facts", lambda *args: {})
+    monkeypatch.setattr(gate, "check", lambda *args: gate.Verdict(0.0, 1.0))
+    monkeypatch.setattr(traffic, "watch", lambda step: {})
     monkeypatch.setattr(measure, "ROUND_SECONDS", 0.0)
 
     class Slow(torch.optim.SGD):
@@ -91,10 +90,12 @@ def test_who_is_slow_takes_part_more_rarely(monkeypatch):
 def test_a_goal_of_bandwidth():
     # 28 MB in 20 ms are 1.4 GB/s.
     copy = {"kind": "copy", "bytes_per_second": 2e9}
-    result = outcome(goal(0.6, "bandwidth", "copy"), OURS, copy)
+    result = outcome(goal(0.4, theirs=COPY), OURS, copy)
     assert result.value == pytest.approx(0.7)
+    assert (result.low, result.high) == pytest.approx((0.7 * 2 / 3, 1.4))
     assert result.verdict == "met"
-    assert outcome(goal(0.6, "bandwidth", "copy"), OURS).verdict == "not measured: no copy was"
+    assert outcome(goal(0.6, theirs=COPY), OURS, copy).verdict == "met, unsure"
+    assert outcome(goal(0.6, theirs=COPY), OURS).verdict == "not measured: copy: did not run"
 
 
 def test_a_verdict_that_the_rounds_do_not_carry_is_unsure():
@@ -108,32 +109,23 @@ def test_a_verdict_that_the_rounds_do_not_carry_is_unsure():
 
 def test_a_goal_without_measurement_says_why():
     missing = {**THEIRS, "status": "missing: torch fused is not there"}
-    assert outcome(goal(1.0), OURS).verdict == "not measured: torch fused did not run"
+    assert outcome(goal(1.0), OURS).verdict == "not measured: torch fused: did not run"
     assert outcome(goal(1.0), OURS, missing).verdict.endswith("missing: torch fused is not there")
 
 
 def test_goals_name_what_exists():
-    for g in goals.GOALS:
-        workloads.get(g.workload)
-        rows = {p.name: p for p in providers.of(g.rule)}
-        assert {g.ours, g.theirs} - {"copy"} <= rows.keys(), g
-        assert rows[g.ours].ours
+    """And whom the plan compares: every goal stands beside its comparison."""
+    for device in ("cpu", "cuda"):
+        assert plans.goals(device)
+        for comparison, g in plans.goals(device):
+            rows = {p.name: p for p in comparison.providers()}
+            assert {g.ours, g.theirs} - {COPY} <= rows.keys(), g
+            assert rows[g.ours].ours
 
 
-def test_every_goal_is_in_a_plan_of_its_device():
-    plans = {
-        "cpu": bench.PLANS["cpu"],
-        "cuda": [c for name in bench.PLANS if name.startswith("cuda") for c in bench.PLANS[name]],
-    }
-    for g in goals.GOALS:
-        compared = [c for c in plans[g.device] if (c.workload, c.rule) == (g.workload, g.rule)]
-        assert compared, g
-        assert any(c.names is None or {g.ours, g.theirs} - {"copy"} <= set(c.names) for c in compared), g
-
-
-@pytest.mark.parametrize("plan", bench.PLANS)
+@pytest.mark.parametrize("plan", plans.PLANS)
 def test_plans_name_what_exists(plan):
-    for comparison in bench.PLANS[plan]:
+    for comparison in plans.PLANS[plan]:
         workloads.get(comparison.workload)
         assert comparison.providers()
 
@@ -157,8 +149,8 @@ def test_the_benchmark_writes_what_it_prints(tmp_path, capsys, monkeypatch):
     assert steps[0]["error"] <= steps[0]["error_allowed"]
     assert "missing: does not run on cpu (torch fused, captured)" in printed
     assert "roofline:" in printed
-    report.steps_picture([head, *records]).savefig(tmp_path / "bars.png")
-    assert "| fusedopt |" in report.text([head, *records], markdown=True)
+    report.steps_picture(Run([head, *records])).savefig(tmp_path / "bars.png")
+    assert "| fusedopt |" in report.text(Run([head, *records]), markdown=True)
 
 
 @pytest.mark.parametrize("arguments", [["--workloads", "gpt3"], ["--workloads", "smoke", "--rules", "sgd"]])
@@ -181,13 +173,13 @@ def test_results_survive_a_line_that_was_cut_off(tmp_path):
 
 
 def test_committed_results_can_be_shown():
-    for rows in results.committed().values():
-        assert rows[0]["kind"] == "environment"
-        assert {"gpu", "driver", "torch", "triton", "date"} <= rows[0].keys()
-        assert report.text(rows)
+    for run in results.committed().values():
+        (head,) = run.of("environment")[:1]
+        assert {"gpu", "driver", "torch", "triton", "date"} <= head.keys()
+        assert report.text(run)
 
 
-SWEEPS = {c.title: c for c in bench.PLANS["sweeps"]}
+SWEEPS = {c.title: c for c in plans.PLANS["sweeps"]}
 
 
 @pytest.mark.parametrize("sweep", SWEEPS.values(), ids=SWEEPS)
@@ -195,22 +187,22 @@ def test_sweeps_turn_knobs_that_exist(sweep, monkeypatch):
     monkeypatch.setattr(providers, "BACKEND", "auto" if torch.cuda.is_available() else "triton")
     rows = sweep.providers()
     assert len({row.name for row in rows}) == len(rows) > 1
-    own = [getattr(import_module(module), name) for module, name, _ in sweep.sweep]
-    assert [value for _, _, value in rows[0].constants] == own, "the code as it stands comes first"
+    own = [resolve_name(path) for path, _ in sweep.sweep]
+    assert [value for _, value in rows[0].constants] == own, "the code as it stands comes first"
     p = torch.ones(33, 17, requires_grad=True)
     p.grad = torch.ones_like(p)
-    step, _ = replace(rows[-1], mode="eager").start([p])
-    step()
+    with rows[-1].setting():
+        step, _ = replace(rows[-1], mode="eager").start([p])
+        step()
     assert (p < 1).all()
-    assert [getattr(import_module(module), name) for module, name, _ in sweep.sweep] == own
+    assert [resolve_name(path) for path, _ in sweep.sweep] == own
 
 
 def test_a_sweep_is_a_comparison_of_its_own_in_the_report(capsys, monkeypatch):
     monkeypatch.setattr(measure, "ROUND_SECONDS", 0.0)
     records = []
-    bench.run(bench.PLANS["smoke-sweeps"], CPU, 0.0, records)
-    ((workload, title),) = report.comparisons(records)
-    assert (workload, title) == ("smoke", "adamw x BLOCK")
+    bench.run(plans.PLANS["smoke"], CPU, 0.0, records)
+    assert list(Run(records).comparisons) == [("smoke", "adamw"), ("smoke", "adamw x BLOCK")]
     assert "BLOCK=1024" in capsys.readouterr().out
 
 
@@ -225,14 +217,14 @@ def test_evidence_goes_on_after_a_fault_and_ends_in_time(tmp_path, capsys):
     start = time.monotonic()
     summary = evidence.run(parts, tmp_path / "out", minutes=1)
     assert time.monotonic() - start < 30
-    assert [str(s["outcome"]) for s in summary] == [
+    assert [s["outcome"] for s in summary] == [
         "done",
         "failed with exit code 3",
         "stopped after 0 s",
         "left out: no-such-tool is not there",
         "left out: no time was left",
     ]
-    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
+    assert results.read(tmp_path / "out" / "parts.jsonl") == summary
     assert (tmp_path / "out" / "first").read_text() == "measured\n"
     child = (tmp_path / "out" / "child").read_text().strip()
     state = subprocess.run(["ps", "-o", "stat=", "-p", child], capture_output=True, text=True, check=False).stdout
@@ -243,18 +235,13 @@ def test_evidence_goes_on_after_a_fault_and_ends_in_time(tmp_path, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the real evidence runs where there is a GPU")
 def test_the_whole_of_the_evidence_in_small(tmp_path):
     """Every command that the evidence starts on a GPU machine, on tiny tensors in Triton's interpreter."""
-    root = Path(__file__).parent.parent
-    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "perf.evidence", "--smoke", "--minutes", "4", "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=240)
-    log = (tmp_path / "out" / "log.txt").read_text()
-    assert done.returncode == 0, done.stdout + done.stderr + log
+    code = evidence.main(["--smoke", "--minutes", "4", "--out", str(tmp_path / "out")])
+    assert code == 0, (tmp_path / "out" / "log.txt").read_text()
     written = {file.name for file in (tmp_path / "out").iterdir()}
     assert written == {
         "log.txt",
-        "summary.json",
+        "parts.jsonl",
         "results.jsonl",
-        "sweeps.jsonl",
         "static.jsonl",
         "report.md",
         "performance.png",
@@ -271,7 +258,7 @@ def test_the_evidence_wants_a_gpu(capsys, monkeypatch):
 def test_the_documented_numbers_are_those_of_the_committed_run():
     root = Path(__file__).parent.parent
     document = (root / "docs" / "performance.md").read_text()
-    records = results.read(root / "perf" / "results" / "cpu" / "results.jsonl")
-    assert report.between_marks(document, records) == document, "run the command that stands below the table"
+    run = Run(results.read(results.COMMITTED / "cpu" / "results.jsonl"))
+    assert report.between_marks(document, run) == document, "run the command that stands below the table"
     with pytest.raises(ValueError, match="needs the marks"):
-        report.between_marks("no marks", records)
+        report.between_marks("no marks", run)
