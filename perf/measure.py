@@ -7,6 +7,7 @@ sets gradients to None, and all tensors together are larger than the caches unle
 
 import gc
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -109,6 +110,7 @@ class Candidate:
     def __init__(self, provider: Provider, problem: Problem) -> None:
         self.provider, self.problem = provider, problem
         self.rounds: list[list[Sample]] = []
+        self.fastest_ms = math.inf
         workload, device = problem.workload, problem.device
         missing = provider.missing(device)
         self.record: Record = {
@@ -168,6 +170,7 @@ class Candidate:
         while len(samples) < MIN_STEPS - 1 or time.perf_counter() < until:
             samples.append(self.one_step(clock))
         self.rounds.append(samples)
+        self.fastest_ms = min(self.fastest_ms, *(sample.step for sample in samples))
 
     def one_step(self, observe: Callable[[Step], T]) -> T:
         """Takes a step under something that times or counts it, as in a training loop; returns what that returns."""
@@ -197,10 +200,6 @@ class Candidate:
             self.one_step(_call)
             torch.cuda.synchronize()
         self.record |= launches(profile.events())
-
-    def median_ms(self) -> float:
-        steps = [sample.step for samples in self.rounds for sample in samples]
-        return statistics.median(steps) if steps else 0.0
 
     def note_times(self) -> None:
         """Notes quantiles and, round by round, medians: what disturbs the machine disturbs neighbours alike."""
@@ -240,9 +239,9 @@ def compare(
     number = 0
     while running and (number == 0 or time.perf_counter() < end):
         turn = number % len(running)
-        bound = SLOW * min(candidate.median_ms() for candidate in running)
+        bound = SLOW * min(candidate.fastest_ms for candidate in running)
         for candidate in [*running[turn:], *running[:turn]]:
-            if number > 1 and number % RARELY and candidate.median_ms() > bound:
+            if number > 1 and number % RARELY and candidate.fastest_ms > bound:
                 candidate.rounds.append([])
                 continue
             candidate.attempt(candidate.measure_round, clock)

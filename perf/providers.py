@@ -77,7 +77,7 @@ class Provider:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what other packages say when they are imported is no result
-                self._class()
+                _resolved(self.optimizer)
         except (ImportError, AttributeError):
             return f"{self.optimizer} is not there"
         return None
@@ -85,7 +85,8 @@ class Provider:
     def make(self, params: Sequence[Tensor], **options: Any) -> Optimizer:
         """Returns the optimizer; `options` come before the provider's own."""
         backend = {"backend": BACKEND} if self.ours else {}
-        return self._class()(params, **{**self.options, **backend, **options})
+        optimizer: Optimizer = _resolved(self.optimizer)(params, **{**self.options, **backend, **options})
+        return optimizer
 
     def start(self, params: list[Tensor]) -> tuple[Step, Optimizer]:
         """Returns the step as a training loop calls it, and its optimizer. Parameters must have gradients."""
@@ -105,11 +106,9 @@ class Provider:
                 stack.enter_context(mock.patch(path, value))
             yield
 
-    def _class(self) -> Callable[..., Optimizer]:
-        found: Callable[..., Optimizer] = (
-            resolve_name(self.optimizer) if isinstance(self.optimizer, str) else self.optimizer
-        )
-        return found
+
+def _resolved(path: Any) -> Any:
+    return resolve_name(path) if isinstance(path, str) else path
 
 
 def _captured(step: Step) -> Step:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from perf import goals, results
 from perf.plans import COPY
 from perf.results import Record, Run
+from perf.traffic import OWNERS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,54 +26,34 @@ OURS, OTHERS, INK = "#0072B2", "#B4BBC3", "#1F2933"
 
 _STACK = ("#56B4E9", "#E69F00")
 
-Columns = Mapping[str, Callable[[Any], str]]
-"""Heads of a table, and what stands below each for a row."""
-
-
-def table(columns: Columns, rows: Iterable[Any], markdown: bool = False) -> str:
-    """Returns a table with its columns aligned, or as Markdown."""
-    lines = [list(columns), *([cell(row) for cell in columns.values()] for row in rows)]
-    if markdown:
-        return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], ["---"] * len(columns), *lines[1:]])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
-
-
-def _bytes_of(owner: str) -> Callable[[Record], str]:
-    return lambda row: "{:.1f} + {:.1f}".format(*row["bytes"][owner])
-
-
-def _widths(access: str) -> Callable[[Record], str]:
-    """Widths in bits and how many accesses have them. JSON has made strings of the numbers."""
-    return lambda row: " ".join(f"{w}x{n}" for w, n in sorted(row[access].items(), key=lambda x: -int(x[0])))
-
-
-def _plain(*names: str) -> Columns:
-    return {name: partial(lambda name, row: str(row[name]), name) for name in names}
-
-
-TABLES: dict[str, tuple[str, Columns]] = {
-    "part": ("parts of the evidence", _plain("part", "outcome", "seconds")),
+TABLES = {
+    "part": ("parts of the evidence", {name: f"{{{name}}}" for name in ("part", "outcome", "seconds")}),
     "traffic": (
         "bytes per parameter, read + written",
         {
-            **_plain("rule", "case"),
-            "launches": lambda row: str(len(row["launches"])),
-            **{owner: _bytes_of(owner) for owner in ("parameter", "gradient", "state")},
-            "moved": lambda row: f"{row['read'] + row['written']:.1f}",
-            "must": lambda row: f"{row['floor']:.0f}",
-            "": lambda row: "" if row["ok"] else "MOVES TOO MUCH",
+            **{"rule": "{rule}", "case": "{case}", "launches": "{launches}"},
+            **{owner: f"{{bytes[{owner}][0]:.1f}} + {{bytes[{owner}][1]:.1f}}" for owner in OWNERS},
+            **{"moved": "{moved:.1f}", "must": "{floor:.0f}", "": "{verdict}"},
         },
     ),
     "kernel": (
-        "registers, spills and widths of memory accesses",
+        "registers, spills and widths of memory accesses, in bits",
         {
-            **_plain("target", "rule", "kernel", "registers", "spilled", "shared"),
-            **{access: _widths(access) for access in ("reads", "writes")},
+            name: f"{{{name}}}"
+            for name in ("target", "rule", "kernel", "registers", "spilled", "shared", "reads", "writes")
         },
     ),
 }
-"""Title and columns of the tables for all kinds of records but steps, whose columns depend on each other."""
+"""Title and columns (format strings over a record's fields) of all kinds of records but steps."""
+
+
+def table(rows: Sequence[Mapping[str, str]], markdown: bool = False) -> str:
+    """Returns rows of the same fields as a table with its columns aligned, or as Markdown."""
+    head, *lines = [list(rows[0]) if rows else [], *(list(row.values()) for row in rows)]
+    if markdown:
+        return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
+    widths = [max(map(len, column)) for column in zip(head, *lines)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in [head, *lines])
 
 
 def _median_ms(record: Record) -> float:
@@ -95,45 +75,41 @@ def steps_table(group: Sequence[Record], run: Run, markdown: bool = False) -> st
     measured = _fastest_first(group)
     ours = next((_median_ms(r) for r in measured if r["provider"] == "fusedopt"), None)
     counted = "launches" if any("launches" in r for r in measured) else "operations"
-
-    def of_roofline(r: Record) -> str:
+    rows = []
+    for r in measured:
         floor = _roofline(r, run)
-        return f"{floor / (r.get('device_ms') or r['step_ms'])['median']:.0%}" if floor else ""
-
-    columns: Columns = {
-        "provider": lambda r: r["provider"],
-        "ms per step": lambda r: f"{_median_ms(r):.3f}",
-        "quartiles": lambda r: "{p25:.3f} - {p75:.3f}".format(**r["step_ms"]),
-        "times ours": lambda r: f"{_median_ms(r) / ours:.2f}" if ours else "",
-        "of roofline": of_roofline,
-        counted: lambda r: str(r.get(counted, "")),
-        "state B/param": lambda r: f"{r['state_bytes'] / r['params']:.2f}" if "state_bytes" in r else "",
-        "temporary": lambda r: f"{r['temporary_bytes'] / 1e6:.1f} MB" if "temporary_bytes" in r else "",
-    }
+        rows.append(
+            {
+                "provider": r["provider"],
+                "ms per step": f"{_median_ms(r):.3f}",
+                "quartiles": "{p25:.3f} - {p75:.3f}".format(**r["step_ms"]),
+                "times ours": f"{_median_ms(r) / ours:.2f}" if ours else "",
+                "of roofline": f"{floor / (r.get('device_ms') or r['step_ms'])['median']:.0%}" if floor else "",
+                counted: str(r.get(counted, "")),
+                "state B/param": f"{r['state_bytes'] / r['params']:.2f}",
+                "temporary": f"{r['temporary_bytes'] / 1e6:.1f} MB",
+            }
+        )
     reasons: dict[str, list[str]] = {}
     for r in group:
         if r["status"] != "measured":
             reasons.setdefault(r["status"], []).append(r["provider"])
     without = [f"{status} ({'; '.join(names)})" for status, names in reasons.items()]
-    return "\n".join([table(columns, measured, markdown), *([""] if markdown else []), *without])
+    return "\n".join([table(rows, markdown), *([""] if markdown else []), *without])
 
 
 def goals_table(outcomes: Sequence[goals.Outcome], markdown: bool = False) -> str:
     """Returns every goal with what was measured."""
-
-    def number(o: goals.Outcome, value: float | None) -> str:
-        if value is None:
-            return ""
-        return f"{value:.1%}" if o.goal.theirs == COPY else f"{value:.{3 if o.goal.kind == 'time' else 2}f}"
-
-    columns: Columns = {
-        "goal": lambda o: f"{o.comparison.rule}, {o.comparison.workload}: {o.goal}",
-        "measured": lambda o: number(o, o.value),
-        "95 % interval": lambda o: f"{number(o, o.low)} - {number(o, o.high)}" if o.low else "",
-        "by fastest": lambda o: number(o, o.fastest),
-        "verdict": lambda o: o.verdict,
-    }
-    return table(columns, outcomes, markdown)
+    rows = []
+    for comparison, goal, verdict, *numbers in outcomes:
+        form = "{:.1%}" if goal.theirs == COPY else "{:.3f}" if goal.kind == "time" else "{:.2f}"
+        value, low, high, fastest = ("" if number is None else form.format(number) for number in numbers)
+        aim = f"{comparison.rule}, {comparison.workload}: {goal}"
+        interval = f"{low} - {high}" if low else ""
+        rows.append(
+            {"goal": aim, "measured": value, "95 % interval": interval, "by fastest": fastest, "verdict": verdict}
+        )
+    return table(rows, markdown)
 
 
 def text(run: Run, markdown: bool = False) -> str:
@@ -148,8 +124,8 @@ def text(run: Run, markdown: bool = False) -> str:
     if run.comparisons:
         parts.append(goals_table(goals.judge(run), markdown))
     for kind, (title, columns) in TABLES.items():
-        if rows := run.of(kind):
-            parts.append(f"{heading}{title}\n\n{table(columns, rows, markdown)}")
+        if rows := [{head: cell.format(**r) for head, cell in columns.items()} for r in run.of(kind)]:
+            parts.append(f"{heading}{title}\n\n{table(rows, markdown)}")
     return "\n\n".join(parts)
 
 

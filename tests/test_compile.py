@@ -50,7 +50,7 @@ class Exemption(NamedTuple):
     reason: str
 
 
-PHASES = ("sums", "averages", "squares", "apply")
+PHASES = ("sums", "averages", "shard_averages", "squares", "apply")
 EXEMPTIONS = (
     Exemption("apply, bfloat16", ("sm_100",), ALWAYS, 88, 0, "two programs to a multiprocessor instead of three"),
     Exemption(PHASES, NVIDIA, ((3, 6), (3, 6)), 0, 16, "up to four numbers spilled make room for one more program"),
@@ -131,7 +131,7 @@ def test_nothing_is_compiled_twice():
     assert not any(changes.values()), changes
 
 
-IN_PLACE = ("prologue", "sums", "averages", "apply")
+IN_PLACE = ("prologue", "sums", "averages", "shard_averages", "apply")
 """The phases that write where they read."""
 
 

@@ -331,9 +331,8 @@ def test_the_roofline_of_every_update(rule, dtype, bytes_):
 @pytest.mark.parametrize("case", static_report.of_one_dtype(cases.CASES), ids=lambda case: f"{case.rule}, {case.name}")
 def test_a_kernel_moves_no_more_than_it_must(case):
     row = static_report.count(case)
-    moved = row["read"] + row["written"]
-    assert row["ok"], f"moves {moved:.2f} bytes per parameter where {row['floor']} are enough: {row['bytes']}"
-    assert moved >= case.floor * 0.999, "counts too little"
+    assert row["ok"], f"moves {row['moved']:.2f} bytes per parameter where {row['floor']} are enough: {row['bytes']}"
+    assert row["moved"] >= case.floor * 0.999, "counts too little"
 
 
 @pytest.mark.skipif(
@@ -354,7 +353,14 @@ def test_a_step_that_goes_over_its_tensors_twice_is_caught():
 
 def test_a_kernel_that_moves_too_much_is_marked_in_the_table():
     moved = {owner: [4.0, 4.0] for owner in traffic.OWNERS}
-    row = {"kind": "traffic", "rule": "adamw", "case": "float32", "launches": ["x"], "bytes": moved, "floor": 12.0}
-    text = report.text(results.Run([{**row, "read": 12.0, "written": 12.0, "ok": False}]))
-    assert "MOVES TOO MUCH" in text
-    assert "24.0" in text
+    row = {"kind": "traffic", "rule": "adamw", "case": "float32", "launches": 2, "bytes": moved, "moved": 24.0}
+    text = report.text(results.Run([{**row, "floor": 12.0, "ok": False, "verdict": "MOVES TOO MUCH"}]))
+    assert "4.0 + 4.0  4.0 + 4.0  4.0 + 4.0  24.0   12    MOVES TOO MUCH" in text
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="counted in Triton's interpreter, which is off where there is a GPU"
+)
+def test_a_case_that_moves_more_than_its_floor_is_not_ok():
+    case = cases.Case("adamw", "float32", extra=-4)
+    assert not static_report.count(case)["ok"]
