@@ -1,6 +1,6 @@
 """Benchmarks: what the optimizers cost, measured side by side.
 
-`workloads` and `providers` are what is compared, `gate` lets no wrong result in, `measure` takes the time, `bench` runs
-the plans, `goals` judges and `report` shows the `results`. `traffic` and `compiled` count bytes and registers, for
-`static_report`. `evidence` runs all of it on a GPU machine.
+`providers` compute a rule on `workloads`, `gate` lets no wrong result in, `measure` takes the time, `bench` runs the
+`plans`, `goals` are judged by the `results`. `traffic` and `compiled` count bytes and registers of the `cases`, for
+`static_report`. `report` shows all of it, and `evidence` runs all of it on a GPU machine.
 """

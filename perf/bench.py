@@ -50,7 +50,7 @@ def _copy(comparison: Comparison, device: torch.device) -> Record:
 
 
 def once(comparison: Comparison, device: torch.device) -> bool:
-    """Takes one step of ours after some that warm up; a profiler that starts switched off sees that one alone."""
+    """Takes one step of ours after some that warm up; a profiler that starts switched off sees only that one."""
     problem = measure.Problem(workloads.get(comparison.workload), device, 2)
     candidate = measure.Candidate(providers.of(comparison.rule, ["fusedopt"])[0], problem)
     candidate.open()

@@ -1,4 +1,4 @@
-"""Our optimizers in every configuration whose bytes are counted and whose kernels are compiled, one row each."""
+"""Configurations of our optimizers, one row each: their bytes are counted, and their kernels are compiled."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ class Case(NamedTuple):
 
     rule: str  # a key of `RULES`
     dtypes: str  # a key of `DTYPES`
-    options: Mapping[str, Any] = {}  # of the constructor, beside the rule's
+    options: Mapping[str, Any] = {}  # of the constructor, besides the rule's
     extra: int = 0  # bytes per parameter that the options add to the least that a step moves
 
     @property

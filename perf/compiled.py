@@ -1,6 +1,6 @@
-"""What a step launches, compiled for GPUs that need not be here: registers, spills, widths of memory accesses.
+"""Kernels of a step, compiled for GPUs that need not be present: registers, spills, widths of memory accesses.
 
-Works without any GPU, and without Triton's interpreter. `python -m perf.static_report` prints it.
+Works without a GPU, and only where Triton's interpreter is off. `python -m perf.static_report` prints it.
 """
 
 import re
@@ -76,7 +76,7 @@ def fake_gpu(target: str) -> Iterator[list[Launch]]:
 
 
 class Resources(NamedTuple):
-    """What a compiled kernel takes. Each is a column of the static report."""
+    """Resources of a compiled kernel. `perf.report.TABLES` makes columns of them."""
 
     registers: int  # per thread
     spilled: int  # bytes per thread in local memory, where registers did not suffice
@@ -86,7 +86,7 @@ class Resources(NamedTuple):
 
 
 def resources(code: Any) -> Resources:
-    """Returns what compiled code takes, read from its assembly."""
+    """Returns the resources of compiled code, read from its assembly."""
     if "cubin" in code.asm:
         figures = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", _cubin_usage(code))}
         registers, spilled = figures["REG"], figures["STACK"] + figures["LOCAL"]

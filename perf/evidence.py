@@ -24,7 +24,7 @@ from perf.results import ROOT, Record
 
 
 class Part(NamedTuple):
-    """One process. It is left out where the first word of its command is no program."""
+    """One process. It is left out if the first word of its command is not a program on this machine."""
 
     name: str
     command: str  # "{python}", "{out}" and "{seconds}" (what it may plan for) are filled in

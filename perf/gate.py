@@ -23,7 +23,7 @@ TOLERANCES = {
     torch.float16: 2e-2,  # moments rounded to 11 bits at every step
     torch.bfloat16: 1e-1,  # moments rounded to 8 bits at every step, in the loops after every operation
 }
-"""Largest error of an element in units of its tensor's largest movement, beside the rounding of the weight."""
+"""Largest error of an element in units of its tensor's largest movement, plus the rounding of the weight."""
 
 
 class Verdict(NamedTuple):

@@ -10,7 +10,7 @@ from perf.results import Record, Run
 
 
 class Outcome(NamedTuple):
-    """What came of a goal."""
+    """Result of a goal."""
 
     comparison: Comparison
     goal: Goal
@@ -27,7 +27,7 @@ def judge(run: Run) -> list[Outcome]:
 
 
 def outcome(comparison: Comparison, goal: Goal, run: Run) -> Outcome:
-    """Returns what came of a goal."""
+    """Returns the result of one goal."""
     group = run.comparisons.get((comparison.workload, comparison.rule), [])
     # A later record without a number does not replace one with a number.
     steps: dict[str, Record] = {r["provider"]: r for r in sorted(group, key=lambda r: r["status"] == "measured")}

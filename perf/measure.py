@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import DeviceType
+from torch.nn.utils import get_total_norm
 
 from perf import gate, traffic
 from perf.providers import RULES, Provider, Step
@@ -28,7 +29,9 @@ ROUND_SECONDS = 0.05
 MIN_STEPS = 3
 
 SLOW, RARELY = 2.0, 6
-"""Who takes more than so many times the fastest's time is in every so many-th round: close ratios need many rounds."""
+"""A provider that is slower than the fastest by the first factor takes part in one round of six: close ratios, which
+decide goals, get the time.
+"""
 
 
 class Sample(NamedTuple):
@@ -36,7 +39,7 @@ class Sample(NamedTuple):
 
     step: float  # from its beginning to its end: what a user waits for
     host: float | None = None  # until `step()` returned; None on a CPU, where that is the end
-    device: float | None = None  # of the device alone, the host being ahead; None on a CPU
+    device: float | None = None  # of the device, with the host ahead of it; None on a CPU
 
 
 Clock = Callable[[Step], Sample]
@@ -80,18 +83,12 @@ class Problem:
 
     def __init__(self, workload: Workload, device: torch.device, sets: int) -> None:
         self.workload, self.device = workload, device
-        with torch.no_grad():
-            self.params = [self._normal(shape, 0.02).requires_grad_() for shape in workload.shapes]
-            self.sets = [[self._normal(shape, 0.01) for shape in workload.shapes] for _ in range(sets)]
+        normal = [[workload.empty(shape, device).normal_() for shape in workload.shapes] for _ in range(1 + sets)]
+        self.params = [p.mul_(0.02).requires_grad_() for p in normal[0]]
+        self.sets = [[g.mul_(0.01) for g in grads] for grads in normal[1:]]
         self._next = itertools.cycle(self.sets)
         self._current = self.sets[0]
-        self._norm = self._norm_of_current()
-
-    def _normal(self, shape: tuple[int, ...], std: float) -> Tensor:
-        return self.workload.empty(shape, self.device).normal_(std=std)
-
-    def _norm_of_current(self) -> Tensor:
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self._current, 2, torch.float32)))
+        self._norm = get_total_norm(self._current)
 
     def set_grads(self) -> None:
         """Gives every parameter its gradient out of the next set, as a tensor object of its own."""
@@ -101,7 +98,7 @@ class Problem:
 
     def restore_norm(self) -> None:
         """Gives the current set the norm back that a clipping loop took from it."""
-        torch._foreach_mul_(self._current, self._norm / self._norm_of_current())
+        torch._foreach_mul_(self._current, self._norm / get_total_norm(self._current))
 
 
 class Candidate:
@@ -163,7 +160,7 @@ class Candidate:
         if self._step is None:
             self.open()
         if not self.rounds:
-            self._note_facts()
+            self._record_facts()
         self.one_step(clock)
         samples: list[Sample] = []
         until = time.perf_counter() + ROUND_SECONDS
@@ -182,8 +179,8 @@ class Candidate:
             self.problem.restore_norm()
         return observed
 
-    def _note_facts(self) -> None:
-        """Notes what a step takes beside its time."""
+    def _record_facts(self) -> None:
+        """Records memory, operations or launches of a step."""
         states = self._optimizer.state.values() if self._optimizer else ()
         self.record["state_bytes"] = sum(t.nbytes for s in states for t in s.values() if isinstance(t, Tensor))
         if self.problem.device.type == "cpu":
@@ -201,8 +198,8 @@ class Candidate:
             torch.cuda.synchronize()
         self.record |= launches(profile.events())
 
-    def note_times(self) -> None:
-        """Notes quantiles and, round by round, medians: what disturbs the machine disturbs neighbours alike."""
+    def record_times(self) -> None:
+        """Records quantiles and the median of each round: what disturbs the machine disturbs neighbours alike."""
         for clock in Sample._fields:
             rounds = [[getattr(sample, clock) for sample in samples] for samples in self.rounds]
             if None not in rounds[0]:
@@ -233,7 +230,7 @@ def compare(
         if candidate.runs:
             candidate.attempt(candidate.check)
     running = [candidate for candidate in candidates if candidate.runs]
-    # Where the states of all do not fit beside each other, they are made anew in each round.
+    # Where the states of all providers do not fit in memory together, each round makes them anew.
     together = (2 * len(running) + 2) * size < 0.8 * free
     end = time.perf_counter() + seconds
     number = 0
@@ -250,7 +247,7 @@ def compare(
         running = [candidate for candidate in running if candidate.runs]
         number += 1
     for candidate in running:
-        candidate.note_times()
+        candidate.record_times()
     return [candidate.record for candidate in candidates]
 
 

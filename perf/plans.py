@@ -1,4 +1,4 @@
-"""What is compared with what, for how long, and which goals it has: every run of `perf.bench` is one of these plans."""
+"""Plans of `perf.bench`: which providers are compared on which workload, for how long, and the goals to meet."""
 
 import itertools
 from dataclasses import replace
@@ -38,7 +38,7 @@ class Comparison(NamedTuple):
     share: float = 1.0  # of the time
     names: tuple[str, ...] | None = None  # None for all of the rule, but for those that must be compiled for minutes
     goals: tuple[Goal, ...] = ()
-    sweep: tuple[tuple[str, tuple[Any, ...]], ...] = ()  # paths of constants, and the values to try beside their own
+    sweep: tuple[tuple[str, tuple[Any, ...]], ...] = ()  # paths of constants, and values to try besides their own
 
     def providers(self) -> list[Provider]:
         """Returns who is compared; of a sweep, the code as it stands comes first."""
@@ -46,12 +46,12 @@ class Comparison(NamedTuple):
         if not self.sweep:
             return rows
         values = [dict.fromkeys((resolve_name(path), *others)) for path, others in self.sweep]
-        made = []
+        rows_of_sweep = []
         for combination in itertools.product(*values):
             constants = tuple(zip((path for path, _ in self.sweep), combination))
             label = ", ".join(f"{path.rpartition('.')[2]}={value}" for path, value in constants)
-            made += [replace(row, name=f"{row.name}, {label}", constants=constants) for row in rows]
-        return made
+            rows_of_sweep += [replace(row, name=f"{row.name}, {label}", constants=constants) for row in rows]
+        return rows_of_sweep
 
     @property
     def title(self) -> str:

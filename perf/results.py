@@ -119,7 +119,7 @@ def _commit() -> str | None:
 
 
 def _output(*command: str) -> str | None:
-    """Returns what a command prints, or None where it fails or is not there."""
+    """Returns the output of a command, or None if it fails or is not installed."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):

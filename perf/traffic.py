@@ -1,4 +1,4 @@
-"""What a step moves, counted without a GPU: eager steps as torch dispatches them, kernels in Triton's interpreter.
+"""Bytes that a step moves, counted without a GPU: eager steps as torch dispatches them, kernels in the interpreter.
 
 An eager operation reads its tensor arguments and writes its results; a kernel moves what each of its loads and stores
 asks for. Caches are not taken into account, which is right for tensors larger than they are.
