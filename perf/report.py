@@ -26,22 +26,26 @@ OURS, OTHERS, INK = "#0072B2", "#B4BBC3", "#1F2933"
 
 _STACK = ("#56B4E9", "#E69F00")
 
+
+def _plain(*fields: str) -> dict[str, str]:
+    return {field: f"{{{field}}}" for field in fields}
+
+
 TABLES = {
-    "part": ("parts of the evidence", {name: f"{{{name}}}" for name in ("part", "outcome", "seconds")}),
+    "part": ("parts of the evidence", _plain("part", "outcome", "seconds")),
     "traffic": (
         "bytes per parameter, read + written",
         {
-            **{"rule": "{rule}", "case": "{case}", "launches": "{launches}"},
+            **_plain("rule", "case", "launches"),
             **{owner: f"{{bytes[{owner}][0]:.1f}} + {{bytes[{owner}][1]:.1f}}" for owner in OWNERS},
-            **{"moved": "{moved:.1f}", "must": "{floor:.0f}", "": "{verdict}"},
+            "moved": "{moved:.1f}",
+            "must": "{floor:.0f}",
+            "": "{verdict}",
         },
     ),
     "kernel": (
         "registers, spills and widths of memory accesses, in bits",
-        {
-            name: f"{{{name}}}"
-            for name in ("target", "rule", "kernel", "registers", "spilled", "shared", "reads", "writes")
-        },
+        _plain("target", "rule", "kernel", "registers", "spilled", "shared", "reads", "writes"),
     ),
 }
 """Title and columns (format strings over a record's fields) of all kinds of records but steps."""
