@@ -67,20 +67,24 @@ def check(provider: Provider, workload: Workload, device: torch.device) -> Verdi
         p.grad = grad
     with torch.no_grad():
         for number in range(STEPS):
-            for grad in grads:
+            for e, grad in zip(exact, grads):
                 grad.copy_(normal(tuple(grad.shape), 0.01 * (number + 1)))
+                e.grad = grad.double()
             if number == 0:
                 step, own = provider.start(params)
                 if provider.mode == "captured":
                     _reset(own, params, starts)
-            for e, grad in zip(exact, grads):
-                e.grad = grad.double()
             if rule.max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(exact, rule.max_grad_norm)
             optimizer.step()
             step()  # Some clip the gradients in place, which the next step overwrites.
-    slack = provider.slack + (rule.error16 if workload.dtype.itemsize == 2 else 0.0)
-    verdicts = [_verdict(workload.dtype, slack, *tensors) for tensors in zip(params, exact, starts)]
+    tolerance = TOLERANCES[workload.dtype] + provider.slack + rule.error16 * (workload.dtype.itemsize == 2)
+    rounding = ROUNDINGS * torch.finfo(workload.dtype).eps / 2
+    verdicts = []
+    for p, e, start in zip(params, exact, starts):
+        movement = (e - start.double()).abs().max().item()
+        error = (p.double() - e).abs().max().item() / movement
+        verdicts.append(Verdict(error, tolerance + rounding * e.abs().max().item() / movement))
     return max(verdicts, key=lambda v: (not v.passed, v.error / v.allowed))
 
 
@@ -92,10 +96,3 @@ def _reset(optimizer: torch.optim.Optimizer, params: list[Tensor], starts: list[
                 value.zero_()
     for p, start in zip(params, starts):
         p.copy_(start)
-
-
-def _verdict(dtype: torch.dtype, slack: float, p: Tensor, exact: Tensor, start: Tensor) -> Verdict:
-    movement = (exact - start.double()).abs().max().item()
-    error = (p.double() - exact).abs().max().item() / movement
-    rounding = ROUNDINGS * torch.finfo(dtype).eps / 2 * exact.abs().max().item() / movement
-    return Verdict(error, TOLERANCES[dtype] + slack + rounding)

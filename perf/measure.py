@@ -78,6 +78,10 @@ class CudaClock:
         self._end.record()
 
 
+def clock_of(device: torch.device) -> Clock:
+    return CudaClock() if device.type == "cuda" else cpu_clock
+
+
 class Problem:
     """Parameters and several sets of gradients, the same for all providers."""
 
@@ -213,14 +217,12 @@ def _call(step: Step) -> None:
     step()
 
 
-def compare(
-    workload: Workload, providers: Sequence[Provider], device: torch.device, seconds: float, clock: Clock | None = None
-) -> list[Record]:
+def compare(workload: Workload, providers: Sequence[Provider], device: torch.device, seconds: float) -> list[Record]:
     """Returns one record per provider; one that is missing, wrong or fails gets the reason as status, and no time.
 
     Rounds last `seconds` in all, beyond the first.
     """
-    clock = clock or (CudaClock() if device.type == "cuda" else cpu_clock)
+    clock = clock_of(device)
     size = workload.params * workload.dtype.itemsize
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 6e9
     # One parameter, its gradients, AdamW's state, and as much again for temporaries of the loops' largest tensor.
@@ -284,6 +286,6 @@ def copy_bandwidth(device: torch.device, gigabytes: float | None = None) -> floa
     passes: list[Step] = [lambda: target.copy_(source)]
     if device.type == "cpu":
         passes.append(lambda: target.mul_(0.999))
-    clock = CudaClock() if device.type == "cuda" else cpu_clock
+    clock = clock_of(device)
     samples = [clock(one_pass) for one_pass in passes for _ in range(7)]
     return 8 * number / min(s.step if s.device is None else s.device for s in samples) * 1e3
