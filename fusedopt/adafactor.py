@@ -55,8 +55,8 @@ class Adafactor(FusedOptimizer):
 
     Rows and columns are the last two dimensions; leading ones are a batch of matrices that share RMS and clipping.
     The state is a row and a column per matrix: nothing of the parameter's size unless `beta1` is set or the parameter
-    has fewer than two dimensions. 16-bit parameters are updated in float32 and rounded once; their state is float32
-    and stays float32 through a checkpoint.
+    has fewer than two dimensions. 16-bit parameters are updated in float32 and rounded once, to nearest unless an
+    option says otherwise; their state is float32 and stays float32 through a checkpoint.
 
     Args:
         params: parameters (float16, bfloat16, float32 or float64; any strides), named parameters, or param groups
@@ -78,6 +78,8 @@ class Adafactor(FusedOptimizer):
         max_grad_norm: clip the norm of all gradients together to it, as in `AdamW`. The paper's authors leave it out:
             `clip_threshold` does that job here, after the second moment.
         skip_nonfinite: skip steps whose gradients' norm is not finite, as a whole; `optimizer.skipped_steps` counts.
+        master_weights, stochastic_rounding, seed: as in `AdamW`.
+        state_dtype: of the average of updates, as in `AdamW`; the averages of squares, which are small, stay float32.
 
     Raises:
         ValueError: an option is out of range, or a combination makes no sense, for the constructor or for a group; or

@@ -29,8 +29,9 @@ class AdamW(ElementwiseOptimizer):
     whatever the convention: for torch's own defaults pass `eps=1e-8, weight_decay=1e-2`.
 
     On a GPU the update of all parameters is a few Triton launches without a host synchronisation; on a CPU it is
-    torch's fused kernel wherever that is right. 16-bit parameters are updated in float32 arithmetic and rounded once;
-    moments have the dtype and the layout of their parameter.
+    torch's fused kernel wherever that is right. 16-bit parameters are updated in float32 arithmetic and rounded once,
+    to nearest unless an option says otherwise; moments have the layout of their parameter. Gradients may have another
+    floating dtype than their parameter.
 
     Args:
         params: parameters (float16, bfloat16, float32 or float64; any strides), named parameters, or param groups
@@ -49,13 +50,24 @@ class AdamW(ElementwiseOptimizer):
         max_grad_norm: clip the norm of all gradients together to it, as `torch.nn.utils.clip_grad_norm_` does but on
             the way into the update; `math.inf` only measures. The norm is `optimizer.grad_norm` afterwards.
         skip_nonfinite: skip steps whose gradients' norm is not finite, as a whole; `optimizer.skipped_steps` counts.
+        master_weights: update 16-bit parameters in float32 and keep what rounding cuts off: beside bfloat16 two more
+            bytes per parameter (state `remainder`, int16), beside float16 a float32 copy (`master_weight`). The float32
+            weights are those of a float32 run; `fusedopt.float32_parameters` reads them.
+        stochastic_rounding: round 16-bit weights up or down at random, in proportion to the distance, so that small
+            updates are right on average. Excludes `master_weights`. Both change nothing for wider parameters.
+        state_dtype: of the moments: torch.float32, torch.bfloat16, or None for float32 with master weights, else the
+            parameter's. In 16 bits, v is rounded stochastically wherever one of these three options is used: to
+            nearest, it freezes. These three can be options of a param group.
+        seed: of random rounding, >= 0. The bits depend on seed, parameter, step and element alone: they are the same on
+            every backend, on any number of processes, and after resuming.
 
     Raises:
         ValueError: an option is out of range, for the constructor or for a group, or a parameter cannot be updated.
         TypeError: an option that does not exist here, such as torch's `fused=`.
 
-    State per parameter: `step` (0-d float32 tensor), `exp_avg`, `exp_avg_sq`, with amsgrad `max_exp_avg_sq`. Loads
-    checkpoints of `torch.optim.AdamW` and `transformers.AdamW`.
+    State per parameter: `step` (0-d float32 tensor), `exp_avg`, `exp_avg_sq`, with amsgrad `max_exp_avg_sq`; what the
+    options above add, and `number` (0-d int64) where rounding is random. Loads checkpoints of `torch.optim.AdamW` and
+    `transformers.AdamW`.
 
     Sources: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", arXiv:1711.05101; Kingma & Ba, "Adam",
     arXiv:1412.6980; Reddi et al., "On the Convergence of Adam and Beyond", arXiv:1904.09237 (amsgrad); transformers

@@ -37,7 +37,7 @@ class Lion(ElementwiseOptimizer):
         betas: weights in [0, 1) of m where its sign is taken, and in the next m.
         weight_decay: decoupled weight decay, >= 0, in units of lr.
         maximize: ascend instead of descend.
-        backend, max_grad_norm, skip_nonfinite: as in `AdamW`.
+        backend, max_grad_norm, skip_nonfinite, master_weights, stochastic_rounding, state_dtype, seed: as in `AdamW`.
 
     Raises:
         ValueError: an option is out of range, for the constructor or for a group, or a parameter cannot be updated.

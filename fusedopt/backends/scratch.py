@@ -24,7 +24,8 @@ class _Scratch(threading.local):
             flat = lasting((max(_ELEMENTS, t.numel()),), dtype, "cpu")
             if type(flat) is Tensor:  # not what a mode, such as FakeTensorMode, makes of it
                 self._flat[use, dtype] = flat
-        return flat[: t.numel()].view(t.shape)
+        part = flat[: t.numel()]
+        return part if t.dim() == 1 else part.view(t.shape)
 
 
 scratch = _Scratch()

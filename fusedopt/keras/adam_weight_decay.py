@@ -19,6 +19,7 @@ from fusedopt.optimizer.base import refuse_unknown
 from fusedopt.optimizer.clipping import Clipping
 from fusedopt.optimizer.engine import Part
 from fusedopt.optimizer.state import torch_looks_at_state
+from fusedopt.precision import PLAIN, Precision
 
 _KERAS_EPSILON = 1e-7
 """The epsilon of Keras' Adam where 0 was given."""
@@ -55,6 +56,7 @@ class AdamWeightDecay(AdamW):
         name: an entry of the config.
         backend: "auto" (Triton for CUDA and ROCm tensors, eager for the others), "triton" or "eager".
         max_grad_norm, skip_nonfinite: as in `AdamW`; the first excludes Keras' clippings.
+        master_weights, stochastic_rounding, state_dtype, seed: as in `AdamW`.
         **kwargs: Keras' `clipvalue`, `clipnorm`, `global_clipnorm` (the last two exclude each other), `decay` (the rate
             is divided by 1 + decay * iterations) and `lr` (instead of `learning_rate`, with a warning). With `betas`,
             all options may have torch's names, as in `defaults`.
@@ -108,6 +110,10 @@ class AdamWeightDecay(AdamW):
         backend: str = "auto",
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        state_dtype: torch.dtype | None = None,
+        seed: int = 0,
         **kwargs: Any,
     ) -> None:
         if not isinstance(name, str):
@@ -160,6 +166,10 @@ class AdamWeightDecay(AdamW):
             backend=backend,
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
+            master_weights=master_weights,
+            stochastic_rounding=stochastic_rounding,
+            state_dtype=state_dtype,
+            seed=seed,
             **as_torch,
         )
         if self.schedule is not None:
@@ -367,6 +377,7 @@ class AdamWeightDecay(AdamW):
             **{field: bound for field, bound in self.clipping._asdict().items() if bound is not None},
             **({} if self.guard.max_grad_norm is None else {"max_grad_norm": self.guard.max_grad_norm}),
             **({"skip_nonfinite": True} if self.guard.skip_nonfinite else {}),
+            **_config_of(Precision.of(self.defaults, self.seed)),
             "learning_rate": describe(rate),
             "decay": self.decay,
             "beta_1": beta_1,
@@ -430,6 +441,12 @@ def _patterns(name: str, patterns: Sequence[str] | None) -> list[str] | None:
         except re.error as error:
             raise ValueError(f"{name} has {pattern!r} in it, which is no regular expression: {error}") from error
     return list(patterns)
+
+
+def _config_of(precision: Precision) -> dict[str, Any]:
+    """The options that are not the default ones; a dtype by its name."""
+    options = {name: value for name, value in precision._asdict().items() if value != getattr(PLAIN, name)}
+    return {name: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else v for name, v in options.items()}
 
 
 def _follow(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

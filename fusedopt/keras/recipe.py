@@ -27,6 +27,7 @@ def create_optimizer(
     include_in_weight_decay: Sequence[str] | None = None,
     *,
     backend: str = "auto",
+    **options: Any,
 ) -> tuple[AdamWeightDecay, WarmUp | PolynomialDecay]:
     """Returns an `AdamWeightDecay` whose rate rises linearly and then decays to `init_lr * min_lr_ratio`.
 
@@ -45,6 +46,7 @@ def create_optimizer(
         power: exponent of the polynomial decay; the warm-up is always linear.
         include_in_weight_decay: regular expressions for names that decay all the same.
         backend: "auto", "triton" or "eager".
+        **options: further ones of `AdamWeightDecay`, such as `master_weights`.
 
     Returns:
         The optimizer, and the schedule that it evaluates by itself. The transformers Trainer takes both:
@@ -92,6 +94,7 @@ def create_optimizer(
         clipnorm=adam_clipnorm,
         global_clipnorm=adam_global_clipnorm,
         backend=backend,
+        **options,
     )
     if not decays:
         optimizer.set_epsilon(adam_epsilon)

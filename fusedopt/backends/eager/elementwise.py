@@ -9,6 +9,7 @@ from torch import Tensor
 from fusedopt.backends.eager.rounding import round_into
 from fusedopt.backends.eager.stepper import EagerStepper, Part
 from fusedopt.backends.eager.storage import Storage, as_cached, moment_bits, read_weight, weight_bits, write_weight
+from fusedopt.backends.scratch import scratch
 from fusedopt.precision import FREEZING
 from fusedopt_kernels.layout import is_dense, same_layout
 
@@ -146,7 +147,8 @@ def _pieces(i: int, one: list[list[Tensor]], size: int) -> Iterator[Piece]:
 
 def _weights(params: list[Tensor], masters: list[Tensor]) -> Tensor:
     p = _joined(params)
-    out = as_cached(p, "weight", torch.float32) if p.dtype.itemsize == 2 and p.is_contiguous() else None
+    on_cpu = p.device.type == "cpu" and p.is_contiguous() and p.dtype.itemsize == 2
+    out = scratch.like(p, "weight", torch.float32) if on_cpu else None
     return read_weight(p, _joined(masters) if masters else None, out)
 
 

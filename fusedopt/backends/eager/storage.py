@@ -1,5 +1,6 @@
 """Weights and moments as `precision` declares them: read at least in float32, and written back."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -78,7 +79,7 @@ def as_cached(t: Tensor, use: str, dtype: torch.dtype) -> Tensor:
 def _is_finite(t: Tensor) -> bool:
     """False if there is an infinity or a NaN; of large numbers perhaps, too. In one pass, many times as fast as asking
     of each number."""
-    return bool(t.sum().abs() < torch.inf)
+    return math.isfinite(t.sum())
 
 
 def remainder_beside(p: Tensor, weight: Tensor) -> Tensor:
