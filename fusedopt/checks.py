@@ -38,17 +38,24 @@ def hint(value: Any) -> str:
     return " (a string: YAML, for one, takes 1e-4 for text, and 1.0e-4 for a number)"
 
 
-def plain(value: Any) -> Any:
-    """A scalar of NumPy's or torch's as Python's own, at any depth of a config; anything else as it is."""
-    if isinstance(value, dict):
-        return {key: plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(plain(inner) for inner in value)
+def plain(value: Any, *, tensors: bool = True) -> Any:
+    """NumPy's numbers as Python's own, at any depth of lists, tuples and dicts; anything else as it is.
+
+    `torch.load(weights_only=True)` and JSON know no others.
+
+    Args:
+        value: an option, or a config.
+        tensors: whether tensors and arrays of one element are numbers, too.
+    """
+    if type(value) is dict:
+        return {key: plain(inner, tensors=tensors) for key, inner in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(plain(inner, tensors=tensors) for inner in value)
     if isinstance(value, np.generic):
         return value.item()
-    if isinstance(value, Tensor):
+    if tensors and isinstance(value, Tensor):
         return value.item() if value.numel() == 1 else value
-    if isinstance(value, np.ndarray):
+    if tensors and isinstance(value, np.ndarray):
         return value.item() if value.size == 1 else value
     return value
 

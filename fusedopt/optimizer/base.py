@@ -17,7 +17,6 @@ from fusedopt.optimizer.state import (
     Numbers,
     make_states,
     packed,
-    plain,
     separate_rates,
     through_hooks,
     torch_looks_at_state,
@@ -80,7 +79,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.seed = precision.seed
         precision.check()
         self._forget()
-        super().__init__(params, plain({**defaults, **precision.options(), **self.whole_options()}))
+        super().__init__(
+            params, checks.plain({**defaults, **precision.options(), **self.whole_options()}, tensors=False)
+        )
         compile.exclude_step(type(self))
 
     # What a subclass declares.
@@ -178,7 +179,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         try:
             for name in whole:
                 group.pop(name, None)
-            group.update({name: plain(value) for name, value in group.items() if name != "params"})
+            group.update(
+                {name: checks.plain(value, tensors=False) for name, value in group.items() if name != "params"}
+            )
             self.check_group(group)
             for p in group["params"]:
                 checks.parameter(p)

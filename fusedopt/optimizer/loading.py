@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusedopt import sharding
+from fusedopt import checks, sharding
 from fusedopt.backends.eager.storage import remainder_beside
 from fusedopt.checks import FLOATS
 from fusedopt.optimizer import whose
-from fusedopt.optimizer.state import new_tensor, plain
+from fusedopt.optimizer.state import new_tensor
 from fusedopt.precision import FLOAT32_COPIES, WEIGHT_STATES, StateSpec, master_state
 from fusedopt.without_data import is_lazy
 
@@ -120,7 +120,7 @@ def _places(optimizer: "FusedOptimizer", saved_groups: list[dict[str, Any]]) -> 
 def _merged(optimizer: "FusedOptimizer", number: int, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
     """A param group with the saved options, as far as there are any; those of the whole optimizer stay its own."""
     left_out = {"params", *_FOREIGN_GROUP_KEYS, *optimizer.whole_options()}
-    options = {name: copy.deepcopy(plain(v)) for name, v in saved.items() if name not in left_out}
+    options = {name: copy.deepcopy(checks.plain(v, tensors=False)) for name, v in saved.items() if name not in left_out}
     # Of what is known here only rates may be tensors.
     known = (optimizer.defaults.keys() | optimizer.counters) - {"lr"}
     options.update({name: _number(options[name]) for name in known & options.keys()})
@@ -264,7 +264,7 @@ def _count(who: str, p: Tensor, step: Any) -> float:
         if step.numel() == 1 and step.layout is torch.strided and not step.is_meta:
             count = step.item()
     else:
-        count = _number(plain(step))
+        count = _number(checks.plain(step, tensors=False))
     if isinstance(count, bool) or not isinstance(count, (int, float)):
         raise ValueError(f"{who} has step={step!r}, expected a whole number >= 0")
     if not (0 <= count <= _LARGEST_COUNT and count == int(count)):

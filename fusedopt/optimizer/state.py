@@ -12,7 +12,6 @@ from itertools import chain, repeat
 from operator import attrgetter, is_, is_not
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -281,7 +280,7 @@ def packed(optimizer: "FusedOptimizer") -> dict[str, Any]:
     for group in optimizer.param_groups:
         for p in group["params"]:
             numbers.setdefault(p, len(numbers))
-        options = {name: plain(value) for name, value in group.items() if name != "params"}
+        options = {name: checks.plain(value, tensors=False) for name, value in group.items() if name != "params"}
         groups.append({**options, "params": [numbers[p] for p in group["params"]]})
     states = {}
     for key, state in optimizer.state.items():
@@ -291,17 +290,6 @@ def packed(optimizer: "FusedOptimizer") -> dict[str, Any]:
             # Counts are views of one tensor, which would be saved whole with each.
             states[numbers[key]] = {**state, "step": state["step"].clone()} if "step" in state else state
     return {"state": states, "param_groups": groups}
-
-
-def plain(value: Any) -> Any:
-    """The same with Python's numbers for NumPy's, at any depth: `torch.load(weights_only=True)` reads no others."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if type(value) in (list, tuple):
-        return type(value)(map(plain, value))
-    if type(value) is dict:
-        return {key: plain(inner) for key, inner in value.items()}
-    return value
 
 
 def through_hooks(hooks: Iterable[Callable[..., Any]], optimizer: Any, state_dict: Any) -> Any:

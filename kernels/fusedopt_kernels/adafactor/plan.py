@@ -6,6 +6,7 @@ spread over the machine, and no number is added to by two programs. *Small matri
 come by the hundred thousand: a program takes many of them, which need no workspace.
 """
 
+from collections import namedtuple
 from math import prod
 from typing import Any, NamedTuple
 
@@ -69,41 +70,6 @@ class Sizes(NamedTuple):
     means: int
 
 
-class Spec(NamedTuple):
-    """The constexpr argument of a kernel that reads gradients.
-
-    Its device functions take it whole. The kernel takes the parts and puts them together with `as_spec`.
-    """
-
-    row: Any
-    scalars: Any
-    param: Any
-    grad: Any
-    master: Any
-    exp_avg: Any
-    compute: Any
-    rounding: int
-    sharded: bool
-    block: int
-    half_block: int
-    tile_width: int
-    tile_height: int
-    lines: int
-    strip: int
-    means: int
-
-
-def sizes_of(grad_itemsize: int) -> Sizes:
-    """Returns the sizes for gradients whose elements have so many bytes."""
-    return Sizes(BLOCK, BLOCK // 2, TILE_BYTES // grad_itemsize, TILE_HEIGHT, LINES, STRIP, MEANS)
-
-
-@constant_function
-def as_spec(tables: Any, sizes: Any, access: Any) -> Spec:
-    """The `Spec` of a kernel's constants, inside of the kernel: of dtypes, it gets the names."""
-    return Spec(tables.row, tables.scalars, *dtypes_of_names(access), *sizes)
-
-
 class Access(NamedTuple):
     """What a launch class says of tensors, with dtypes by name."""
 
@@ -114,6 +80,25 @@ class Access(NamedTuple):
     compute: str
     rounding: int
     sharded: bool
+
+
+_named: Any = namedtuple
+Spec = _named("Spec", ("row", "scalars", *Access._fields, *Sizes._fields))
+"""The constexpr argument of a kernel that reads gradients: places of fields, `Access` with dtypes, `Sizes`.
+
+Its device functions take it whole. The kernel takes the parts and puts them together with `as_spec`.
+"""
+
+
+def sizes_of(grad_itemsize: int) -> Sizes:
+    """Returns the sizes for gradients whose elements have so many bytes."""
+    return Sizes(BLOCK, BLOCK // 2, TILE_BYTES // grad_itemsize, TILE_HEIGHT, LINES, STRIP, MEANS)
+
+
+@constant_function
+def as_spec(tables: Any, sizes: Any, access: Any) -> Any:
+    """The `Spec` of a kernel's constants, inside of the kernel: of dtypes, it gets the names."""
+    return Spec(tables.row, tables.scalars, *dtypes_of_names(access), *sizes)
 
 
 def access_of(key: int) -> Access:
