@@ -40,8 +40,7 @@ class TritonAdafactor(TritonStepper):
             exp_avg_sq,
             like=lambda i: _like(params[i], infos[i]),
         )
-        rounding = np.broadcast_to(roundings(param_sets), len(params))
-        self._keys = rows.update_classes(rounding, np.array([info is not None for info in infos]) & (rounding > 0))
+        self._keys = rows.update_classes(*roundings(param_sets))
 
     def fill_rows(self, rows: np.ndarray, param_sets: Sequence[ParamSet], params: list[Tensor], states: States) -> None:
         shapes, self._plan = self._plans.of(params, self._keys, shard_infos(param_sets))

@@ -3,12 +3,11 @@
 from collections.abc import Collection, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fusedopt.backends.triton.rows import Rows, without_gaps
-from fusedopt.backends.triton.stepper import States, TritonStepper, gradients, masters, roundings, shard_infos
+from fusedopt.backends.triton.stepper import States, TritonStepper, gradients, masters, roundings
 from fusedopt.interface import ParamSet
 from fusedopt_kernels.elementwise import Elementwise
 from fusedopt_kernels.table import LaunchTable
@@ -33,22 +32,17 @@ class ElementwiseStepper(TritonStepper):
                     column += [s[name] if s else p for s, p in zip(param_set.states, param_set.params)]
                 else:
                     column += [None] * len(param_set.params)
-        rounding, infos = roundings(param_sets), shard_infos(param_sets)
-        is_random = np.broadcast_to(rounding, len(params)) > 0
+        rounding, sharded = roundings(param_sets)
 
         def like(i: int) -> Tensor:
-            # Elements are numbered in the order of contiguous tensors.
-            return (
-                torch.empty(params[i].shape, dtype=params[i].dtype, device=params[i].device)
-                if is_random[i]
-                else without_gaps(params[i])
-            )
+            p = params[i]
+            # For random bits, elements are numbered in the order of contiguous tensors.
+            return torch.empty(p.shape, dtype=p.dtype, device=p.device) if rounding[i] else without_gaps(p)
 
-        sharded = is_random & np.array([info is not None for info in infos])
         rows.refresh(
             params, gradients(param_sets), *columns, masters(param_sets), like=like, rounding=rounding, sharded=sharded
         )
-        self._has_state = np.array(list(map(bool, states)))
+        self._missing = [] if all(states) else [i for i, state in enumerate(states) if not state]
 
     def used_states(self, hyper: Any) -> Collection[str]:
         """Names of the states that updates with these hyper-parameters read."""
@@ -58,4 +52,8 @@ class ElementwiseStepper(TritonStepper):
         return {name: value for name, value in hyper._asdict().items() if name in self.hyper.fields and name != "lr"}
 
     def launch(self, table: LaunchTable) -> None:
-        self._kernels.step(table, self._rows.keys, np.where(self._has_state, self._rows.numel, 0))
+        numel = self._rows.numel
+        if self._missing:
+            numel = numel.copy()
+            numel[self._missing] = 0
+        self._kernels.step(table, self._rows.keys, numel)

@@ -121,18 +121,24 @@ def shard_infos(param_sets: Sequence[ParamSet]) -> list[ShardInfo | None]:
 def masters(param_sets: Sequence[ParamSet]) -> Column:
     """Returns what completes the parameters of all sets, one per row."""
     column: list[Tensor | None] = []
-    for params, states, wanted in ((s.params, s.states, s.precision.master_weights) for s in param_sets):
-        column += [state.get(master_state(p.dtype) or "") if wanted else None for p, state in zip(params, states)]
+    for param_set in param_sets:
+        if param_set.precision.master_weights:
+            pairs = zip(param_set.params, param_set.states)
+            column += [state.get(master_state(p.dtype) or "") for p, state in pairs]
+        else:
+            column += [None] * len(param_set.params)
     return column
 
 
-def roundings(param_sets: Sequence[ParamSet]) -> np.ndarray | int:
-    """Returns what is rounded stochastically, one entry per row, as `storage` numbers it."""
+def roundings(param_sets: Sequence[ParamSet]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns what is rounded stochastically, as `storage` numbers it, and 1 where a shard's place matters; per row."""
     if all(param_set.precision.is_plain for param_set in param_sets):
-        return NEAREST
-    return np.array(
-        [_rounding(p, s, ps.precision) for ps in param_sets for p, s in zip(ps.params, ps.states)], np.int64
-    )
+        none = np.zeros(sum(len(param_set.params) for param_set in param_sets), np.int64)
+        return none, none
+    rows = [(p, s, param_set.precision) for param_set in param_sets for p, s in zip(param_set.params, param_set.states)]
+    rounding = np.array([_rounding(*row) for row in rows], np.int64)
+    is_shard = np.array([info is not None for info in shard_infos(param_sets)])
+    return rounding, np.where(rounding, is_shard, 0)
 
 
 def _rounding(p: Tensor, state: dict[str, Tensor], precision: Precision) -> int:
