@@ -43,6 +43,11 @@ MAKERS = {
     "AdamW-amsgrad": partial(OPTIMIZERS["AdamW"].at, **OPTIONS),
     "AdamW-guarded": partial(OPTIMIZERS["AdamW"].at, **OPTIONS, **GUARD),
     "Adafactor-beta1": partial(OPTIMIZERS["Adafactor"].at, beta1=0.9, weight_decay=0.1),
+    "AdamW-bfloat16-master": partial(OPTIMIZERS["AdamW"].at, **OPTIONS, master_weights=True),
+    "AdamW-bfloat16-stochastic": partial(OPTIMIZERS["AdamW"].at, **OPTIONS, stochastic_rounding=True),
+    "Lion-bfloat16-stochastic": partial(OPTIMIZERS["Lion"].at, weight_decay=0.1, stochastic_rounding=True),
+    "Adafactor-bfloat16-master": partial(OPTIMIZERS["Adafactor"].at, weight_decay=0.1, master_weights=True),
+    "Adafactor-bfloat16-stochastic": partial(OPTIMIZERS["Adafactor"].at, beta1=0.9, stochastic_rounding=True),
 }
 """Each takes a learning rate, parameters and `backend=`."""
 
@@ -54,6 +59,8 @@ def two(device, request):
     for _ in range(2):
         lr = torch.tensor(0.1, device=device)
         params = matrices(parameters(device, SIZES))
+        if "bfloat16" in request.param:
+            params = [torch.nn.Parameter(p.detach().bfloat16()) for p in params]
         optimizer = MAKERS[request.param](lr, params, backend="triton")
         step(optimizer, params, gradients(params, 0))
         pairs.append((optimizer, params, lr))
@@ -283,6 +290,20 @@ def test_more_than_2_31_elements(device):
     optimizer.step()
     # Everywhere 1 - 0.5 * 1 / sqrt(1), the last elements included, and nothing twice.
     assert p.min().item() == p.max().item() == 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["AdamW", "Lion"])
+def test_random_rounding_is_that_of_a_cpu(device, name, dtype):
+    """The random bits depend on seed, parameter, step and element alone."""
+    runs = []
+    for home in ("cpu", device):
+        params = [torch.nn.Parameter(p.detach().to(home, dtype)) for p in matrices(parameters("cpu", SIZES))]
+        optimizer = OPTIMIZERS[name].at(0.01, params, weight_decay=0.1, stochastic_rounding=True, seed=3)
+        for k in range(3):
+            step(optimizer, params, [g.to(home) for g in gradients([p.detach().cpu() for p in params], k)])
+        runs.append(params)
+    assert_same([p.cpu() for p in runs[1]], runs[0])
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
