@@ -10,6 +10,7 @@ import triton.language as tl
 
 from fusedopt_kernels.device import (
     device_function,
+    div_rn,
     dtype_name,
     load_pointer,
     load_size,
@@ -18,7 +19,7 @@ from fusedopt_kernels.device import (
 )
 from fusedopt_kernels.record import Record, Tables
 from fusedopt_kernels.step import run_prologue
-from fusedopt_kernels.storage import random_words
+from fusedopt_kernels.storage import load_keys, random_words
 from fusedopt_kernels.table import LaunchTable, launch_class
 
 BLOCK = 2048
@@ -80,21 +81,24 @@ def words_of_piece(row, scalar, first, offsets, T: tl.constexpr, A: tl.constexpr
     """The random words of the elements of a piece; None where nothing is rounded stochastically."""
     words = None
     if A.rounding > 0:
+        key0, key1 = load_keys(scalar + T.scalars.keys)
         if A.sharded:
             # Lines of a shard, of `length` elements each, are apart in the whole parameter. `line` is that of the first
-            # element, of whose line the piece has `rest`; 64-bit divisions for each element would be slow.
+            # element, of whose line the piece has `rest`. Divisions of integers for each element would be slow; in
+            # float32, half a unit keeps quotients of numbers below 2^12 away from the next integer.
             length = tl.load(row + T.row.shard_length)
             gap = tl.load(row + T.row.shard_gap)
             line = first // length
             step = tl.minimum(length, A.block).to(tl.int32)
             rest = tl.minimum((line + 1) * length - first, step.to(tl.int64)).to(tl.int32)
-            lines = (offsets + (step - rest)) // step
+            lines = ((offsets + (step - rest)).to(tl.float32) + 0.5) * div_rn(1.0, step.to(tl.float32))
             start = first + line * gap + tl.load(row + T.row.shard_offset)
-            index = start + offsets + lines.to(tl.int64) * gap
-            words = random_words(scalar, index.to(tl.uint32), (index >> 32).to(tl.uint32), T.scalars)
+            index = start + offsets + lines.to(tl.int32).to(tl.int64) * gap
+            words = random_words(index.to(tl.uint32), (index >> 32).to(tl.uint32), key0, key1)
         else:
-            low = first.to(tl.uint32) + offsets.to(tl.uint32)
-            words = random_words(scalar, low, (first >> 32).to(tl.uint32), T.scalars)
+            # `first` is a multiple of the power of two that offsets are below: with no carry, xor adds.
+            key0 ^= first.to(tl.uint32)
+            words = random_words(offsets.to(tl.uint32), (first >> 32).to(tl.uint32), key0, key1)
     return words
 
 

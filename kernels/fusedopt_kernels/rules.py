@@ -183,7 +183,7 @@ def random_word(
         scramble: the function above, for one argument.
         times: as there.
     """
-    return scramble(scramble(low ^ key0) + key1 + times(high, 0x9E3779B9))
+    return scramble(scramble(low ^ key0) + (key1 + times(high, 0x9E3779B9)))
 
 
 def rounding_keys(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusedopt_kernels.device import device_function, load_behind, load_float64, load_number, options
 from fusedopt_kernels.record import ADDRESS, FLOAT, INTEGER, NUMBER, TENSOR, Field, Record, Tables
-from fusedopt_kernels.storage import rounding_keys
+from fusedopt_kernels.storage import rounding_keys, store_keys
 from fusedopt_kernels.table import ROWS_PER_PROGRAM, LaunchTable
 
 _ROWS = tl.constexpr(ROWS_PER_PROGRAM)
@@ -46,7 +46,7 @@ def hyper_record(**fields: Field) -> Record:
 def scalars_record(*names: str) -> Record:
     """The record that a prologue writes per row: if it is active, the factor on its gradient, the keys of its random
     words, and the names given."""
-    return Record(**{name: FLOAT for name in ("active", "factor", "key0", "key1", *names)})
+    return Record(**{name: FLOAT for name in ("active", "factor", "keys", *names)})
 
 
 @device_function
@@ -74,8 +74,7 @@ def begin_step(rows, hyper, scalars, T: tl.constexpr):
     if T.random:
         number = load_behind(tl.load(row + T.row.number), tl.int64, 0)
         key0, key1 = rounding_keys(tl.load(h + T.hyper.seed), number, count.to(tl.float64))
-        tl.store(out + T.scalars.key0, key0.to(tl.float64))
-        tl.store(out + T.scalars.key1, key1.to(tl.float64))
+        store_keys(out + T.scalars.keys, key0, key1)
     return h, out, count.to(tl.float64)
 
 

@@ -14,6 +14,8 @@ NEAREST, MOMENTS, EVERYTHING = range(3)
 """What a launch rounds stochastically, of what has 16 bits: nothing, averages of squares, weights as well."""
 
 _STOCHASTIC_WEIGHTS = tl.constexpr(EVERYTHING)
+_TO_FLOAT16 = tl.constexpr(2.0**-112)
+_FROM_FLOAT16 = tl.constexpr(2.0**112)
 
 _rules_scramble = device_function(rules.scramble)
 _rules_random_word = device_function(rules.random_word)
@@ -49,10 +51,22 @@ def rounding_keys(seed, number, step):
 
 
 @device_function
-def random_words(scalar, low, high, T: tl.constexpr):
-    """The random words of the elements of a row with these indices, given as uint32 halves."""
-    key0 = tl.load(scalar + T.key0).to(tl.int64).to(tl.uint32)
-    key1 = tl.load(scalar + T.key1).to(tl.int64).to(tl.uint32)
+def store_keys(at, key0, key1):
+    """Keeps the keys of rows, both in one cell of their scalars."""
+    keys = key0.to(tl.uint64) | (key1.to(tl.uint64) << 32)
+    tl.store(at, keys.to(tl.float64, bitcast=True))
+
+
+@device_function
+def load_keys(at):
+    """The two keys of a row."""
+    keys = tl.load(at).to(tl.uint64, bitcast=True)
+    return keys.to(tl.uint32), (keys >> 32).to(tl.uint32)
+
+
+@device_function
+def random_words(low, high, key0, key1):
+    """The random words of elements with these indices, given as uint32 halves."""
     return _rules_random_word(low, high, key0, key1, _scramble, _times)
 
 
@@ -99,27 +113,25 @@ def store_weight(weight, p_at, master_at, words, mask, P: tl.constexpr, MASTER: 
 def store_average_of_squares(x, at, words, mask, DTYPE: tl.constexpr, ROUNDING: tl.constexpr):
     """Stores a moment that would freeze in 16 bits, were it rounded to nearest."""
     if ROUNDING > 0 and DTYPE.primitive_bitwidth == 16:
-        tl.store(at, _stochastic(x.to(tl.float32), words >> 16, DTYPE), mask=mask)
+        tl.store(at, _stochastic(x.to(tl.float32), words >> (16 if tl.bfloat16 == DTYPE else 19), DTYPE), mask=mask)
     else:
         tl.store(at, narrow(x, DTYPE), mask=mask)
 
 
 @device_function
 def _stochastic(x, bits, DTYPE: tl.constexpr):
-    """float32 rounded to DTYPE, up in magnitude if the part that does not fit and these 16 bits make a whole unit.
+    """float32 rounded to DTYPE, up in magnitude if the part that does not fit and these bits make a whole unit.
 
-    What would round past the largest number becomes it; infinities and NaN stay what they are.
+    16 bits do not fit into bfloat16, the last 13 of them into float16. What would round past the largest number becomes it; infinities and NaN stay what they are.
     """
     if tl.bfloat16 == DTYPE:
-        moved = (x.to(tl.uint32, bitcast=True) + bits) & 0xFFFF0000
-        rounded = moved.to(tl.float32, bitcast=True)
-        rounded = tl.minimum(tl.maximum(rounded, -3.3895313892515355e38), 3.3895313892515355e38)
+        # From the largest number on nothing is added. What is cut off of a NaN leaves one: arithmetic makes quiet ones.
+        bits = tl.where(tl.abs(x) < 3.3895313892515355e38, bits, 0)
+        rounded = ((x.to(tl.uint32, bitcast=True) + bits) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
-        # The 13 bits that do not fit are those behind the 10 of float16. Where it has fewer, a number gets them when
-        # the least normal one is added, which has the same unit.
-        magnitude = tl.abs(x)
-        added = tl.where(magnitude < 0.00006103515625, 0.00006103515625, 0.0)
-        moved = ((magnitude + added).to(tl.uint32, bitcast=True) + (bits >> 3)) & 0xFFFFE000
-        rounded = tl.minimum(moved.to(tl.float32, bitcast=True) - added, 65504.0)
-        rounded = tl.where(x < 0.0, -rounded, rounded)
-    return narrow(tl.where(tl.abs(x) < float("inf"), rounded, x), DTYPE)
+        # Times 2^-112, a number has the exponent that it has in float16, and is subnormal where it is there: what does
+        # not fit are always its last 13 bits.
+        moved = ((x * _TO_FLOAT16).to(tl.uint32, bitcast=True) + (bits & 0x1FFF)) & 0xFFFFE000
+        finite = tl.clamp(moved.to(tl.float32, bitcast=True) * _FROM_FLOAT16, -65504.0, 65504.0)
+        rounded = tl.where(tl.abs(x) < float("inf"), finite, x).to(DTYPE)
+    return rounded

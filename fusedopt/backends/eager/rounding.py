@@ -60,7 +60,7 @@ def _stochastic_float16(x: Tensor, bits: Tensor) -> Tensor:
     """
     magnitude = x.abs()
     added = torch.where(magnitude < _LEAST_NORMAL, _LEAST_NORMAL, 0.0)
-    bits = (magnitude + added).view(torch.int32) + (bits >> 3) & -0x2000
+    bits = (magnitude + added).view(torch.int32) + (bits & 0x1FFF) & -0x2000
     rounded = (bits.view(torch.float32) - added).clamp_(max=torch.finfo(torch.float16).max)
     return torch.where(magnitude < torch.inf, torch.copysign(rounded, x), x)
 

@@ -137,6 +137,6 @@ def weight_bits(words: Tensor) -> Tensor:
     return words & 0xFFFF
 
 
-def moment_bits(words: Tensor) -> Tensor:
-    """The random bits that round a moment."""
-    return (words >> 16) & 0xFFFF
+def moment_bits(words: Tensor, dtype: torch.dtype) -> Tensor:
+    """The random bits that round a moment to this dtype: the first ones, as many as do not fit."""
+    return (words >> 19) & 0x1FFF if dtype == torch.float16 else (words >> 16) & 0xFFFF

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from fusedopt_kernels import rules
 from fusedopt_kernels.device import device_function, div_rn, load_pointer, load_size, loop_range, narrow, sqrt_rn
-from fusedopt_kernels.storage import load_weight, random_words, store_weight
+from fusedopt_kernels.storage import load_keys, load_weight, random_words, store_weight
 
 running_average = device_function(rules.running_average)
 row_factor = device_function(rules.row_factor)
@@ -85,7 +85,8 @@ def store_updated(step, scalar, at, index, mask, u, SPEC: tl.constexpr):
         tl.store(m_at + at, narrow(u, SPEC.exp_avg), mask=mask)
     words = None
     if SPEC.rounding > 0:
-        words = random_words(scalar, index.to(tl.uint32), (index >> 32).to(tl.uint32), SPEC.scalars)
+        key0, key1 = load_keys(scalar + SPEC.scalars.keys)
+        words = random_words(index.to(tl.uint32), (index >> 32).to(tl.uint32), key0, key1)
     p_at, master_at = weights
     p = adafactor_apply(p, u, decay_step)
     store_weight(p, p_at + at, master_at + at, words, mask, SPEC.param, SPEC.master, SPEC.rounding)
