@@ -43,7 +43,7 @@ _CELL = 8
 
 
 class Record:
-    """A row of a table: fields in order, filled up to a multiple of 32 bytes.
+    """A row of a table: fields in order, filled up to a multiple of 128 bytes.
 
     Attributes:
         fields: kind of each field, by name.
@@ -54,7 +54,7 @@ class Record:
     Example:
         >>> row = Record(grad=TENSOR, lr=NUMBER, numel=INTEGER)
         >>> row.places
-        Places(grad=0, lr=1, numel=4, length=8)
+        Places(grad=0, lr=1, numel=4, length=16)
         >>> rows = row.rows(2)
         >>> rows["numel"] = 7, 8
         >>> cells(rows)[:, row.places.numel].tolist()
@@ -67,7 +67,7 @@ class Record:
         for field in fields.values():
             starts.append(cells)
             cells += field.dtype.itemsize // _CELL
-        length = cells + -cells % 4
+        length = cells + -cells % 16
         self.dtype = np.dtype(
             {
                 "names": list(fields),
