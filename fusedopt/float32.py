@@ -9,7 +9,7 @@ from torch import Tensor
 from fusedopt import sharding
 from fusedopt.backends.eager.storage import read_weight, write_weight
 from fusedopt.optimizer.base import FusedOptimizer
-from fusedopt.optimizer.state import make_states
+from fusedopt.optimizer.state import make_states, settle_states
 from fusedopt.precision import Precision, master_state
 from fusedopt.wrappers import unwrapped_optimizer
 
@@ -39,7 +39,8 @@ def float32_parameters(optimizer: FusedOptimizer, model: torch.nn.Module) -> dic
         >>> torch.allclose(after, before - 1e-5, rtol=0, atol=1e-7), torch.equal(model.weight.float(), before)
         (True, True)
     """
-    states = unwrapped_optimizer(optimizer).state
+    optimizer = unwrapped_optimizer(optimizer)
+    completed = _completed(optimizer)
     params = dict(model.named_parameters(remove_duplicate=False))
     weights: dict[str, Any] = {}
     for name, value in model.state_dict().items():
@@ -47,10 +48,21 @@ def float32_parameters(optimizer: FusedOptimizer, model: torch.nn.Module) -> dic
         if p is None:
             weights[name] = value.detach().clone() if isinstance(value, Tensor) else value
         else:
-            master = states.get(p, {}).get(master_state(p.dtype))
+            master = optimizer.state.get(p, {}).get(completed.get(p))
             weight = read_weight(sharding.shard(p.detach()), None if master is None else sharding.shard(master))
             weights[name] = sharding.with_shard(p.detach(), weight.clone() if weight.dtype == p.dtype else weight)
     return weights
+
+
+def _completed(optimizer: FusedOptimizer) -> dict[Tensor, str]:
+    """The parameters with master weights, and the name of the state that completes each."""
+    return {
+        p: name
+        for group in optimizer.param_groups
+        if Precision.of(group, 0).master_weights
+        for p in group["params"]
+        if (name := master_state(p.dtype))
+    }
 
 
 @torch.no_grad()
@@ -88,12 +100,8 @@ def load_float32_parameters(optimizer: FusedOptimizer, model: torch.nn.Module, s
             got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
             raise ValueError(f"{name} of the state dict is {got}, expected a tensor of shape {tuple(value.shape)}")
     groups = optimizer.param_groups
-    completed = {
-        p: master_state(p.dtype)
-        for group in groups
-        for p in group["params"]
-        if Precision.of(group, 0).master_weights and master_state(p.dtype)
-    }
+    completed = _completed(optimizer)
+    settle_states(optimizer, groups)  # options may have been switched on
     make_states(optimizer, groups, [[p if p in completed else None for p in group["params"]] for group in groups])
     params = dict(model.named_parameters(remove_duplicate=False))
     for name, value in own.items():

@@ -53,7 +53,8 @@ def loaded(optimizer: "FusedOptimizer", state_dict: Any) -> dict[str, Any]:
         ]
         states: defaultdict[Any, Any] = defaultdict(dict)
         counts: dict[Tensor, float] = {}
-        for index, p, group in places:
+        merged = [group for group in groups for _ in group["params"]]
+        for (index, p, _), group in zip(places, merged):
             if index in saved_states:
                 who = _who(index, p)
                 counts[p] = _count(who, p, saved_states[index]["step"])

@@ -204,7 +204,7 @@ class Numbers:
 
     def give(self, optimizer: "FusedOptimizer", params: list[Tensor]) -> None:
         """Gives a number to those of these parameters, all on one device, that need one and have none yet."""
-        params = [p for p in params if NUMBER in optimizer.state[p] and not optimizer.state[p][NUMBER].is_meta]
+        params = [p for p in params if NUMBER in optimizer.state[p] and has_data(optimizer.state[p][NUMBER])]
         have = _numbers([optimizer.state[p][NUMBER] for p in params])
         params = [p for p, number in zip(params, have) if number < 0]
         if not params:
@@ -215,7 +215,7 @@ class Numbers:
             states = [
                 state[NUMBER] for state in optimizer.state.values() if isinstance(state, dict) and NUMBER in state
             ]
-            self._used = set(_numbers([number for number in states if not number.is_meta]))
+            self._used = set(_numbers(list(filter(has_data, states))))
         new = []
         for p in params:
             place = self._places.get(p, -1)
@@ -287,8 +287,9 @@ def packed(optimizer: "FusedOptimizer") -> dict[str, Any]:
         if not isinstance(key, Tensor):
             states[key] = state
         elif key in numbers:
-            # Counts are views of one tensor, which would be saved whole with each.
-            states[numbers[key]] = {**state, "step": state["step"].clone()} if "step" in state else state
+            # Counts are views of one tensor, which would be saved whole with each; numbers, too.
+            views = {name: state[name].clone() for name in ("step", NUMBER) if name in state}
+            states[numbers[key]] = {**state, **views} if views else state
     return {"state": states, "param_groups": groups}
 
 

@@ -56,9 +56,11 @@ class EagerAdamW(EagerStepper):
         pairs = zip(columns.p, columns.m)
         stored = [] if part.precision.is_plain else [i for i, two in enumerate(pairs) if any(map(_is_short, two))]
         if stored:
-            storage = Storage.of(part, stored)
-            fused_step = part.step if may_fuse and part.precision.master_weights else None
-            _stored_update(hyper, columns.only(stored), part.factor, storage, fused_step, *scalars)
+            fused_as_float32 = _of_one_layout(columns) if may_fuse and part.precision.master_weights else set()
+            for step in (part.step, None):
+                some = [i for i in stored if (i in fused_as_float32) == (step is not None)]
+                if some:
+                    _stored_update(hyper, columns.only(some), part.factor, Storage.of(part, some), step, *scalars)
             columns = columns.only(sorted(set(range(len(columns.p))).difference(stored)))
         # Our factor comes through a copy, which would round 16 bits once more.
         served = _fused_serves(columns, part.factor) if may_fuse else ()
@@ -105,6 +107,12 @@ def _fused_serves(columns: _Columns, factor: float) -> Sequence[int]:
         for i, (p, *others) in enumerate(rows)
         if (factor == 1.0 or p.dtype in _WIDE) and is_dense(p) and all(_is_like(t, p) for t in others)
     ]
+
+
+def _of_one_layout(columns: _Columns) -> set[int]:
+    """Those that torch's kernel would serve in float32."""
+    rows = enumerate(zip(*(column for column in columns if column)))
+    return {i for i, (p, *others) in rows if is_dense(p) and all(same_layout(t, p) for t in others)}
 
 
 def _scaled_parts(columns: _Columns, factor: float) -> Iterator[_Columns]:
@@ -154,14 +162,14 @@ def _stored_update(
 ) -> None:
     """The update of tensors of any layout and dtype, in at least float32.
 
-    With a `fused_step`, by torch's kernel wherever it would serve for float32 tensors: master weights are those of a
-    float32 run. Its bits depend on where a tensor ends, so it gets each alone.
+    With a `fused_step`, by torch's kernel, which would serve for float32 tensors laid out like these: master weights
+    are those of a float32 run. Its bits depend on where a tensor ends, so it gets each alone.
     """
     weight1, weight2 = 1.0 - hyper.beta1, 1.0 - hyper.beta2
     ascending = hyper._replace(maximize=False)  # the sign is in the factor
 
     def rule(sizes: list[int], p: Tensor, g: Tensor, m: Tensor, v: Tensor, h: Tensor | None = None) -> list[Tensor]:
-        if fused_step is not None and is_dense(p) and all(_is_like(t, p) for t in (g, m, v, h) if t is not None):
+        if fused_step is not None:
             tensors = [p, g, m, v] if h is None else [p, g, m, v, h]
             alone = [list(t.split(sizes)) if len(sizes) > 1 else [t] for t in tensors]
             some = _Columns(*alone, *[[]] * (h is None))

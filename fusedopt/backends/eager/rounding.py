@@ -104,8 +104,16 @@ def random_keys(seed: int, numbers: Sequence[int], step: float) -> np.ndarray:
     return np.stack(np.broadcast_arrays(*keys), axis=1)
 
 
+_WHOLE = ShardPosition(1 << 62, 0, 0)
+"""The position of all elements of a parameter."""
+
+
 def random_words(
-    keys: np.ndarray, sizes: Sequence[int], start: int, position: ShardPosition | None, device: torch.device
+    keys: np.ndarray,
+    sizes: Sequence[int],
+    start: int,
+    positions: Sequence[ShardPosition | None],
+    device: torch.device,
 ) -> Tensor:
     """`rules.random_word` of consecutive elements of some parameters, int32 [elements].
 
@@ -113,19 +121,25 @@ def random_words(
         keys: uint32 [parameters, 2].
         sizes: elements of each parameter.
         start: the first element, if there is one parameter; else 0.
-        position: where a shard is in its parameter, which then is the only one.
+        positions: where each is in its whole parameter, of which it is a shard; None for a whole one.
         device: of the result.
     """
     first = torch.arange(start, start + sum(sizes), dtype=torch.int64, device=device)
-    key0, key1 = torch.from_numpy(keys.astype(np.int32)).to(device).unbind(1)
+    sharded = any(position is not None for position in positions)
+    columns = list(torch.from_numpy(keys.astype(np.int32)).to(device).unbind(1))
+    if sharded:
+        places = [position or _WHOLE for position in positions]
+        columns += torch.tensor(places, dtype=torch.int64, device=device).unbind(1)
     if len(sizes) > 1:
         counts = torch.tensor(sizes, device=device)
         first -= (counts.cumsum(0) - counts).repeat_interleave(counts)
-        key0, key1 = key0.repeat_interleave(counts), key1.repeat_interleave(counts)
-    elif position is not None:
-        first += (first // position.length).mul_(position.gap).add_(position.offset)
+        columns = [column.repeat_interleave(counts) for column in columns]
+    key0, key1, *place = columns
+    if sharded:
+        length, gap, offset = place
+        first += (first // length).mul_(gap).add_(offset)
     low, high = first.to(torch.int32), first >> 32
     word = _scramble(low.bitwise_xor_(key0)).add_(key1)
-    if position is not None or start + sum(sizes) > 1 << 32:
+    if sharded or start + sum(sizes) > 1 << 32:
         word += _times(high.to(torch.int32), 0x9E3779B9)
     return _scramble(word)

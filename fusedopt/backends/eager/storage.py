@@ -123,8 +123,9 @@ class Storage(NamedTuple):
     def words(self, which: Sequence[int], sizes: Sequence[int], start: int, device: torch.device) -> Tensor:
         """The random words of consecutive elements of some parameters; see `random_words`."""
         assert self.keys is not None
-        info = self.shard_infos[which[0]] if self.shard_infos is not None else None
-        return random_words(self.keys[which], sizes, start, None if info is None else info.position, device)
+        infos = [None] * len(which) if self.shard_infos is None else [self.shard_infos[i] for i in which]
+        positions = [None if info is None else info.position for info in infos]
+        return random_words(self.keys[which], sizes, start, positions, device)
 
 
 def _master(p: Tensor, state: dict[str, Tensor]) -> Tensor | None:
