@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint
 from helpers.loops import Net, train
 from helpers.optimizers import OPTIMIZERS
 from torch.distributed.checkpoint import state_dict as dcp
@@ -69,6 +70,24 @@ CASES = {
 
 BACKENDS = ("eager", "triton") if has_triton() else ("eager",)
 
+POLICIES = {
+    "AdamW-master": lambda params, **kw: AdamW(params, lr=0.01, weight_decay=0.1, master_weights=True, **kw),
+    "AdamW-stochastic": lambda params, **kw: AdamW(params, lr=0.01, stochastic_rounding=True, seed=3, **kw),
+    "AdamW-bfloat16 moments": lambda params, **kw: AdamW(params, lr=0.01, state_dtype=torch.bfloat16, **kw),
+    "Lion-stochastic": lambda params, **kw: Lion(params, lr=0.01, stochastic_rounding=True, **kw),
+    "Adafactor-master": lambda params, **kw: Adafactor(params, master_weights=True, **kw),
+    "Adafactor-stochastic": lambda params, **kw: Adafactor(params, stochastic_rounding=True, **kw),
+}
+"""Of bfloat16 parameters, whose elements are rounded to the same bits wherever they are."""
+
+
+def precise_cases():
+    """"replicas of rows" are two processes with a half each, twice."""
+    layouts = ("rows", "columns", "rows and columns", "replicas of rows", "rows twice")
+    triton = {"rows", "rows and columns"}
+    every = itertools.product(POLICIES, layouts, BACKENDS)
+    return [case for case in every if case[2] == "eager" or (case[1] in triton and "Adafactor" not in case[0])]
+
 
 def cases():
     """All of them, but for what kernels do not tell from other cases: the interpreter is slow."""
@@ -88,6 +107,71 @@ def gradients(name: str, step: int) -> list[torch.Tensor]:
     if "skipping" in name and step == 0:
         grads[1][-1, -1] = torch.nan
     return grads
+
+
+def precise_shapes(layout: str) -> list:
+    """Without those that have more than one row above what a second dimension of a mesh splits."""
+    return [shape for shape in SHAPES if layout != "rows and columns" or len(shape) != 3]
+
+
+def run_precisely(name: str, layout: str, spread, backend: str):
+    """Some steps of bfloat16 parameters; `spread` lays out what is whole."""
+    shapes = precise_shapes(layout)
+    params, *grads = [
+        [t.bfloat16() for t, shape in zip(tensors(seed), SHAPES) if shape in shapes] for seed in range(STEPS + 1)
+    ]
+    params = [torch.nn.Parameter(spread(t)) for t in params]
+    optimizer = POLICIES[name](params, backend=backend)
+    for step in grads:
+        for p, g in zip(params, step):
+            p.grad = spread(g)
+        optimizer.step()
+    return optimizer, params
+
+
+def precise_result(optimizer, params) -> dict:
+    """Weights and states, gathered."""
+    states = [{key: whole(value) for key, value in optimizer.state[p].items()} for p in params]
+    return {"params": [whole(p) for p in params], "states": states}
+
+
+def reshard(folder: Path, meshes) -> dict:
+    """A checkpoint in a folder of four processes, and what two pairs and their next step make of it."""
+    found = {}
+    for name in ("AdamW-master", "AdamW-stochastic"):
+        runs = {}
+        for layout_name in ("rows", "replicas of rows"):
+            layout = LAYOUTS[layout_name]
+            mesh = meshes[layout.mesh]
+            model = torch.nn.Module()
+            for i, t in enumerate(tensors(0)[:4]):
+                there = distribute_tensor(t.bfloat16(), mesh, placements(layout, t))
+                setattr(model, f"p{i}", torch.nn.Parameter(there))
+            runs[layout_name] = model, POLICIES[name](model.parameters(), backend="eager"), mesh, layout
+
+        def go_on(layout_name, seed, runs=runs):
+            model, optimizer, mesh, layout = runs[layout_name]
+            for p, g in zip(model.parameters(), tensors(seed)):
+                p.grad = distribute_tensor(g.bfloat16(), mesh, placements(layout, g))
+            optimizer.step()
+            optimizer.zero_grad()
+            return precise_result(optimizer, list(model.parameters()))
+
+        go_on("rows", 1)
+        where = folder / f"checkpoint of {name}"
+        model, optimizer, _, _ = runs["rows"]
+        parts = dict(zip(("model", "optimizer"), dcp.get_state_dict(model, optimizer)))
+        dist.checkpoint.save(parts, checkpoint_id=where)
+        model, optimizer, _, _ = runs["replicas of rows"]
+        into = dict(zip(("model", "optimizer"), dcp.get_state_dict(model, optimizer)))
+        dist.checkpoint.load(into, checkpoint_id=where)
+        dcp.set_model_state_dict(model, into["model"])
+        dcp.set_optimizer_state_dict(model, optimizer, into["optimizer"])
+        saved = precise_result(optimizer, list(model.parameters()))
+        parts = dict(zip(("model", "optimizer"), dcp.get_state_dict(model, optimizer)))
+        dist.checkpoint.save(parts, checkpoint_id=folder / f"second checkpoint of {name}")
+        found[name] = saved, go_on("rows", 2), go_on("replicas of rows", 2)
+    return found
 
 
 def run(name: str, params: list[torch.nn.Parameter], spread, backend: str):
@@ -269,6 +353,17 @@ def main(rank: int, folder: Path) -> None:
         results["loaded", layout_name] = states, placements_of(optimizer, params)
     results["overflow in the last process"] = stopped(rank, meshes)
     results["from one layout to another"] = laid_out_anew(meshes)
+    for name, layout_name, backend in precise_cases():
+        layout = LAYOUTS[layout_name]
+        mesh = meshes[layout.mesh]
+
+        def spread(t, mesh=mesh, layout=layout):
+            return distribute_tensor(t, mesh, placements(layout, t))
+
+        results["precise", name, layout_name, backend] = precise_result(
+            *run_precisely(name, layout_name, spread, backend)
+        )
+    results["resharded"] = reshard(folder, meshes)
     for how, name in model_cases():
         results[how, name] = train_and_resume(how, name)
     torch.save(results, folder / f"{rank}.pt")

@@ -11,7 +11,7 @@ from helpers.comparing import assert_near, assert_same
 from helpers.loops import Net, sharded, train, whole
 from helpers.processes import run_together
 from torch.distributed.checkpoint import state_dict as dcp
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor, Partial, Shard
 
 from fusedopt import Adafactor, AdamW
 
@@ -19,10 +19,15 @@ FINAL = ("params", "states")
 
 
 @pytest.fixture(scope="session")
-def results(tmp_path_factory):
-    """What each of four processes has at the end of each case; they run once for all workers of a test run."""
+def folder(tmp_path_factory):
+    """Where four processes leave what they have, for all workers of a test run."""
     shared = tmp_path_factory.getbasetemp().parent if os.environ.get("PYTEST_XDIST_WORKER") else None
-    folder = (shared or tmp_path_factory.getbasetemp()) / "four_processes"
+    return (shared or tmp_path_factory.getbasetemp()) / "four_processes"
+
+
+@pytest.fixture(scope="session")
+def results(folder):
+    """What each of four processes has at the end of each case; they run once for all workers of a test run."""
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             folder.mkdir()
@@ -40,6 +45,54 @@ def test_four_processes_have_the_numbers_of_one(results, name, layout, backend):
             assert_near(result[key], expected[key], rtol=1e-5, atol=1e-6, equal_nan=True)
         # To the bit, also where each process has worked it out by itself.
         assert_same([result["params"], result["states"]], [results[0][name, layout, backend][k] for k in FINAL])
+
+
+@pytest.mark.parametrize("name, layout, backend", four.precise_cases())
+def test_four_processes_round_16_bits_as_one(results, name, layout, backend):
+    """To the bit, where no sum is spread over them."""
+    expected = four.precise_result(*four.run_precisely(name, layout, lambda t: t, backend))
+    for result in (each["precise", name, layout, backend] for each in results):
+        if "Adafactor" not in name:
+            assert_same(result, expected)
+            continue
+        for p, q in zip(result["params"], expected["params"]):
+            assert_near(p, q, rtol=2**-7, atol=1e-3)
+            assert p.numel() < 50 or float((p != q).double().mean()) < 0.02
+        for mine, state in zip(result["states"], expected["states"]):
+            assert mine.get("number") == state.get("number")
+
+
+@pytest.mark.parametrize("name", ["AdamW-master", "AdamW-stochastic"])
+def test_a_checkpoint_of_four_processes_is_one_of_two_and_of_one(results, name, folder):
+    from torch import distributed
+
+    shapes = four.SHAPES[:4]
+    expected = None
+    for saved, went_on, resharded in (each["resharded"][name] for each in results):
+        assert_same(resharded, went_on)
+        assert {key for state in saved["states"] for key in state} >= {"AdamW-master": {"remainder"}}.get(name, {"number"})
+        expected = saved, went_on
+    model = torch.nn.Module()
+    for i, shape in enumerate(shapes):
+        setattr(model, f"p{i}", torch.nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16)))
+    optimizer = four.POLICIES[name](model.parameters(), backend="eager")
+    into = dict(zip(("model", "optimizer"), dcp.get_state_dict(model, optimizer)))
+    distributed.checkpoint.load(into, checkpoint_id=folder / f"second checkpoint of {name}", no_dist=True)
+    dcp.set_model_state_dict(model, into["model"])
+    dcp.set_optimizer_state_dict(model, optimizer, into["optimizer"])
+    assert_same(four.precise_result(optimizer, list(model.parameters())), expected[0])
+    for p, g in zip(model.parameters(), four.tensors(2)):
+        p.grad = g.bfloat16()
+    optimizer.step()
+    assert_same(four.precise_result(optimizer, list(model.parameters())), expected[1])
+
+
+def test_a_shard_whose_elements_cannot_be_numbered_is_refused_where_rounding_is_random():
+    with sharded(Net()) as model:
+        mesh = next(model.parameters()).device_mesh
+        assert mesh.size() == 1  # where nothing is split, nothing is refused
+        p = torch.nn.Parameter(DTensor.from_local(torch.ones(2, 4, 4, dtype=torch.bfloat16), mesh, [Shard(1)]))
+        AdamW([p], stochastic_rounding=True).apply_gradients([(torch.ones_like(p), p)])
 
 
 @pytest.mark.parametrize("backend", four.BACKENDS)

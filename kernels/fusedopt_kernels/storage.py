@@ -122,7 +122,8 @@ def store_average_of_squares(x, at, words, mask, DTYPE: tl.constexpr, ROUNDING: 
 def _stochastic(x, bits, DTYPE: tl.constexpr):
     """float32 rounded to DTYPE, up in magnitude if the part that does not fit and these bits make a whole unit.
 
-    16 bits do not fit into bfloat16, the last 13 of them into float16. What would round past the largest number becomes it; infinities and NaN stay what they are.
+    16 bits do not fit into bfloat16, the last 13 of them into float16. What would round past the largest number becomes
+    it; infinities and NaN stay what they are.
     """
     if tl.bfloat16 == DTYPE:
         # From the largest number on nothing is added. What is cut off of a NaN leaves one: arithmetic makes quiet ones.
