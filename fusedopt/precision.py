@@ -44,8 +44,10 @@ class Precision(NamedTuple):
 
     @classmethod
     def of(cls, group: dict[str, Any], seed: int) -> "Precision":
-        """The precision of a param group."""
-        return cls(**{name: group.get(name, default) for name, default in PLAIN.options().items()}, seed=seed)
+        """The precision of a param group; asked for each parameter when states are made or loaded, so no loop."""
+        return cls(
+            group.get("master_weights", False), group.get("stochastic_rounding", False), group.get("state_dtype"), seed
+        )
 
     def options(self) -> dict[str, Any]:
         """The options of a param group."""

@@ -65,6 +65,9 @@ class Stack:
         return read_weight(self.join(self.params), self.join(masters) if masters else None)
 
     def store_weight(self, new: Tensor) -> None:
+        if not self._storage.stochastic and self._storage.masters[0] is None:
+            torch._foreach_copy_(self.params, list(new.unbind()))
+            return
         bits: Sequence[Tensor | None] = [None] * len(new)
         if self._storage.stochastic and self._storage.keys is not None and new.numel():
             words = self._storage.words(range(len(new)), [new[0].numel()] * len(new), 0, new.device)
@@ -76,8 +79,12 @@ class Stack:
         return self.join([s[name] for s in self.states]).to(self.dtype)
 
     def store(self, name: str, values: Tensor) -> None:
-        for state, value in zip(self.states, values.unbind()):
-            round_into(state[name], value)
+        targets, each = [s[name] for s in self.states], list(values.unbind())
+        if self.dtype == torch.float64 and any(t.dtype.itemsize == 2 for t in targets):
+            for target, value in zip(targets, each):
+                round_into(target, value)
+        else:  # one rounding, in one call for thousands
+            torch._foreach_copy_(targets, each)
 
     def average(self, name: str, new: Tensor, weight: float) -> Tensor:
         """A running average with what is new; stored, and returned before it is rounded."""
