@@ -82,7 +82,7 @@ POLICIES = {
 
 
 def precise_cases():
-    """"replicas of rows" are two processes with a half each, twice."""
+    """ "replicas of rows" are two processes with a half each, twice."""
     layouts = ("rows", "columns", "rows and columns", "replicas of rows", "rows twice")
     triton = {"rows", "rows and columns"}
     every = itertools.product(POLICIES, layouts, BACKENDS)

@@ -221,7 +221,12 @@ def test_reset_master_weights_forgets_what_completed_the_parameters(half, backen
 LINES = [
     ("Lion", torch.bfloat16, {}, "bfloat16 2 + exp_avg bfloat16 2 = 4 bytes"),
     ("Lion", torch.bfloat16, {"master_weights": True}, "bfloat16 2 + exp_avg float32 4 + remainder int16 2 = 8 bytes"),
-    ("Lion", torch.float16, {"master_weights": True}, "float16 2 + exp_avg float32 4 + master_weight float32 4 = 10 bytes"),
+    (
+        "Lion",
+        torch.float16,
+        {"master_weights": True},
+        "float16 2 + exp_avg float32 4 + master_weight float32 4 = 10 bytes",
+    ),
     ("AdamW", torch.float32, {}, "float32 4 + exp_avg float32 4 + exp_avg_sq float32 4 = 12 bytes"),
     (
         "AdamW",

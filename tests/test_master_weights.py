@@ -13,7 +13,6 @@ from helpers.precision import (
     each_half,
     float32_weight,
     from_bits,
-    joined,
     normal,
     parameters,
     step,
@@ -296,7 +295,9 @@ def test_a_parameter_that_was_written_to_is_updated_from_what_was_written(half, 
     (p,) = parameters([(64,)], half, device=device)
     optimizer = Lion([p], lr=2.0**-14, master_weights=True, backend=backend)
     step(optimizer, [torch.ones_like(p)])
-    written = torch.tensor([0.0, -0.0, 2.0, -3.0, torch.inf, -torch.inf, 1e-30, 0.0], device=device, dtype=half).repeat(8)
+    written = torch.tensor([0.0, -0.0, 2.0, -3.0, torch.inf, -torch.inf, 1e-30, 0.0], device=device, dtype=half).repeat(
+        8
+    )
     with torch.no_grad():
         p.copy_(written)
     step(optimizer, [torch.ones_like(p)])

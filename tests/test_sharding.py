@@ -70,7 +70,9 @@ def test_a_checkpoint_of_four_processes_is_one_of_two_and_of_one(results, name, 
     expected = None
     for saved, went_on, resharded in (each["resharded"][name] for each in results):
         assert_same(resharded, went_on)
-        assert {key for state in saved["states"] for key in state} >= {"AdamW-master": {"remainder"}}.get(name, {"number"})
+        assert {key for state in saved["states"] for key in state} >= {"AdamW-master": {"remainder"}}.get(
+            name, {"number"}
+        )
         expected = saved, went_on
     model = torch.nn.Module()
     for i, shape in enumerate(shapes):

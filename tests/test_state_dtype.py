@@ -279,7 +279,11 @@ def test_options_that_make_no_sense_are_refused(name, options, message):
 
 def test_options_go_for_a_group():
     shapes = [(5,)]
-    params = [*parameters(shapes, torch.bfloat16), *parameters(shapes, torch.bfloat16), *parameters(shapes, torch.bfloat16)]
+    params = [
+        *parameters(shapes, torch.bfloat16),
+        *parameters(shapes, torch.bfloat16),
+        *parameters(shapes, torch.bfloat16),
+    ]
     optimizer = Lion(
         [
             {"params": params[:1], "master_weights": True},

@@ -8,7 +8,7 @@ import torch
 from helpers.comparing import assert_near, assert_same, same
 from helpers.files import through_a_file
 from helpers.optimizers import BACKENDS, NEEDS_TRITON, OPTIMIZERS
-from helpers.precision import HALVES, LAYOUTS, PRECISE, each_half, from_bits, normal, outcome, parameters, step
+from helpers.precision import LAYOUTS, PRECISE, each_half, from_bits, normal, outcome, parameters, step
 
 from fusedopt import AdamW, Lion
 from fusedopt.backends.eager.rounding import random_keys, random_words, round_into
@@ -288,7 +288,9 @@ def test_numbers_stay_and_stay_unique_when_groups_change():
     assert sorted(go()) == sorted(found)
     other = Lion([p for group in optimizer.param_groups for p in group["params"]], stochastic_rounding=True)
     saved = optimizer.state_dict()
-    saved["param_groups"] = [{**saved["param_groups"][0], "params": [i for g in saved["param_groups"] for i in g["params"]]}]
+    saved["param_groups"] = [
+        {**saved["param_groups"][0], "params": [i for g in saved["param_groups"] for i in g["params"]]}
+    ]
     other.load_state_dict(saved)
     assert numbers(other) == numbers(optimizer)
     other.add_param_group({"params": params[7:]})

@@ -58,9 +58,9 @@ class EagerAdamW(EagerStepper):
         if stored:
             fused_as_float32 = _of_one_layout(columns) if may_fuse and part.precision.master_weights else set()
             for step in (part.step, None):
-                some = [i for i in stored if (i in fused_as_float32) == (step is not None)]
-                if some:
-                    _stored_update(hyper, columns.only(some), part.factor, Storage.of(part, some), step, *scalars)
+                which = [i for i in stored if (i in fused_as_float32) == (step is not None)]
+                if which:
+                    _stored_update(hyper, columns.only(which), part.factor, Storage.of(part, which), step, *scalars)
             columns = columns.only(sorted(set(range(len(columns.p))).difference(stored)))
         # Our factor comes through a copy, which would round 16 bits once more.
         served = _fused_serves(columns, part.factor) if may_fuse else ()

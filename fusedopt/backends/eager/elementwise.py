@@ -83,7 +83,9 @@ def apply(
                 params, completing, new[0], weight_bits(words) if storage.stochastic and words is not None else None
             )
             for targets, values, stochastic in zip(filter(None, states), new[1:], stochastic_states):
-                _store(targets, values, moment_bits(words, targets[0].dtype) if stochastic and words is not None else None)
+                _store(
+                    targets, values, moment_bits(words, targets[0].dtype) if stochastic and words is not None else None
+                )
 
 
 class Piece(NamedTuple):
