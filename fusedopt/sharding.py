@@ -140,11 +140,16 @@ def sharded_like(t: Any, like: Any) -> Tensor:
         return t
     from torch.distributed.tensor import DTensor, Replicate
 
-    whole = t.full_tensor() if is_sharded(t) else t
+    whole = movable(t).full_tensor().to(t.dtype) if is_sharded(t) else t
     mesh = like.device_mesh
     everywhere = DTensor.from_local(whole.to(like.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
     made: Tensor = everywhere.redistribute(mesh, like.placements)
     return made
+
+
+def movable(t: Any) -> Any:
+    """A DTensor in a dtype that goes from process to process: neither NCCL nor gloo knows int16."""
+    return t.to(torch.int32) if t.dtype is torch.int16 else t
 
 
 def _layout(t: Any) -> tuple[Any, Any]:

@@ -82,7 +82,7 @@ POLICIES = {
 
 
 def precise_cases():
-    """ "replicas of rows" are two processes with a half each, twice."""
+    """Layouts of four processes, and of two: "replicas of rows" are halves, twice."""
     layouts = ("rows", "columns", "rows and columns", "replicas of rows", "rows twice")
     triton = {"rows", "rows and columns"}
     every = itertools.product(POLICIES, layouts, BACKENDS)
@@ -174,6 +174,20 @@ def reshard(folder: Path, meshes) -> dict:
     return found
 
 
+def refused(meshes) -> dict:
+    """What a step says of rows and columns of a stack of matrices, which are no lines of one length; None: nothing."""
+    found = {}
+    for policy in ({"master_weights": True}, {"stochastic_rounding": True}, {"state_dtype": torch.bfloat16}):
+        t = torch.ones(3, 4, 6, dtype=torch.bfloat16)
+        p = torch.nn.Parameter(distribute_tensor(t, meshes[2, 2], [Shard(1), Shard(2)]))
+        try:
+            AdamW([p], **policy).apply_gradients([(torch.ones_like(p), p)])
+            found[next(iter(policy))] = None
+        except RuntimeError as error:
+            found[next(iter(policy))] = str(error)
+    return found
+
+
 def run(name: str, params: list[torch.nn.Parameter], spread, backend: str):
     """Some steps; `spread` makes of a whole gradient one that lies as its parameter."""
     optimizer = CASES[name]([(str(i), p) for i, p in enumerate(params)], backend=backend)
@@ -196,7 +210,9 @@ def counted():
 
 
 def whole(t: torch.Tensor) -> torch.Tensor:
-    return (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
+    """gloo moves no int16."""
+    wide = t.to(torch.int32) if t.dtype is torch.int16 else t
+    return (wide.full_tensor() if isinstance(wide, DTensor) else wide).detach().to(t.dtype).clone()
 
 
 def placements_of(optimizer, params) -> list:
@@ -267,6 +283,8 @@ def laid_out_anew(meshes) -> dict:
 
 MODELS = ("fully_shard", "tensor parallel and fully_shard")
 MODEL_OPTIMIZERS = {
+    "bfloat16-AdamW-master": lambda model: AdamW(model.parameters(), lr=0.1, master_weights=True),
+    "bfloat16-AdamW-stochastic": lambda model: AdamW(model.parameters(), lr=0.1, stochastic_rounding=True),
     "AdamW": lambda model: AdamW(model.parameters(), lr=0.1, max_grad_norm=0.05, skip_nonfinite=True),
     "Adafactor": lambda model: Adafactor(model.parameters(), weight_decay=0.1),
 }
@@ -276,9 +294,14 @@ def model_cases():
     return list(itertools.product(MODELS, MODEL_OPTIMIZERS))
 
 
-def sharded_model(how: str, seed: int = 0) -> torch.nn.Module:
+def model_of(name: str, seed: int = 0) -> torch.nn.Module:
+    """The model for one of these optimizers."""
+    return Net(seed).to(torch.bfloat16 if "bfloat16" in name else torch.float32)
+
+
+def sharded_model(how: str, name: str, seed: int = 0) -> torch.nn.Module:
     """FSDP2 over all processes, or over two pairs, each of which shares the rows of a matrix: shards of shards."""
-    model = Net(seed)
+    model = model_of(name, seed)
     if how == "fully_shard":
         mesh = init_device_mesh("cpu", (WORLD,))
     else:
@@ -292,7 +315,7 @@ def sharded_model(how: str, seed: int = 0) -> torch.nn.Module:
 
 def train_and_resume(how: str, name: str) -> dict:
     """A run, its checkpoint gathered, and the weights of the run that goes on from it in a new model."""
-    model = sharded_model(how)
+    model = sharded_model(how, name)
     optimizer = MODEL_OPTIMIZERS[name](model)
     train(model, optimizer, 2)
     options = dcp.StateDictOptions(full_state_dict=True)
@@ -302,7 +325,7 @@ def train_and_resume(how: str, name: str) -> dict:
     placements = {type(placement).__name__ for p in model.parameters() for placement in p.placements}
     train(model, optimizer, 2, seed=2)
 
-    resumed = sharded_model(how, seed=9)
+    resumed = sharded_model(how, name, seed=9)
     other = MODEL_OPTIMIZERS[name](resumed)
     options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     dcp.set_model_state_dict(resumed, kept["model"], options=options)
@@ -364,6 +387,7 @@ def main(rank: int, folder: Path) -> None:
             *run_precisely(name, layout_name, spread, backend)
         )
     results["resharded"] = reshard(folder, meshes)
+    results["refused"] = refused(meshes)
     for how, name in model_cases():
         results[how, name] = train_and_resume(how, name)
     torch.save(results, folder / f"{rank}.pt")

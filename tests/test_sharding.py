@@ -9,9 +9,10 @@ import torch
 from filelock import FileLock
 from helpers.comparing import assert_near, assert_same
 from helpers.loops import Net, sharded, train, whole
+from helpers.precision import joined
 from helpers.processes import run_together
 from torch.distributed.checkpoint import state_dict as dcp
-from torch.distributed.tensor import DTensor, Partial, Shard
+from torch.distributed.tensor import DTensor, Partial
 
 from fusedopt import Adafactor, AdamW
 
@@ -31,7 +32,7 @@ def results(folder):
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             folder.mkdir()
-            run_together(four.__file__, four.WORLD, folder, timeout=300, TRITON_INTERPRET="1")
+            run_together(four.__file__, four.WORLD, folder, timeout=600, TRITON_INTERPRET="1")
     return [torch.load(folder / f"{rank}.pt") for rank in range(four.WORLD)]
 
 
@@ -47,13 +48,24 @@ def test_four_processes_have_the_numbers_of_one(results, name, layout, backend):
         assert_same([result["params"], result["states"]], [results[0][name, layout, backend][k] for k in FINAL])
 
 
+def assert_states(actual, expected, to_the_bit):
+    """With master weights the eager AdamW is torch's fused kernel, whose last bits depend on where a tensor ends."""
+    if to_the_bit:
+        assert_same(actual, expected)
+        return
+    for p, q, mine, state in zip(*(each[key] for key in ("params", "states") for each in (actual, expected))):
+        assert_near(joined(p, mine["remainder"]), joined(q, state["remainder"]), rtol=1e-5, atol=1e-6)
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            assert_near(mine[key], state[key], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("name, layout, backend", four.precise_cases())
 def test_four_processes_round_16_bits_as_one(results, name, layout, backend):
     """To the bit, where no sum is spread over them."""
     expected = four.precise_result(*four.run_precisely(name, layout, lambda t: t, backend))
     for result in (each["precise", name, layout, backend] for each in results):
         if "Adafactor" not in name:
-            assert_same(result, expected)
+            assert_states(result, expected, to_the_bit=(name, backend) != ("AdamW-master", "eager"))
             continue
         for p, q in zip(result["params"], expected["params"]):
             assert_near(p, q, rtol=2**-7, atol=1e-3)
@@ -66,13 +78,12 @@ def test_four_processes_round_16_bits_as_one(results, name, layout, backend):
 def test_a_checkpoint_of_four_processes_is_one_of_two_and_of_one(results, name, folder):
     from torch import distributed
 
-    shapes = four.SHAPES[:4]
-    expected = None
+    shapes, expected = four.SHAPES[:4], None
+    to_the_bit = name != "AdamW-master"
     for saved, went_on, resharded in (each["resharded"][name] for each in results):
-        assert_same(resharded, went_on)
-        assert {key for state in saved["states"] for key in state} >= {"AdamW-master": {"remainder"}}.get(
-            name, {"number"}
-        )
+        assert_states(resharded, went_on, to_the_bit)
+        wanted = ("remainder", torch.int16) if name == "AdamW-master" else ("number", torch.int64)
+        assert all(state[wanted[0]].dtype == wanted[1] for state in saved["states"])
         expected = saved, went_on
     model = torch.nn.Module()
     for i, shape in enumerate(shapes):
@@ -86,15 +97,14 @@ def test_a_checkpoint_of_four_processes_is_one_of_two_and_of_one(results, name, 
     for p, g in zip(model.parameters(), four.tensors(2)):
         p.grad = g.bfloat16()
     optimizer.step()
-    assert_same(four.precise_result(optimizer, list(model.parameters())), expected[1])
+    assert_states(four.precise_result(optimizer, list(model.parameters())), expected[1], to_the_bit)
 
 
-def test_a_shard_whose_elements_cannot_be_numbered_is_refused_where_rounding_is_random():
-    with sharded(Net()) as model:
-        mesh = next(model.parameters()).device_mesh
-        assert mesh.size() == 1  # where nothing is split, nothing is refused
-        p = torch.nn.Parameter(DTensor.from_local(torch.ones(2, 4, 4, dtype=torch.bfloat16), mesh, [Shard(1)]))
-        AdamW([p], stochastic_rounding=True).apply_gradients([(torch.ones_like(p), p)])
+def test_a_shard_whose_elements_cannot_be_numbered_is_refused_where_rounding_is_random(results):
+    for result in (each["refused"] for each in results):
+        for policy, message in result.items():
+            assert (message is None) == (policy == "master_weights"), policy
+            assert message is None or "shard it along one dimension" in message
 
 
 @pytest.mark.parametrize("backend", four.BACKENDS)
@@ -111,17 +121,20 @@ def test_collective_operations_of_a_step(results, name, expected, backend):
 @pytest.mark.parametrize("how, name", four.model_cases())
 def test_a_sharded_model_trains_saves_and_resumes(results, how, name):
     """The checkpoint has whole tensors, and is that of the unsharded run."""
-    model = Net()
+    model = four.model_of(name)
     optimizer = four.MODEL_OPTIMIZERS[name](model)
     train(model, optimizer, 2)
     saved = copy.deepcopy(dcp.get_optimizer_state_dict(model, optimizer)["state"])
     train(model, optimizer, 2, seed=2)
     assert ("_StridedShard" in results[0][how, name]["placements"]) == (how != "fully_shard")
     for rank, result in enumerate(each[how, name] for each in results):
+        assert_same(result["resumed"], result["params"])
+        if "bfloat16" in name:  # gradients are added up in bfloat16, in another order
+            assert_near(result["params"], [p.detach() for p in model.parameters()], atol=0.2)
+            continue
         if rank == 0:  # where torch gathers it
             assert_near(result["saved"]["optimizer"]["state"], saved, rtol=1e-4, atol=1e-6)
         assert_near(result["params"], [p.detach() for p in model.parameters()], rtol=1e-4, atol=1e-5)
-        assert_same(result["resumed"], result["params"])
 
 
 @pytest.mark.parametrize("backend", four.BACKENDS)

@@ -248,7 +248,7 @@ def _check_value(what: str, value: Any, spec: StateSpec, p: Tensor) -> None:
     if value.layout is not torch.strided:
         raise ValueError(f"{what} in the layout {value.layout}, expected a dense tensor")
     if not spec.dtype.is_floating_point:
-        if value.dtype is not spec.dtype:
+        if value.dtype is not spec.dtype and (spec.dtype, value.dtype) != (torch.int16, torch.int32):  # gathered
             raise ValueError(f"{what} of dtype {value.dtype}, expected {spec.dtype}")
     elif value.dtype not in FLOATS:
         raise ValueError(f"{what} of dtype {value.dtype}, expected a real floating dtype of 16 bits or more")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from itertools import chain, repeat
 from operator import attrgetter, is_, is_not
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -273,7 +274,7 @@ def _settled(t: Any, p: Tensor, dtype: torch.dtype | None) -> Any:
 def packed(optimizer: "FusedOptimizer") -> dict[str, Any]:
     """The state dict in torch's layout: parameters are numbered, tensors but for counts are the optimizer's own.
 
-    The states of tensors that are in no group any more are left out.
+    The states of tensors that are in no group any more are left out. Remainders that torch gathers are int32.
     """
     numbers: dict[Any, int] = {}
     groups = []
@@ -283,13 +284,16 @@ def packed(optimizer: "FusedOptimizer") -> dict[str, Any]:
         options = {name: checks.plain(value, tensors=False) for name, value in group.items() if name != "params"}
         groups.append({**options, "params": [numbers[p] for p in group["params"]]})
     states = {}
+    gathers = _torch_gathers_state()
     for key, state in optimizer.state.items():
         if not isinstance(key, Tensor):
             states[key] = state
         elif key in numbers:
             # Counts are views of one tensor, which would be saved whole with each; numbers, too.
-            views = {name: state[name].clone() for name in ("step", NUMBER) if name in state}
-            states[numbers[key]] = {**state, **views} if views else state
+            other = {name: state[name].clone() for name in ("step", NUMBER) if name in state}
+            if gathers and sharding.is_sharded(state.get("remainder")):
+                other["remainder"] = sharding.movable(state["remainder"])
+            states[numbers[key]] = {**state, **other} if other else state
     return {"state": states, "param_groups": groups}
 
 
@@ -321,8 +325,19 @@ def torch_looks_at_state() -> bool:
     move the weights of optimizers that make their own rate. A first step of a warm-up on gradients that happen to be
     zero looks the same, so the caller tells them apart.
     """
+    return _checkpointing() is not None
+
+
+def _checkpointing() -> FrameType | None:
+    """The function of torch.distributed.checkpoint that called, if one did."""
     module = "torch.distributed.checkpoint.state_dict"
     frame = sys._getframe(1) if module in sys.modules else None
     while frame is not None and frame.f_globals.get("__name__") != module:
         frame = frame.f_back
-    return frame is not None
+    return frame
+
+
+def _torch_gathers_state() -> bool:
+    """True if torch.distributed.checkpoint asks for whole tensors of a sharded state (`full_state_dict=True`)."""
+    frame = _checkpointing()
+    return frame is not None and getattr(frame.f_locals.get("info"), "full_state_dict", False) is True

@@ -112,7 +112,11 @@ def _fused_serves(columns: _Columns, factor: float) -> Sequence[int]:
 def _of_one_layout(columns: _Columns) -> set[int]:
     """Those that torch's kernel would serve in float32."""
     rows = enumerate(zip(*(column for column in columns if column)))
-    return {i for i, (p, *others) in rows if is_dense(p) and all(same_layout(t, p) for t in others)}
+    return {
+        i
+        for i, (p, g, *states) in rows
+        if is_dense(p) and g.dtype != torch.float64 and all(same_layout(t, p) for t in (g, *states))
+    }
 
 
 def _scaled_parts(columns: _Columns, factor: float) -> Iterator[_Columns]:
