@@ -371,6 +371,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         # torch puts it there for optimizers of its own.
         self.defaults.pop("differentiable", None)
+        for options in (self.defaults, *self.param_groups):  # an older pickle lacks them
+            for name, value in PLAIN.options().items():
+                options.setdefault(name, value)
         separate_rates(self.param_groups)
         compile.exclude_step(type(self))
         self._forget()
