@@ -266,7 +266,7 @@ def rate_on_device(hyper: AdafactorHyper, step: Tensor, rms: Tensor, before: flo
 
 
 def _check_lr_is_meant(options: dict[str, Any]) -> None:
-    """Raises for an lr beside relative steps. Not asked again: tools that save and show set `group["lr"]` later."""
+    """Raises for an lr with relative steps. Not asked again: tools that save and show set `group["lr"]` later."""
     if options["relative_step"] and options["lr"] is not None:
         raise ValueError(
             f"lr={options['lr']!r} has no effect with relative_step=True: pass relative_step=False with it, or lr=None"

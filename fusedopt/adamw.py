@@ -40,8 +40,8 @@ class AdamW(ElementwiseOptimizer):
         betas: decay rates of the averages of g and g², each in [0, 1).
         eps: added to the root of v; >= 0.
         weight_decay: decoupled weight decay, >= 0, in units of lr.
-        correct_bias: whether to correct the bias of the averages; False (as in the original BERT code) goes with
-            `convention="transformers"` alone.
+        correct_bias: whether to correct the bias of the averages; False (as in the original BERT code) only with
+            `convention="transformers"`.
         no_deprecation_warning: accepted for the original's callers, and ignored.
         amsgrad: divide by the largest v so far (state `max_exp_avg_sq`).
         maximize: ascend instead of descend.
@@ -50,15 +50,15 @@ class AdamW(ElementwiseOptimizer):
         max_grad_norm: clip the norm of all gradients together to it, as `torch.nn.utils.clip_grad_norm_` does but on
             the way into the update; `math.inf` only measures. The norm is `optimizer.grad_norm` afterwards.
         skip_nonfinite: skip steps whose gradients' norm is not finite, as a whole; `optimizer.skipped_steps` counts.
-        master_weights: update 16-bit parameters in float32 and keep what rounding cuts off: beside bfloat16 two more
-            bytes per parameter (state `remainder`, int16), beside float16 a float32 copy (`master_weight`). The float32
-            weights are those of a float32 run; `fusedopt.float32_parameters` reads them.
+        master_weights: update 16-bit parameters in float32 and keep what rounding cuts off: two more bytes per
+            bfloat16 parameter (state `remainder`, int16), a float32 copy of a float16 one (`master_weight`). The
+            float32 weights are those of a float32 run; `fusedopt.float32_parameters` reads them.
         stochastic_rounding: round 16-bit weights up or down at random, in proportion to the distance, so that small
             updates are right on average. Excludes `master_weights`. Both change nothing for wider parameters.
         state_dtype: of the moments: torch.float32, torch.bfloat16, or None for float32 with master weights, else the
             parameter's. In 16 bits, v is rounded stochastically wherever one of these three options is used: to
             nearest, it freezes. These three can be options of a param group.
-        seed: of random rounding, >= 0. The bits depend on seed, parameter, step and element alone: they are the same on
+        seed: of random rounding, >= 0. The bits depend only on seed, parameter, step and element: they are the same on
             every backend, on any number of processes, and after resuming.
 
     Raises:

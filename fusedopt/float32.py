@@ -26,7 +26,7 @@ def float32_parameters(optimizer: FusedOptimizer, model: torch.nn.Module) -> dic
         model: the module that holds its parameters. Sharded ones (DTensor) give sharded weights.
 
     Returns:
-        The keys of `model.state_dict()`; tensors of the same shapes that share no memory with model and optimizer.
+        The keys of `model.state_dict()`; tensors of the same shapes, all of them copies.
 
     Example:
         >>> import fusedopt, torch

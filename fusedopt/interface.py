@@ -67,7 +67,7 @@ ReduceDims = tuple[tuple[Any, int], ...]
 
 
 class ShardPosition(NamedTuple):
-    """Where the elements of a shard are in the whole parameter: number i of the shard is number
+    """The place of a shard's elements in the whole parameter: element i of the shard is element
     `i + i // length * gap + offset`, in the order of contiguous tensors."""
 
     length: int
@@ -82,7 +82,7 @@ class ShardInfo(NamedTuple):
         shape: of the whole parameter.
         row_dims, column_dims: over what its last dimension but one, and its last one, are split; () for a vector.
         all_dims: over what all dimensions are split.
-        position: None if nobody asks for it.
+        position: None where no rounding depends on it.
     """
 
     shape: torch.Size
@@ -158,7 +158,7 @@ class StepArgs(NamedTuple):
         """The same with 0-d tensors.
 
         Raises:
-            ValueError: a tensor of more than one element, or a scale that is no finite real number.
+            ValueError: a tensor of more than one element, or a scale that is not a finite real number.
         """
         if not isinstance(self.scale, Tensor) and not math.isfinite(checks.number("scale", self.scale)):
             raise ValueError(f"scale must be finite, got {self.scale!r}: skip the step instead")

@@ -13,7 +13,7 @@ from fusedopt.precision import Precision
 
 
 class LionHyper(NamedTuple):
-    """Hyper-parameters of one batch of parameters, as the backends get them."""
+    """Hyper-parameters of one set of parameters, as the backends get them."""
 
     lr: float | Tensor
     beta1: float
@@ -29,7 +29,8 @@ class Lion(ElementwiseOptimizer):
         m = beta2 * m + (1 - beta2) * g
 
     The sign of 0 is 0, that of NaN is NaN. All elements move by lr, so that it is three to ten times smaller than
-    AdamW's, and the weight decay as much larger. 16-bit parameters are updated in float32 and rounded once.
+    AdamW's, and the weight decay as much larger. 16-bit parameters are updated in float32 and rounded once, to
+    nearest unless an option says otherwise.
 
     Args:
         params: parameters (float16 to float64; any strides), named parameters, or param groups with their own options.
@@ -43,7 +44,8 @@ class Lion(ElementwiseOptimizer):
         ValueError: an option is out of range, for the constructor or for a group, or a parameter cannot be updated.
         TypeError: an option that does not exist here.
 
-    State per parameter: `step` (0-d float32 tensor) and `exp_avg`, in the parameter's shape, dtype and layout.
+    State per parameter: `step` (0-d float32 tensor) and `exp_avg`, in the parameter's shape and layout, and in its
+    dtype unless an option says otherwise; what the options add, as in `AdamW`.
 
     Source: Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv:2302.06675.
 

@@ -1,8 +1,9 @@
 """How an optimizer keeps numbers: weights of 16 bits, and the tensors of a parameter's state.
 
-An update rule sees float32 weights (float64 for float64 parameters) and returns new ones. What is kept of them between
-two steps is declared here, and read and written by one module per backend: `backends/eager/storage.py`, and
-`fusedopt_kernels/storage.py` for the kernels.
+An update rule sees float32 weights (float64 for float64 parameters) and returns new ones. `Precision` and `StateSpec`
+declare what is kept of them between two steps; one module per backend reads and writes it: `backends/eager/storage.py`,
+and `fusedopt_kernels/storage.py` for the kernels. Which tensors a state has, `FusedOptimizer.state_specs` puts together
+from them.
 """
 
 from typing import Any, NamedTuple
@@ -27,7 +28,6 @@ FLOAT32_COPIES = ("master_weight", "master_param")
 
 WEIGHT_STATES = frozenset((*_MASTER_STATES.values(), *FLOAT32_COPIES, NUMBER))
 """States that belong to the weight, whatever the rule is."""
-
 
 FREEZING = frozenset({"exp_avg_sq"})
 """States that change by less than half a unit of bfloat16 at a step, for which rounding to nearest leaves them as they
@@ -76,7 +76,7 @@ class Precision(NamedTuple):
         return self.stochastic_rounding and dtype.itemsize == 2
 
     def moment(self, dtype: torch.dtype, *, stochastic: bool = False) -> "StateSpec":
-        """How a moment of the size of a parameter of this dtype is kept.
+        """Returns how a moment of the shape of a parameter of this dtype is kept.
 
         Args:
             dtype: of the parameter.

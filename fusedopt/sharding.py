@@ -1,4 +1,7 @@
-"""Sharded parameters (DTensor, as FSDP2 makes them): updates run on local shards, sums are added up over the mesh."""
+"""Sharded parameters (DTensor, as FSDP2 makes them): updates run on local shards, sums are added up over the mesh.
+
+`local` turns the DTensors of a step into their shards, `shard` a single one; `with_shard` and `sharded_like` go back.
+"""
 
 import math
 import sys
@@ -24,7 +27,7 @@ def any_sharded(tensors: Iterable[Tensor | None]) -> bool:
 
 
 def check(groups: Sequence[dict[str, Any]], grads: Sequence[Sequence[Tensor | None]]) -> bool:
-    """Returns whether there are sharded parameters.
+    """Returns True if there are sharded parameters.
 
     Raises:
         RuntimeError: a gradient is not sharded as its parameter is, or a parameter is a sum to be made.
@@ -49,7 +52,7 @@ def check(groups: Sequence[dict[str, Any]], grads: Sequence[Sequence[Tensor | No
 
 
 def local(param_set: ParamSet) -> ParamSet:
-    """The same set with the local shards of what is sharded."""
+    """Returns the same set with the local shard in the place of each DTensor."""
     precision = param_set.precision
     with_position = precision.stochastic_rounding or precision.state_dtype is torch.bfloat16
     shard_infos = [_shard_info(p, with_position) for p in param_set.params]
@@ -65,7 +68,7 @@ def local(param_set: ParamSet) -> ParamSet:
 
 
 def with_shard(t: Any, mine: Tensor) -> Tensor:
-    """Returns a tensor sharded as `t` is, of which this process has `mine`; `mine` itself if `t` is no DTensor."""
+    """Returns a tensor sharded as `t` is, of which this process has `mine`; `mine` itself if `t` is not a DTensor."""
     return _of_shard(t, mine, t.shape, t.stride(), t.placements) if is_sharded(t) else mine
 
 
@@ -87,7 +90,7 @@ def spread(t: Any, dimension: int | None = None) -> ReduceDims:
 
     Args:
         t: any tensor.
-        dimension: of `t`, not negative: for sums along this dimension alone; None for sums of everything.
+        dimension: of `t`, not negative: for sums along this dimension only; None for sums of everything.
     """
     if not is_sharded(t):
         return ()
@@ -107,7 +110,7 @@ def _shard_info(p: Any, with_position: bool) -> ShardInfo | None:
 
 
 def _position(p: Any) -> ShardPosition:
-    """Where the shard of `p` is, for rounding that depends on it."""
+    """Returns the position of the shard of `p`, for rounding that depends on it."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     mine, starts = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
@@ -134,7 +137,7 @@ def all_reduce_in_place(t: Tensor, over: ReduceDims) -> None:
 def sharded_like(t: Any, like: Any) -> Tensor:
     """`t` sharded as `like`, whether `t` is sharded otherwise or whole, the same in all processes.
 
-    All processes must call it. `t` itself if `like` is no DTensor, or sharded as `t` is.
+    All processes must call it. `t` itself if `like` is not a DTensor, or sharded as `t` is.
     """
     if not is_sharded(like) or (is_sharded(t) and _layout(t) == _layout(like)):
         return t
@@ -159,7 +162,7 @@ def _layout(t: Any) -> tuple[Any, Any]:
 def all_reduce_found_inf(found_inf: Tensor, tensors: Iterable[Tensor]) -> Tensor:
     """Not 0 in all processes if it is not 0 in one that has a share of these tensors.
 
-    torch adds up what a GradScaler found over the mesh of one gradient alone.
+    torch adds up what a GradScaler found over the mesh of a single gradient only.
     """
     over = tuple(dict.fromkeys(pair for t in tensors for pair in spread(t)))
     found = found_inf.detach().to(torch.float32, copy=True)

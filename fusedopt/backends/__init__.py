@@ -17,7 +17,7 @@ Stepper = Callable[[Sequence[ParamSet], StepArgs], None]
 
 
 def check(backend: str) -> None:
-    """Raises ValueError for a name that is no backend, RuntimeError for one that cannot work on this machine."""
+    """Raises ValueError for an unknown backend, RuntimeError for one that cannot work on this machine."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if backend == "triton" and not has_triton():

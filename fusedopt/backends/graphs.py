@@ -1,4 +1,4 @@
-"""CUDA devices and graphs, as far as every backend has to know of them."""
+"""CUDA devices and graphs, as far as all backends need them."""
 
 from contextlib import AbstractContextManager, nullcontext
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from fusedopt_kernels.memory import lasting
 
 _ELEMENTS = 1 << 20
-"""Room for so many, at least."""
+"""Elements that a block has room for, at least."""
 
 
 class _Scratch(threading.local):

@@ -35,7 +35,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     """Base of all optimizers here; see `AdamW` for one. A subclass declares `rule`, `checks`, `hyper`, `moments`."""
 
     rule: ClassVar[str]
-    """Which update the backends run."""
+    """Name of the update that the backends run."""
 
     checks: ClassVar[dict[str, checks.Check]]
     """One check per option of a param group."""
@@ -49,10 +49,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     with."""
 
     counters: ClassVar[frozenset[str]] = frozenset()
-    """Numbers that a group has beside its options."""
+    """Names of the numbers that a group keeps next to its options."""
 
     clipping: Clipping = Clipping()
-    """Clipping as in Keras, beside `guard`."""
+    """Clipping as in Keras, after that of `guard`."""
 
     constructor_options: ClassVar[tuple[str, ...]] = ("backend", "guard", "seed")
     """Attributes that belong to the optimizer, not to a group or a checkpoint; copies and pickles carry them."""
@@ -91,11 +91,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def moments(self, p: Tensor, group: dict[str, Any]) -> dict[str, StateSpec]:
-        """How the tensors in the state of a parameter are kept, without its `step` and what belongs to its weight."""
+        """Returns how a parameter's state tensors are kept, except `step` and those that complete its weight."""
         raise NotImplementedError
 
     def state_specs(self, p: Tensor, group: dict[str, Any]) -> dict[str, StateSpec]:
-        """How all tensors in the state of a parameter are kept, without its `step`."""
+        """Returns how all of a parameter's state tensors are kept, except `step`."""
         precision = Precision.of(group, self.seed)
         specs = {**self.moments(p, group), **precision.weight_states(p.dtype)}
         if precision.rounds_stochastically(p.dtype) or any(spec.needs_number for spec in specs.values()):
@@ -135,8 +135,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def skipped_steps(self) -> Tensor | None:
         """Number of steps that `skip_nonfinite` skipped in this process: a 0-d tensor; None before the first step.
 
-        The tensor goes on counting; clone it to keep a number. It is no part of a checkpoint, which holds what an
-        update needs.
+        The tensor goes on counting; clone it to keep a number. Checkpoints hold what an update needs, and so leave
+        it out.
         """
         return self.guard.skipped_steps
 
@@ -161,7 +161,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: an option is out of range or a parameter cannot be updated; the optimizer is as before.
-            TypeError: it is no dict, or has an option that a group cannot have.
+            TypeError: it is not a dict, or has an option that a group cannot have.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"a param group must be a dict with the key 'params', got {type(param_group).__name__}")
@@ -255,7 +255,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 is read on its device.
 
         Raises:
-            ValueError: a tensor is not a parameter of this optimizer, or comes twice; the scale is no finite number.
+            ValueError: a tensor is not a parameter of this optimizer, or comes twice; the scale is not a finite number.
             RuntimeError: a gradient is sparse or does not fit its parameter; nothing was changed.
 
         Example:
@@ -356,7 +356,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: the checkpoint does not fit the parameters, or is another optimizer's. After this, as after any
-                other error, such as one for want of memory, nothing was changed.
+                other error, running out of memory included, nothing was changed.
         """
         hooks = self._optimizer_load_state_dict_pre_hooks.values()
         passed = through_hooks(hooks, self, copy.copy(state_dict))

@@ -46,13 +46,13 @@ class Guard:
         return self.max_grad_norm is not None or self.skip_nonfinite
 
     def option(self) -> str | None:
-        """The option that needs all gradients at once, as `name=value`; None if there is none."""
+        """Returns the option that needs all gradients at once, as `name=value`; None without one."""
         if self.max_grad_norm is not None:
             return f"max_grad_norm={self.max_grad_norm!r}"
         return "skip_nonfinite=True" if self.skip_nonfinite else None
 
     def __call__(self, squares: list[Tensor], args: StepArgs) -> StepArgs:
-        """The arguments of a step whose gradients have these sums of squares, one tensor per device."""
+        """Returns the arguments for a step whose gradients have these sums of squares, one tensor per device."""
         home = squares[0].device
         total = squares[0].sum() if len(squares) == 1 else torch.stack([s.sum().to(home) for s in squares]).sum()
         norm = total.sqrt()
@@ -81,7 +81,7 @@ class Guard:
 
 
 class Clipping(NamedTuple):
-    """Which clippings a step applies, in this order; None leaves one out.
+    """The clippings that a step applies, in this order; None leaves one out.
 
     Attributes:
         clipvalue: every element is brought into [-clipvalue, clipvalue].
@@ -114,8 +114,8 @@ class Clipping(NamedTuple):
     def __call__(self, grads: Gradients, scale: float | Tensor = 1.0) -> tuple[Gradients, float | Tensor]:
         """The gradients and the factor on them that a step works with instead of `grads` and `scale`.
 
-        What is clipped is `scale * grads`. By the common norm alone, the gradients stay as they are and the factor
-        changes; by value or by tensor, they are copied (in float32 where they have 16 bits).
+        The clipped gradients are those of `scale * grads`. Clipping by the common norm changes the factor and leaves
+        the gradients; by value or by tensor, they are copied (in float32 where they have 16 bits).
 
         Args:
             grads: dense gradients, which are not written to.

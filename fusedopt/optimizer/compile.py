@@ -14,7 +14,7 @@ def exclude_step(cls: type[torch.optim.Optimizer]) -> None:
     """Makes torch.compile break its graph around `cls.step`, hooks included, and run it as it is.
 
     With `fullgraph=True`, torch raises an error with our reason in it. To be called when an instance was made, since
-    torch wraps hooks around `cls.step` then. This is no decorator of `step`: torch.compiler imports torch._dynamo,
+    torch wraps hooks around `cls.step` then. Not a decorator of `step`: torch.compiler imports torch._dynamo,
     which takes as long as torch itself; making any torch optimizer does so too.
     """
     if getattr(cls.step, "excluded_from_graphs", False):

@@ -1,4 +1,4 @@
-"""What an optimizer keeps of each parameter, in words."""
+"""Describes in words what an optimizer keeps of each parameter."""
 
 from typing import TYPE_CHECKING, Any
 

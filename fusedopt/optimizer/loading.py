@@ -172,7 +172,7 @@ def _who(index: Any, p: Tensor) -> str:
 
 
 def _specs(optimizer: "FusedOptimizer", p: Tensor, group: dict[str, Any]) -> tuple[dict[str, StateSpec], ...]:
-    """How the tensors are kept that a state must have and may have: options may have changed since it was saved."""
+    """Returns the specs of the tensors that a state must have, and may have: options may have changed since then."""
     off, on = ({name: pair[i] for name, pair in optimizer.state_options.items()} for i in (0, 1))
     least = optimizer.state_specs(p, {**group, **off})
     return least, {**optimizer.state_specs(p, {**group, **on}), **least, **optimizer.state_specs(p, group)}
@@ -223,7 +223,7 @@ def _laid_out(
 
 
 def _tensor(value: Any, spec: StateSpec) -> Any:
-    """Arrays, and the lists and numbers that JSON has in their place, as tensors; what is none of them as it is."""
+    """Returns arrays, and the lists and numbers that JSON makes of them, as tensors; anything else as it is."""
     try:
         if isinstance(value, np.ndarray):
             return torch.from_numpy(np.array(value))

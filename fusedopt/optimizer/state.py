@@ -1,6 +1,7 @@
-"""The state of parameters: made, moved, completed, converted, saved. Here alone, before a step and for whoever looks.
+"""The state of parameters is made, moved, completed, converted and saved here, and nowhere else.
 
-What is loaded is the subject of `loading`; whether a state fits its parameter, that of `state_check`.
+`loading` reads checkpoints; `state_check` checks that a state fits its parameter. `FusedOptimizer.state_specs` declares
+which tensors a state has.
 """
 
 import sys
@@ -35,10 +36,10 @@ class States:
     Looks closely only at what is not as it was, since thousands are common.
 
     Attributes:
-        regrouped: whether the groups do not hold the parameters that they held at the last check.
-        missing: whether a parameter with a gradient has no state.
+        regrouped: True if the groups hold other parameters than at the last check.
+        missing: True if a parameter with a gradient has no state.
         devices: where the parameters are.
-        some_without_data: whether there are parameters without data.
+        some_without_data: True if there are parameters without data.
     """
 
     def __init__(self) -> None:
@@ -48,7 +49,7 @@ class States:
         self._in_inference_mode = self._settled = False
         self._params: list[list[int]] = []
         self._seen: tuple[Any, ...] | None = None  # what was found right
-        # Weak references: whoever deletes a state wants its memory now, not after the next step.
+        # Weak references: deleting a state frees its memory at once, not after the next step.
         self._values: list[weakref.ref[Tensor]] = []
         self._sizes: list[int] = []
 
@@ -99,7 +100,7 @@ class States:
 
     def _are_the_same(self, values: list[Any]) -> bool:
         known = [value() for value in self._values]
-        # What is gone is None, which may have been put in its place.
+        # A dead reference gives None, and a state may hold None too.
         same = len(values) == len(known) and all(map(is_, values, known)) and all(map(is_not, known, repeat(None)))
         return same and list(map(Tensor.numel, values)) == self._sizes
 
@@ -196,7 +197,7 @@ class Numbers:
     """Gives the parameters of one optimizer the numbers that their random bits depend on; none is given twice.
 
     A parameter's number is its place among all parameters when it gets its state, the same in every process, or
-    else, if another one has it by then, the next that is free.
+    else, if another parameter has that number by then, the next free one.
     """
 
     def __init__(self) -> None:

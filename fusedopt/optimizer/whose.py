@@ -1,8 +1,8 @@
-"""Whose checkpoint it is, told by the names in it, so that a refusal can say so."""
+"""Names the optimizer that made a checkpoint, from the names in it, so that an error can say so."""
 
 from collections.abc import Collection, Set
 
-# Options of param groups that one kind of optimizer alone has; of optimizers that have no state yet, all there is.
+# Options of param groups that only one kind of optimizer has: before the first step a checkpoint holds nothing else.
 _OPTIONS = {
     "ns_steps": "Muon",
     "dampening": "SGD",
@@ -42,7 +42,7 @@ _STATES = {
 
 
 def by_options(names: Collection[str], own: Collection[str]) -> tuple[str, str] | None:
-    """Whose param groups have options of these names, and the name that tells; None if it is nobody known.
+    """Returns the optimizer whose param groups have options of these names, and the name that tells; None if unknown.
 
     Args:
         names: of the options in the checkpoint.
@@ -52,7 +52,7 @@ def by_options(names: Collection[str], own: Collection[str]) -> tuple[str, str] 
 
 
 def by_state(names: Set[str]) -> str | None:
-    """Whose states have entries of these names; None if it is nobody known."""
+    """Returns the optimizer whose states have entries of these names; None if unknown."""
     if names == {"exp_avg"}:
         return "Lion"
     found = next((whose for name, whose in _STATES.items() if name in names), None)

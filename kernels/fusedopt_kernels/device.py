@@ -38,7 +38,7 @@ def dtype_name(dtype: torch.dtype | None) -> str | None:
 
 
 def options(threads: int) -> dict[str, Any]:
-    """How a kernel of so many threads per program is compiled.
+    """Returns the compile options of a kernel with this many threads per program.
 
     A kernel that writes where it reads gets no more threads than it has elements in hand: else several threads read an
     element, and may read what one of them already wrote.

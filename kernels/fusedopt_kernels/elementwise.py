@@ -121,7 +121,7 @@ def launch_elementwise(
         record: of a row.
         keys: int64 [tensors], the launch class of each row.
         numel: int64 [tensors].
-        arguments: what the kernel takes behind the chunks.
+        arguments: what the kernel takes after the chunks.
         decisive: as in `access_of`.
     """
     for key, chunks in table.chunks(name, keys, -(-numel // BLOCK)).items():

@@ -2,7 +2,7 @@
 
 A `Record` names its fields in order. The host fills a numpy structured array of `Record.dtype` by name; a kernel gets
 the place of each field, in cells of 8 bytes, as a constexpr argument: `tl.load(row + T.row.grad)`. It must be an
-argument: what a kernel reads out of a module is no part of the key under which Triton keeps compiled kernels.
+argument: the key under which Triton keeps compiled kernels leaves out what they read from a module.
 """
 
 from collections import namedtuple

@@ -148,13 +148,13 @@ def adafactor_apply(p: typing.Any, update: typing.Any, decay_step: typing.Any) -
 def lion_update(
     p: typing.Any, direction: typing.Any, lr: typing.Any, weight_decay: typing.Any, sign: typing.Any
 ) -> Any:
-    """Lion's new parameter. `direction` is the average of m with g, whose sign alone counts: 0 for 0, NaN for NaN."""
+    """Lion's new parameter. Of `direction`, the average of m with g, only the sign counts: 0 for 0, NaN for NaN."""
     return p - lr * (sign(direction) + weight_decay * p)
 
 
-def clip_factor(norm: Any, max_norm: Any, maximum_is: Any) -> Any:
+def clip_factor(norm: Any, max_norm: Any, at_most: Any) -> Any:
     """The factor that reduces gradients of this norm to `max_norm`, as torch.nn.utils.clip_grad_norm_ defines it."""
-    return maximum_is(max_norm / (norm + 1e-6), 1.0)
+    return at_most(max_norm / (norm + 1e-6), 1.0)
 
 
 # Random bits for stochastic rounding. Unsigned 32-bit arithmetic that wraps: `shift(x, n)` fills up with zeros from the
@@ -175,7 +175,7 @@ def random_word(
 ) -> Any:
     """The random bits of one element at one step.
 
-    Two rounds: with one, keyed by xor alone, all steps would draw the same words in another order.
+    Two rounds: with one, keyed only by xor, all steps would draw the same words in another order.
 
     Args:
         low, high: halves of the element's index in the whole parameter.

@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs
 """The beginning of every optimizer's step: counts, overflows, and the factor on gradients.
 
-The fields here are part of every optimizer's records; its own come behind them.
+The fields here are part of every optimizer's records; its own come after them.
 """
 
 from typing import Any

@@ -33,7 +33,7 @@ Upload = Callable[[np.ndarray, torch.device], Tensor]
 
 
 def upload(host: np.ndarray, device: torch.device) -> Tensor:
-    """Copies through a pinned block used for this alone: the host runs ahead of the copy, after which it is free."""
+    """Copies through a pinned block used only for this: the host runs ahead of the copy, after which it is free."""
     staging = lasting(host.shape, torch.int64, "cpu", pinned=device.type == "cuda")
     staging.numpy()[...] = host
     return lasting(host.shape, torch.int64, device).copy_(staging, non_blocking=True)
@@ -171,7 +171,7 @@ def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
 
 
 def _nowhere(t: Tensor) -> int:
-    if t.numel() and not t.is_meta:  # A state that is on no device is recognised by whoever knows its parameter.
+    if t.numel() and not t.is_meta:  # States without data are recognised elsewhere, where their parameter is known.
         raise RuntimeError(f"a {type(t).__name__} of shape {tuple(t.shape)} has no memory that a kernel could reach")
     return _NOWHERE
 

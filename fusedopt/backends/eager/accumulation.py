@@ -21,7 +21,7 @@ class Adder:
         previous: Sequence[Tensor | None],
         weight: float | Tensor,
     ) -> None:
-        """`sums[i] = previous[i] + weight * grads[i]`, without the first term where there is none.
+        """`sums[i] = previous[i] + weight * grads[i]`, without the first term where `previous[i]` is None.
 
         A weight of 0 adds nothing, whatever the gradients hold. `previous[i]` may be `sums[i]`.
         """
@@ -47,7 +47,7 @@ class Adder:
 
 
 def _add_wide(s: Tensor, g: Tensor, before: Tensor | None, weight: float | Tensor) -> None:
-    """In float32 at least, rounded once: 1001 tokens are no bfloat16 number. What it is, a tensor need not tell."""
+    """In float32 at least, rounded once: bfloat16 cannot hold a weight of 1001. A tensor is not read on the host."""
     wide = torch.promote_types(torch.promote_types(s.dtype, g.dtype), torch.float32)
     if isinstance(weight, Tensor):
         weight = weight.to(g.device, wide, non_blocking=True)

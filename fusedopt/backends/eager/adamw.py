@@ -17,10 +17,10 @@ from fusedopt_kernels.layout import is_dense, same_layout
 
 _SCALED_PART = 1 << 20
 """Elements whose scaled gradients are copied at a time: 4 MiB of float32 stay in a cache. On 50M parameters, parts of
-2^18, 2^19, 2^20 and 2^21 made a clipped step 0.98, 1.02, 1.05 and 0.94 times as fast as clip_grad_norm_ and torch's
-fused step beside it. Four views of a tensor cost 40 us, what torch needs for a thousand elements, so small ones are
-copied together; from half a part on, a copy in memory that was used before is worth it: 1.06 instead of 1.00 times the
-rival's speed on 24 matrices of 2^20 elements and a few larger ones."""
+2^18, 2^19, 2^20 and 2^21 made a clipped step 0.98, 1.02, 1.05 and 0.94 times as fast as clip_grad_norm_ with torch's
+fused step. Four views of a tensor cost 40 us, what torch needs for a thousand elements, so small ones are copied
+together; from half a part on, a copy in memory that was used before is worth it: 1.06 instead of 1.00 times the rival's
+speed on 24 matrices of 2^20 elements and a few larger ones."""
 
 _WIDE = {torch.float32, torch.float64}
 
@@ -96,7 +96,7 @@ def _scalars(hyper: AdamWHyper, step: float) -> tuple[float, float, float]:
 
 
 def _fused_serves(columns: _Columns, factor: float) -> Sequence[int]:
-    """Which parameters torch's fused CPU kernel updates rightly: it is blind to strides and to a mixture of dtypes."""
+    """Returns the places that torch's fused CPU kernel updates rightly: it ignores strides and mixed dtypes."""
     tensors = [t for column in columns for t in column]
     dtypes = {t.dtype for t in tensors}
     if len(dtypes) == 1 and all(map(Tensor.is_contiguous, tensors)):
@@ -167,7 +167,7 @@ def _stored_update(
     """The update of tensors of any layout and dtype, in at least float32.
 
     With a `fused_step`, by torch's kernel, which would serve for float32 tensors laid out like these: master weights
-    are those of a float32 run. Its bits depend on where a tensor ends, so it gets each alone.
+    are those of a float32 run. Its bits depend on where a tensor ends, so it gets them one by one.
     """
     weight1, weight2 = 1.0 - hyper.beta1, 1.0 - hyper.beta2
     ascending = hyper._replace(maximize=False)  # the sign is in the factor

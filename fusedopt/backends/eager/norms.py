@@ -58,7 +58,7 @@ def norm(t: Tensor) -> Tensor:
 def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The norm of each tensor, 0-d float64 on its device."""
     found = _norms(tensors, torch.float32)
-    # The CPU alone can be asked without waiting for it.
+    # Only the CPU can be asked without waiting.
     here = [i for i, t in enumerate(tensors) if t.device.type == "cpu"]
     if here:
         together = torch.stack([found[i] for i in here]).double()

@@ -1,4 +1,4 @@
-"""Step counts on the host: many 0-d tensors advanced and read as few, in place, since others may hold or share them."""
+"""Step counts on the eager backend: many 0-d tensors advanced in place, since others may hold them, by few calls."""
 
 from collections.abc import Sequence
 
@@ -30,7 +30,7 @@ def advance(steps: Sequence[Tensor]) -> list[float]:
 
 def _advance_by_storage(steps: Sequence[Tensor], at: np.ndarray) -> list[float]:
     counts = np.empty(len(steps))
-    alone: list[int] = []
+    single: list[int] = []
     order = np.argsort(at, kind="stable")
     done = 0
     while done < len(order):
@@ -39,11 +39,11 @@ def _advance_by_storage(steps: Sequence[Tensor], at: np.ndarray) -> list[float]:
         end = int(np.searchsorted(at, start + len(flat) * _ITEMSIZE, sorter=order))
         which = order[done:end]
         if len(which) == 1:
-            alone.append(int(first))
+            single.append(int(first))
         else:
             counts[which] = _advance_in(flat, (at[which] - start) // _ITEMSIZE)
         done = end
-    counts[alone] = _advance_each([steps[i] for i in alone])
+    counts[single] = _advance_each([steps[i] for i in single])
     new: list[float] = counts.tolist()
     return new
 
@@ -68,7 +68,7 @@ def _advance_each(steps: Sequence[Tensor]) -> list[float]:
 
 
 def _storage_of(step: Tensor) -> tuple[Tensor, int]:
-    """All that lies in the storage of `step`, as float32, and where it begins."""
+    """Returns the whole storage of `step` as float32, and its address."""
     storage = step.untyped_storage()
     flat = torch.empty(0, dtype=torch.float32, device="cpu").set_(storage, 0, (storage.nbytes() // _ITEMSIZE,), (1,))
     return flat, storage.data_ptr()

@@ -26,14 +26,14 @@ class Adder:
         previous: Sequence[Tensor | None],
         weight: float | Tensor,
     ) -> None:
-        """As `eager_accumulate.Adder`."""
+        """As `backends.eager.accumulation.Adder`."""
         if capturing(self._device):
             raise RuntimeError(
                 "a GradientAccumulator cannot run inside a CUDA graph, whose replays would not move its counts: "
                 "capture the backward passes without it, or let torch add the gradients up in .grad"
             )
         with on_device(self._device):
-            tensors = Rows()  # a new one each time: it would hold on to sums that nobody else needs any more
+            tensors = Rows()  # a new one each time: it would keep sums alive
             tensors.refresh(sums, grads, previous)
             scalars = DeviceScalars(self._device)
             hyper = kernels.HYPER.rows(1)

@@ -86,7 +86,7 @@ class Rows:
             self._contiguous_states = [
                 all(t is None or t.is_contiguous() for t in row[1:]) for row in zip(params, *states)
             ]
-        # Without the gradients: whoever drops them after the step wants their memory for the next backward pass.
+        # Without the gradients: dropped after the step, their memory must be free for the next backward pass.
         self._seen, self._lay_at, self.numel = [list(params), *map(list, states)], lay_at, numel
         self._copies, self._grad_copies = [], []
         strided = [
@@ -105,7 +105,7 @@ class Rows:
     def update_classes(self, rounding: np.ndarray, sharded: np.ndarray) -> np.ndarray:
         """As `keys`, whatever the alignment is: of parameters, gradients, and the first two columns of states.
 
-        The second of them counts as of the dtype of the arithmetic where there is none.
+        A missing second one counts as having the dtype of the arithmetic.
         """
         param, grad, master, average = self._codes[:4]
         narrow, wide = dtype_codes([torch.float32, torch.float64])

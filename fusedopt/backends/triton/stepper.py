@@ -82,7 +82,7 @@ class TritonStepper:
         return hyper
 
     def _fill_in_rounding(self, rows: np.ndarray, param_sets: Sequence[ParamSet], states: States) -> None:
-        """What random bits depend on."""
+        """Fills in the fields that random bits depend on."""
         if all(param_set.precision.is_plain for param_set in param_sets):
             return
         rows["number"] = addresses([s.get(NUMBER) for s in states])

@@ -12,11 +12,11 @@ from fusedopt_kernels.adafactor.tiles import running_average
 from fusedopt_kernels.device import device_function, div_rn, loop_range, my_piece, options
 
 THREADS = 128
-"""As many as ENTRIES, each of which one thread alone has to have in hand: it is written where it was read."""
+"""As many as ENTRIES: a single thread must hold an entry, which is written where it was read."""
 
 
 def averages_options(wide: int) -> dict[str, Any]:
-    """How the kernels here are compiled, for arithmetic in float64 or in float32."""
+    """Returns the constants and compile options of the kernels here, for arithmetic in float64 or in float32."""
     compute = tl.float64 if wide else tl.float32
     return {"T": TABLES, "COMPUTE": compute, "ENTRIES": ENTRIES, "PARTIALS": PARTIALS, **options(THREADS)}
 
@@ -26,7 +26,7 @@ def _my_lines(chunks, rows, scalars, T: tl.constexpr, ENTRIES: tl.constexpr):
     """The entries of a matrix's row or column sums that this program works on.
 
     Returns where the row of the table and its scalars are; the matrix, the part of it and whether that is of its rows;
-    how many entries there are, the first of this program and the one behind its last.
+    how many entries there are, the first of this program and the one after its last.
     """
     index, piece = my_piece(chunks)
     row = rows + index * T.row.length

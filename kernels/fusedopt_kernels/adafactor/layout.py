@@ -12,7 +12,7 @@ arithmetic is; for each matrix-shaped tensor, with tiles_x by tiles_y tiles per 
     square_partials ->    squares of the update     [pieces]   `squares` (of vectors `sums`) writes, `finish` reads
                           squares of the parameter  [pieces]   `sums` writes, `finish` reads
 
-Behind them lie the sums of shards, those that are added up over the same processes next to each other:
+After them come the sums of shards, those that are added up over the same processes next to each other:
 
     row_totals, column_totals ->   [matrices, height], [matrices, width]
     row_means ->                   [matrices]

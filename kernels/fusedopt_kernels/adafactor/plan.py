@@ -54,8 +54,8 @@ MEANS = 256
 
 
 CACHE_BATCH_BYTES = 0
-"""An experiment: tensors are updated in batches of so many bytes of gradients, all phases of one before the next, so
-that their gradients are read from the L2 cache again. 0: all at once. To be swept from 10 to 50 MB on an H200."""
+"""An experiment: tensors are updated in batches with this many bytes of gradients, all phases of one before the next,
+so that their gradients are read from the L2 cache again. 0: all at once. To be swept from 10 to 50 MB on an H200."""
 
 
 class Sizes(NamedTuple):
@@ -71,7 +71,7 @@ class Sizes(NamedTuple):
 
 
 class Access(NamedTuple):
-    """What a launch class says of tensors, with dtypes by name."""
+    """The properties of a launch class, with dtypes by name."""
 
     param: str | None
     grad: str | None
@@ -91,7 +91,7 @@ Its device functions take it whole. The kernel takes the parts and puts them tog
 
 
 def sizes_of(grad_itemsize: int) -> Sizes:
-    """Returns the sizes for gradients whose elements have so many bytes."""
+    """Returns the sizes for gradients with this many bytes per element."""
     return Sizes(BLOCK, BLOCK // 2, TILE_BYTES // grad_itemsize, TILE_HEIGHT, LINES, STRIP, MEANS)
 
 
@@ -102,7 +102,7 @@ def as_spec(tables: Any, sizes: Any, access: Any) -> Any:
 
 
 def access_of(key: int) -> Access:
-    """What a launch class says of tensors: its columns are parameter, gradient, `master`, and average of updates."""
+    """Returns the properties of a launch class of parameters, gradients, `master`s and averages of updates."""
     dtypes, _, rounding, sharded = launch_class(key, 4)
     compute = torch.float64 if dtypes[0] is torch.float64 else torch.float32
     return Access._make([*map(dtype_name, (*dtypes, compute)), rounding, sharded])
@@ -185,7 +185,7 @@ def plan_of(shapes: Shapes, keys: np.ndarray, shards: Shards | None = None) -> P
     Args:
         shapes: of the tensors.
         keys: int64 [tensors], their launch classes.
-        shards: which of them are shards, and of what; default: none. Matrices of shards are no small ones.
+        shards: which of them are shards, and of what; default: none. Matrices of shards are never small ones.
     """
     shards = shards or no_shards(shapes.numel, shapes.height, shapes.width)
     is_shard = shards.is_shard > 0

@@ -83,7 +83,7 @@ class ShardPhases:
         self._partial_sums, self._square_partials = partial_sums, square_partials
         self._segments, self._all_reduce = plan.segments, all_reduce
         is_shard = plan.shards.is_shard
-        # Launches of each phase; not asked for where there are no shards, at every step of everybody else.
+        # Launches of each phase; without shards no step asks for them.
         phases = {"averages": plan.shard_averages, "means": plan.shard_matrices} if is_shard.any() else {}
         chunks = {name: table.chunks(f"{name} of shards", plan.in_float64, n) for name, n in phases.items()}
         self._averages, self._matrices = chunks.get("averages", {}), chunks.get("means", {})

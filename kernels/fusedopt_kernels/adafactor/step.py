@@ -3,8 +3,8 @@
 
     prologue   advances the step counts; works out rates and weights
     sums       reads g, and p for its root mean square: sums of g² over rows and columns of tiles; for vectors and small
-               matrices, the averages of squares themselves
-    averages   those of matrices: writes exp_avg_sq_row and exp_avg_sq_col
+               matrices, writes the averages themselves (exp_avg_sq; exp_avg_sq_row and exp_avg_sq_col)
+    averages   those of larger matrices: writes exp_avg_sq_row and exp_avg_sq_col (of shards, `shard_averages` does)
     squares    reads g: the update's sums of squares
     finish     both root mean squares of each tensor; from them, its step size
     apply      reads g and p, writes p
@@ -49,7 +49,7 @@ from fusedopt_kernels.step import begin_step, run_prologue
 from fusedopt_kernels.table import LaunchTable, launch_class
 
 THREADS = 256
-"""The record of the phases that read gradients."""
+"""Threads of a program of the phases that read gradients."""
 
 _square_weight = device_function(rules.square_weight)
 _relative_step = device_function(rules.relative_step)

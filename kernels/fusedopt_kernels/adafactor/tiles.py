@@ -133,7 +133,7 @@ def vector_apply(row, scalar, piece, SPEC: tl.constexpr, ALIGNED: tl.constexpr):
 
 @device_function
 def _tile(row, piece, SPEC: tl.constexpr, ALIGNED: tl.constexpr):
-    """A tile of a matrix: which matrix; first row, row behind the last; columns, and which of them exist."""
+    """A tile of a matrix: which matrix; first row, row after the last; columns, and which of them exist."""
     tiles_x, tiles_y = tl.load(row + SPEC.row.tiles_x), tl.load(row + SPEC.row.tiles_y)
     first = piece // tiles_x % tiles_y * SPEC.tile_height
     columns = piece % tiles_x * SPEC.tile_width + tl.arange(0, SPEC.tile_width)

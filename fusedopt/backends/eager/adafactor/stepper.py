@@ -1,4 +1,4 @@
-"""Which parameters of a step are updated in tiles, which in stacks, and which with those of other processes."""
+"""Chooses which parameters are updated in tiles, which in stacks, and which together with other processes."""
 
 from collections.abc import Iterable, Iterator, Sequence
 

@@ -78,7 +78,7 @@ class _Tiles:
         )
 
     def update_buffer(self, i: int) -> Tensor:
-        """Where the update of a tile is made."""
+        """Returns the memory in which the update of a tile is made."""
         g = self._g[i]
         return self._update_buffer if g.shape == self._update_buffer.shape else self._update_buffer[: len(g)]
 

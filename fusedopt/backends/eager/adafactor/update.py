@@ -32,7 +32,7 @@ Update = Generator[Sums, list[Tensor], None]
 
 
 class Stack:
-    """Some parameters of a part, of one shape and dtype, one behind the other; read in at least float32, rounded once.
+    """Some parameters of a part, of one shape and dtype, stacked; read in at least float32, rounded once.
 
     Of whole ones, whatever is made is kept until they are updated. Of a shard nothing of its size is kept while its
     update waits for others: gradient and update are made anew.
