@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fusedopt import checks
+
 _MASTER_STATES = {torch.bfloat16: "remainder", torch.float16: "master_weight"}
 """States that complete a 16-bit parameter to its float32 weight: the lower half of its bits, int16, or a copy."""
 
@@ -60,9 +62,8 @@ class Precision(NamedTuple):
 
     def check(self) -> None:
         """Raises ValueError for options that make no sense."""
-        for name, value in (("master_weights", self.master_weights), ("stochastic_rounding", self.stochastic_rounding)):
-            if not isinstance(value, bool):
-                raise ValueError(f"{name} must be True or False, got {value!r}")
+        checks.flag("master_weights", self.master_weights)
+        checks.flag("stochastic_rounding", self.stochastic_rounding)
         if self.master_weights and self.stochastic_rounding:
             raise ValueError(
                 "master_weights=True and stochastic_rounding=True exclude each other: the first keeps float32 weights, "

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fusedopt import checks, sharding
 from fusedopt.backends.graphs import capturing
-from fusedopt.optimizer.state_check import all_fit
+from fusedopt.optimizer.state_check import Specs, all_fit
 from fusedopt.precision import NUMBER, Precision, StateSpec
 from fusedopt.without_data import has_data, is_lazy
 from fusedopt_kernels.memory import outside_inference_mode
@@ -141,6 +141,7 @@ def make_states(optimizer: "FusedOptimizer", groups: list[dict[str, Any]], wante
         )
     counts = (state["step"] for state in optimizer.state.values() if state)
     begun = next((count for count in counts if not count.is_meta), None) if optimizer.shares_steps() else None
+    specs = Specs(optimizer)
     with outside_inference_mode():
         for device, entries in missing.items():
             _warn_of_frozen_moments(optimizer, entries)
@@ -148,7 +149,7 @@ def make_states(optimizer: "FusedOptimizer", groups: list[dict[str, Any]], wante
             if begun is not None:
                 steps += begun.to(device, non_blocking=True)
             for (p, group), step in zip(entries, steps.unbind()):
-                optimizer.state[p] = {"step": step, **new_state(optimizer, p, group)}
+                optimizer.state[p] = {"step": step, **new_state(p, specs(p, group))}
             optimizer.numbers.give(optimizer, [p for p, _ in entries])
 
 
@@ -176,9 +177,9 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=2)
 
 
-def new_state(optimizer: "FusedOptimizer", p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+def new_state(p: Tensor, specs: dict[str, StateSpec]) -> dict[str, Tensor]:
     """The state of a parameter before its first update, without its `step`; -1 where it needs a number."""
-    new = {name: new_tensor(spec, p) for name, spec in optimizer.state_specs(p, group).items()}
+    new = {name: new_tensor(spec, p) for name, spec in specs.items()}
     if "master_weight" in new:
         new["master_weight"].copy_(p.detach())
     return new
@@ -236,16 +237,17 @@ def settle_states(optimizer: "FusedOptimizer", groups: list[dict[str, Any]]) -> 
     """Moves states to their parameters, adds what an option asks for that was switched on, converts what was loaded."""
     entries = [(p, group, optimizer.state[p]) for group in groups for p in group["params"] if optimizer.state.get(p)]
     _warn_of_frozen_moments(optimizer, [(p, group) for p, group, _ in entries])
+    specs_of = Specs(optimizer)
     with outside_inference_mode():
         added = []
         for p, group, state in entries:
-            complete = optimizer.state_specs(p, group).keys() <= state.keys()
+            complete = specs_of(p, group).keys() <= state.keys()
             if not complete and capturing(p.device):
                 raise RuntimeError("an option that needs more state was set before a capture: take a step first")
-            added.append({} if complete else new_state(optimizer, p, group))
+            added.append({} if complete else new_state(p, specs_of(p, group)))
         incomplete: dict[torch.device, list[Tensor]] = {}
         for (p, group, state), new in zip(entries, added):
-            specs = optimizer.state_specs(p, group)
+            specs = specs_of(p, group)
             for name, t in {**new, **state}.items():
                 spec = specs.get(name)
                 state[name] = _settled(t, p, None if spec is None or spec.keeps_loaded_dtype else spec.dtype)

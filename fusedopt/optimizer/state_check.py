@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fusedopt import sharding
 from fusedopt.checks import FLOATS
+from fusedopt.precision import StateSpec
 from fusedopt.without_data import has_data
 from fusedopt_kernels.layout import overlaps_itself
 
@@ -18,16 +19,37 @@ _WAY_OUT = (
 )
 
 
+class Specs:
+    """`state_specs` of many parameters: declared once for those of one group, dtype and number of dimensions.
+
+    Args:
+        optimizer: whose states they are.
+        options: in place of the groups'.
+    """
+
+    def __init__(self, optimizer: "FusedOptimizer", options: dict[str, Any] | None = None) -> None:
+        self._optimizer, self._options = optimizer, options or {}
+        self._known: dict[tuple[int, torch.dtype, int], dict[str, StateSpec]] = {}
+
+    def __call__(self, p: Tensor, group: dict[str, Any]) -> dict[str, StateSpec]:
+        key = id(group), p.dtype, p.dim()
+        if key not in self._known:
+            self._known[key] = self._optimizer.state_specs(p, {**group, **self._options})
+        return self._known[key]
+
+
 def all_fit(optimizer: "FusedOptimizer", groups: list[dict[str, Any]], grads: list[list[Tensor | None]]) -> bool:
     """True if all states fit, those that this step skips included; raises RuntimeError for one that it needs."""
     counts_all = optimizer.shares_steps()
+    specs = Specs(optimizer)
+    needed = Specs(optimizer, {name: off for name, (off, _) in optimizer.state_options.items()})
     fit = True
     for group, row in zip(groups, grads):
         for p, g in zip(group["params"], row):
             state = optimizer.state.get(p)
             if not state:
                 continue
-            miscounted, misfit = _wrong_count(p, state), _misfit(optimizer, p, group, state)
+            miscounted, misfit = _wrong_count(p, state), _misfit(p, specs(p, group), needed(p, group), state)
             wrong = misfit or miscounted
             if wrong and g is not None:
                 raise RuntimeError(f"{wrong}; {_WAY_OUT}")
@@ -49,14 +71,13 @@ def _wrong_count(p: Tensor, state: dict[str, Any]) -> str | None:
     )
 
 
-def _misfit(optimizer: "FusedOptimizer", p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> str | None:
+def _misfit(p: Tensor, specs: dict[str, StateSpec], needed: dict[str, StateSpec], state: dict[str, Any]) -> str | None:
     """A sentence on what does not fit, None if all does. Extra tensors that the user keeps in the state are ignored."""
     made_for = _made_for(state)
     if made_for is not None and made_for != p.shape:
         return f"a parameter is of shape {tuple(p.shape)} now, and its state was made for one of {tuple(made_for)}"
     mine = sharding.shard(p)
-    needed = optimizer.state_specs(p, {**group, **{name: off for name, (off, _) in optimizer.state_options.items()}})
-    for name, spec in optimizer.state_specs(p, group).items():
+    for name, spec in specs.items():
         t, shape = state.get(name), spec.shape(p)
         if t is None and name not in needed:
             continue  # The option was switched on after the state was made: the step adds it.
