@@ -235,7 +235,7 @@ def test_a_remainder_of_another_dtype_is_refused(bad):
     saved = copy.deepcopy(optimizer.state_dict())
     saved["state"][0]["remainder"] = saved["state"][0]["remainder"].to(bad)
     before = copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(ValueError, match="remainder of dtype .* expected torch.int16"):
+    with pytest.raises(ValueError, match=r"remainder of dtype .*, expected torch.int16"):
         optimizer.load_state_dict(saved)
     assert_same(optimizer.state_dict(), before)
 

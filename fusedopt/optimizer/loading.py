@@ -216,7 +216,7 @@ def _laid_out(
     if completing and completing in optimizer.state_specs(p, group) and completing not in saved:
         copies = [saved[name] for name in FLOAT32_COPIES if name in saved]
         if copies and isinstance(copies[0], Tensor) and copies[0].shape == p.shape:
-            copy = sharding.shard(sharding.sharded_like(copies[0].detach().to(p.device, torch.float32), p))
+            copy = sharding.shard(sharding.sharded_like(copies[0].detach().to(p.device, torch.float32, copy=True), p))
             mine = copy if p.dtype is torch.float16 else remainder_beside(sharding.shard(p.detach()), copy)
             state[completing] = sharding.with_shard(p.detach(), mine)
     return state
