@@ -1,7 +1,7 @@
 """AdamW on the eager backend: torch's own fused CPU kernel wherever it can serve, the rules on tensors elsewhere."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -66,8 +66,9 @@ class EagerAdamW(EagerStepper):
         served = _fused_serves(columns, part.factor) if may_fuse else ()
         if served:
             fused = columns if len(served) == len(columns.p) else columns.only(served)
-            for some in [fused] if part.factor == 1.0 else _scaled_parts(fused, part.factor):
-                _fused_update(hyper, some, part.step, *scalars)
+            update = _fused(hyper, part.step, *scalars)
+            for each in [fused] if part.factor == 1.0 else _scaled_parts(fused, part.factor):
+                update(each)
         if len(served) < len(columns.p):
             rest = sorted(set(range(len(columns.p))).difference(served))
             plain = Storage([None] * len(rest), False, None, None)
@@ -134,24 +135,29 @@ def _is_like(t: Tensor, p: Tensor) -> bool:
     return t.dtype == p.dtype and same_layout(t, p)
 
 
-def _fused_update(
-    hyper: AdamWHyper, columns: _Columns, step: float, decay_step: float, step_size: float, eps_hat: float
-) -> None:
+def _fused(
+    hyper: AdamWHyper, step: float, decay_step: float, step_size: float, eps_hat: float
+) -> Callable[[_Columns], None]:
     """torch's kernel computes torch's convention, so it gets the lr, decay and eps that turn it into our scalars."""
     correction1 = 1.0 - hyper.beta1**step
     root2 = math.sqrt(1.0 - hyper.beta2**step)
     lr = step_size * correction1 / root2
-    torch._fused_adamw_(
-        *columns,
-        [torch.tensor(step, dtype=torch.float32, device="cpu")] * len(columns.p),
-        lr=lr,
-        beta1=hyper.beta1,
-        beta2=hyper.beta2,
-        weight_decay=decay_step / lr,
-        eps=eps_hat / root2,
-        amsgrad=hyper.amsgrad,
-        maximize=hyper.maximize,
-    )
+    count = torch.tensor(step, dtype=torch.float32, device="cpu")
+
+    def update(columns: _Columns) -> None:
+        torch._fused_adamw_(
+            *columns,
+            [count] * len(columns.p),
+            lr=lr,
+            beta1=hyper.beta1,
+            beta2=hyper.beta2,
+            weight_decay=decay_step / lr,
+            eps=eps_hat / root2,
+            amsgrad=hyper.amsgrad,
+            maximize=hyper.maximize,
+        )
+
+    return update
 
 
 def _stored_update(
@@ -171,13 +177,13 @@ def _stored_update(
     """
     weight1, weight2 = 1.0 - hyper.beta1, 1.0 - hyper.beta2
     ascending = hyper._replace(maximize=False)  # the sign is in the factor
+    fused = None if fused_step is None else _fused(ascending, fused_step, decay_step, step_size, eps_hat)
 
     def rule(sizes: list[int], p: Tensor, g: Tensor, m: Tensor, v: Tensor, h: Tensor | None = None) -> list[Tensor]:
-        if fused_step is not None:
+        if fused is not None:
             tensors = [p, g, m, v] if h is None else [p, g, m, v, h]
             alone = [list(t.split(sizes)) if len(sizes) > 1 else [t] for t in tensors]
-            some = _Columns(*alone, *[[]] * (h is None))
-            _fused_update(ascending, some, fused_step, decay_step, step_size, eps_hat)
+            fused(_Columns(*alone, *[[]] * (h is None)))
             return [p, *tensors[2:]]
         m, v = rules.adam_moments(g, m, v, hyper.beta1, weight1, hyper.beta2, weight2)
         largest = v if h is None else torch.maximum(h, v)
@@ -185,5 +191,4 @@ def _stored_update(
         return [p, m, v] if h is None else [p, m, v, largest]
 
     signed = -factor if hyper.maximize else factor
-    in_order = fused_step is not None
-    apply(rule, columns, signed, storage, (False, True, False), in_order=in_order)
+    apply(rule, columns, signed, storage, (False, True, False), lean=fused is not None)

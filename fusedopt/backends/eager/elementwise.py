@@ -5,8 +5,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from fusedopt.backends.eager.rounding import round_into
+from fusedopt.backends.eager.rounding import rounded
 from fusedopt.backends.eager.stepper import EagerStepper, Part
 from fusedopt.backends.eager.storage import Storage, as_cached, moment_bits, read_weight, weight_bits, write_weight
 from fusedopt.backends.scratch import scratch
@@ -15,6 +16,11 @@ from fusedopt_kernels.layout import is_dense, same_layout
 
 _PART = 1 << 18
 """Elements that a rule is given at a time: many small tensors joined, or a piece of a large one."""
+
+_LEAN_PART = 1 << 19
+"""The same for a rule without temporaries, such as torch's kernel. With parts of 2^18, 2^19 and 2^20, the operations
+that 50M master weights need took 1.29, 1.19 and 1.28 times as long as float32 weights that are copied, on two
+threads."""
 
 Columns = Sequence[list[Tensor]]
 """Parameters, gradients, and a list for each state; a state that is not used has an empty one."""
@@ -48,7 +54,7 @@ def apply(
     storage: Storage,
     stochastic_states: Sequence[bool],
     *,
-    in_order: bool = False,
+    lean: bool = False,
 ) -> None:
     """Updates parameters and states by a rule, whatever their layout, in at least float32, rounded once.
 
@@ -58,34 +64,33 @@ def apply(
         factor: on the gradients.
         storage: of the parameters.
         stochastic_states: for each state, whether one of 16 bits is rounded stochastically where anything is.
-        in_order: whether the rule is to get tensors that are not contiguous alone, as they are.
+        lean: whether the rule works in place, in the order of memory: it gets longer parts, and alone, as they are,
+            tensors that are not contiguous.
     """
-    alike: dict[torch.dtype, list[int]] = {}
-    for i, p in enumerate(columns[0]):
-        alike.setdefault(p.dtype, []).append(i)
-    in_order = in_order or storage.keys is not None
-    for dtype, which in alike.items():
+    alike: dict[tuple[torch.dtype, ...], list[int]] = {}
+    for i in range(len(columns[0])):
+        alike.setdefault(tuple([column[i].dtype for column in columns if column]), []).append(i)
+    in_order = lean or storage.keys is not None
+    for which in alike.values():
         masters = storage.masters if storage.masters[which[0]] is not None else []
-        numbered = storage.keys is not None and dtype.itemsize == 2
         everything: Any = [*columns, masters]
-        for piece in parts(everything, which, _PART, in_order=in_order):
+        kept = [column[which[0]] for column in (columns[0], *columns[2:]) if column]
+        numbered = storage.keys is not None and any(t.dtype.itemsize == 2 for t in kept)
+        for piece in parts(everything, which, _LEAN_PART if lean else _PART, in_order=in_order):
             params, grads, *states, completing = piece.columns
-            p = _weights(params, completing)
-            g = as_cached(_joined(grads), "gradient", p.dtype)
-            others = [_joined(column).to(p.dtype) for column in states if column]
-            new = rule(piece.sizes, p, g if factor == 1.0 else g * factor, *others)
-            words = None
-            if numbered or (
-                storage.keys is not None and any(column[0].dtype.itemsize == 2 for column in states if column)
-            ):
-                words = storage.words(piece.which, piece.sizes, piece.start, p.device)
-            _store_weights(
-                params, completing, new[0], weight_bits(words) if storage.stochastic and words is not None else None
-            )
+            narrow, master = _joined(params), _joined(completing) if completing else None
+            p = _read(narrow, master)
+            g = as_cached(_joined(grads), p.dtype, factor)
+            new = rule(piece.sizes, p, g, *[_joined(column).to(p.dtype) for column in states if column])
+            words = storage.words(piece.which, piece.sizes, piece.start, p.device) if numbered else None
+            bits = weight_bits(words) if words is not None and storage.stochastic else None
+            write_weight(narrow, master, new[0], _like(bits, narrow))
+            _spread(narrow, params)
+            if master is not None:
+                _spread(master, completing)
             for targets, values, stochastic in zip(filter(None, states), new[1:], stochastic_states):
-                _store(
-                    targets, values, moment_bits(words, targets[0].dtype) if stochastic and words is not None else None
-                )
+                bits = moment_bits(words, targets[0].dtype) if words is not None and stochastic else None
+                _spread(rounded(values, targets[0].dtype, _like(bits, values)), targets)
 
 
 class Piece(NamedTuple):
@@ -147,41 +152,26 @@ def _pieces(i: int, one: list[list[Tensor]], size: int) -> Iterator[Piece]:
         yield Piece([i], k * size, [[pieces[k] for pieces in column] for column in cut])
 
 
-def _weights(params: list[Tensor], masters: list[Tensor]) -> Tensor:
-    p = _joined(params)
+def _read(p: Tensor, master: Tensor | None) -> Tensor:
     on_cpu = p.device.type == "cpu" and p.is_contiguous() and p.dtype.itemsize == 2
-    out = scratch.like(p, "weight", torch.float32) if on_cpu else None
-    return read_weight(p, _joined(masters) if masters else None, out)
+    return read_weight(p, master, scratch.like(p, "weight", torch.float32) if on_cpu else None)
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat([t.reshape(-1) for t in tensors])
+    """A copy of several tensors; one is returned itself."""
+    return tensors[0] if len(tensors) == 1 else _flatten_dense_tensors(tensors)
 
 
-def _store_weights(params: list[Tensor], masters: list[Tensor], weights: Tensor, bits: Tensor | None) -> None:
-    if len(params) == 1:
-        write_weight(
-            params[0], masters[0] if masters else None, weights, None if bits is None else bits.view_as(weights)
-        )
-        return
-    if not masters:
-        _store(params, weights, bits)
-        return
-    p, master = _joined(params), _joined(masters)  # copies
-    write_weight(p, master, weights, None)
-    _store(params, p, None)
-    _store(masters, master, None)
+def _spread(values: Tensor, targets: list[Tensor]) -> None:
+    """Writes what `_joined` made of tensors, or new values of it, back."""
+    if len(targets) > 1:
+        torch._foreach_copy_(targets, _unflatten_dense_tensors(values, targets))
+    elif values.data_ptr() != targets[0].data_ptr():  # else they are there
+        targets[0].copy_(values)
 
 
-def _store(targets: list[Tensor], values: Tensor, bits: Tensor | None) -> None:
-    if len(targets) == 1:
-        if values.data_ptr() != targets[0].data_ptr():  # else the rule wrote to it
-            round_into(targets[0], values, None if bits is None else bits.view_as(values))
-        return
-    sizes = [t.numel() for t in targets]
-    all_bits = [None] * len(sizes) if bits is None else bits.split(sizes)
-    for target, value, own in zip(targets, values.split(sizes), all_bits):
-        round_into(target, value.view(target.shape), None if own is None else own.view(target.shape))
+def _like(bits: Tensor | None, t: Tensor) -> Tensor | None:
+    return None if bits is None else bits.view(t.shape)
 
 
 def sign(x: Tensor) -> Tensor:

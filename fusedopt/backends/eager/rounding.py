@@ -1,5 +1,6 @@
 """Rounding to 16 bits: to nearest, or to one of the two neighbours by random bits."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,20 +13,33 @@ from fusedopt_kernels import rules
 
 
 def round_into(target: Tensor, exact: Tensor, bits: Tensor | None = None) -> None:
-    """Writes `exact` into `target`.
+    """Writes `exact`, of the same shape, into `target`; see `rounded`."""
+    target.copy_(rounded(exact, target.dtype, bits))
+
+
+def rounded(exact: Tensor, dtype: torch.dtype, bits: Tensor | None = None) -> Tensor:
+    """`exact` as it is to be copied into a tensor of this dtype.
 
     Args:
-        target: of any dtype.
-        exact: of the same shape.
+        exact: of any dtype.
+        dtype: of the tensor.
         bits: int32 in [0, 2^16), of the same shape: numbers are rounded up in magnitude if the part that does not fit
-            and these bits make a whole unit. None, or a target of more than 16 bits: rounds to nearest even.
+            and these bits make a whole unit. None, or a dtype of more than 16 bits: rounds to nearest even.
     """
-    if exact.dtype == torch.float64 and target.dtype.itemsize == 2:
+    if dtype.itemsize > 2:
+        return exact
+    if exact.dtype == torch.float64:
         # Through float32 a number may come to lie on a tie; for random bits, 2^-24 of it does not matter.
         exact = _to_odd(exact) if bits is None else exact.to(torch.float32)
-    if bits is not None and target.dtype.itemsize == 2:
-        exact = (_stochastic_bfloat16 if target.dtype == torch.bfloat16 else _stochastic_float16)(exact, bits)
-    target.copy_(exact)
+    if bits is None:
+        return exact
+    return (_stochastic_bfloat16 if dtype == torch.bfloat16 else _stochastic_float16)(exact, bits)
+
+
+def is_finite(t: Tensor) -> bool:
+    """False if there is an infinity or a NaN; of large numbers perhaps, too. In one pass, many times as fast as asking
+    of each number."""
+    return math.isfinite(t.sum())
 
 
 def _to_odd(exact: Tensor) -> Tensor:
@@ -43,9 +57,9 @@ def _to_odd(exact: Tensor) -> Tensor:
 
 def _stochastic_bfloat16(x: Tensor, bits: Tensor) -> Tensor:
     """float32 that bfloat16 holds; what would round past the largest one becomes it."""
-    rounded = ((x.view(torch.int32) + bits) & -0x10000).view(torch.float32)
     largest = torch.finfo(torch.bfloat16).max
-    return torch.where(x.abs() < torch.inf, rounded.clamp_(-largest, largest), x)
+    rounded = (x.view(torch.int32) + bits).bitwise_and_(-0x10000).view(torch.float32).clamp_(-largest, largest)
+    return rounded if is_finite(x) else torch.where(x.abs() < torch.inf, rounded, x)
 
 
 _LEAST_NORMAL = 2.0**-14
@@ -68,23 +82,18 @@ def _stochastic_float16(x: Tensor, bits: Tensor) -> Tensor:
 # Random bits. torch has no unsigned arithmetic, and its int32 wraps.
 
 
-def _shift(x: Any, n: int) -> Any:
-    return (x >> n) & ((1 << (32 - n)) - 1)
-
-
-def _times(x: Any, constant: int) -> Any:
-    return x * _signed(constant)
-
-
 def _signed(word: int) -> int:
     return (word & 0xFFFFFFFF) - ((word & 0x80000000) << 1)
 
 
-def _scramble(x: Tensor) -> Tensor:
-    """`rules.scramble` of int32, in place."""
-    x.bitwise_xor_(_shift(x, 16)).mul_(_signed(0x7FEB352D))
-    x.bitwise_xor_(_shift(x, 15)).mul_(_signed(0x846CA68B))
-    return x.bitwise_xor_(_shift(x, 16))
+def _scramble(x: Tensor, shifted: Tensor) -> Tensor:
+    """`rules.scramble` of int32, in place; with memory for as many."""
+    for n, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+        torch.bitwise_right_shift(x, n, out=shifted)
+        x.bitwise_xor_(shifted.bitwise_and_((1 << (32 - n)) - 1))
+        if factor != 1:
+            x.mul_(_signed(factor))
+    return x
 
 
 def random_keys(seed: int, numbers: Sequence[int], step: float) -> np.ndarray:
@@ -124,22 +133,26 @@ def random_words(
         positions: where each is in its whole parameter, of which it is a shard; None for a whole one.
         device: of the result.
     """
-    first = torch.arange(start, start + sum(sizes), dtype=torch.int64, device=device)
+    n = sum(sizes)
     sharded = any(position is not None for position in positions)
     columns = list(torch.from_numpy(keys.astype(np.int32)).to(device).unbind(1))
     if sharded:
         places = [position or _WHOLE for position in positions]
         columns += torch.tensor(places, dtype=torch.int64, device=device).unbind(1)
+    wide = sharded or start + n > 1 << 31
+    first = torch.arange(start, start + n, dtype=torch.int64 if wide else torch.int32, device=device)
     if len(sizes) > 1:
         counts = torch.tensor(sizes, device=device)
-        first -= (counts.cumsum(0) - counts).repeat_interleave(counts)
-        columns = [column.repeat_interleave(counts) for column in columns]
+        columns.append((counts.cumsum(0) - counts).to(first.dtype))
+        *columns, before = (column.repeat_interleave(counts, output_size=n) for column in columns)
+        first -= before
     key0, key1, *place = columns
     if sharded:
         length, gap, offset = place
         first += (first // length).mul_(gap).add_(offset)
-    low, high = first.to(torch.int32), first >> 32
-    word = _scramble(low.bitwise_xor_(key0)).add_(key1)
-    if sharded or start + sum(sizes) > 1 << 32:
-        word += _times(high.to(torch.int32), 0x9E3779B9)
-    return _scramble(word)
+    word = first.to(torch.int32).bitwise_xor_(key0)
+    shifted = torch.empty_like(word)
+    _scramble(word, shifted).add_(key1)
+    if wide:
+        word += (first >> 32).to(torch.int32) * _signed(0x9E3779B9)
+    return _scramble(word, shifted)

@@ -1,6 +1,5 @@
 """Weights and moments as `precision` declares them: read at least in float32, and written back."""
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusedopt.backends.eager.rounding import random_keys, random_words, round_into
+from fusedopt.backends.eager.rounding import is_finite, random_keys, random_words, round_into
 from fusedopt.backends.eager.stepper import Part
 from fusedopt.backends.scratch import scratch
 from fusedopt.interface import ShardInfo
@@ -32,9 +31,9 @@ def read_weight(p: Tensor, master: Tensor | None, out: Tensor | None = None) -> 
         return weight
     if master.dtype == torch.float32:
         return torch.where(master.to(p.dtype) == p, master, weight)
-    weight.view(torch.int32).add_(as_cached(master, "remainder", torch.int32))
+    weight.view(torch.int32).add_(as_cached(master, torch.int32))
     # Zeros and infinities have remainders of one sign only: with one that is left over they would become NaN.
-    if not _is_finite(weight):
+    if not is_finite(weight):
         weight = torch.where(weight.isnan(), p.to(torch.float32), weight)
     return weight
 
@@ -54,7 +53,7 @@ def write_weight(p: Tensor, master: Tensor | None, weight: Tensor, bits: Tensor 
     elif master.dtype == torch.float32:
         master.copy_(weight)
         p.copy_(weight)
-    elif _is_finite(weight):
+    elif is_finite(weight):
         words = weight.view(torch.int32)
         master.copy_(words)  # the lower half
         # Now no weight is on a tie, where bfloat16 would go to the even neighbour, and the remainder always up.
@@ -67,19 +66,13 @@ def write_weight(p: Tensor, master: Tensor | None, weight: Tensor, bits: Tensor 
         p.view(torch.int16).copy_(words.add_(0x8000).bitwise_right_shift_(16))
 
 
-def as_cached(t: Tensor, use: str, dtype: torch.dtype) -> Tensor:
-    """`t` in another dtype, on a CPU in memory that stays in the cache and that the next tensor of this use gets."""
-    if t.dtype == dtype:
-        return t
-    if t.device.type != "cpu" or not t.is_contiguous():
-        return t.to(dtype)
-    return scratch.like(t, use, dtype).copy_(t)
-
-
-def _is_finite(t: Tensor) -> bool:
-    """False if there is an infinity or a NaN; of large numbers perhaps, too. In one pass, many times as fast as asking
-    of each number."""
-    return math.isfinite(t.sum())
+def as_cached(t: Tensor, dtype: torch.dtype, factor: float = 1.0) -> Tensor:
+    """`t` in another dtype, times a factor; on a CPU in memory that stays in the cache and that the next one gets."""
+    if t.dtype != dtype:
+        on_cpu = t.device.type == "cpu" and t.is_contiguous()
+        t = scratch.like(t, "wide", dtype).copy_(t) if on_cpu else t.to(dtype)
+        return t if factor == 1.0 else t.mul_(factor)
+    return t if factor == 1.0 else t * factor
 
 
 def remainder_beside(p: Tensor, weight: Tensor) -> Tensor:
