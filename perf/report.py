@@ -19,8 +19,6 @@ from perf.traffic import OWNERS
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
-
 OURS, OTHERS, INK = "#0072B2", "#B4BBC3", "#1F2933"
 """The package in blue, everyone else in grey: the eye should find one thing."""
 
@@ -116,6 +114,23 @@ def goals_table(outcomes: Sequence[goals.Outcome], markdown: bool = False) -> st
     return table(rows, markdown)
 
 
+def decay_table(run: Run, markdown: bool = False) -> str:
+    """Returns what weight decay leaves of 16-bit weights, and the bytes per parameter, of every optimizer."""
+    rows = []
+    for r in run.of("decay"):
+        row = {"optimizer": r["optimizer"], "": r["provider"]}
+        done = r["status"] == "measured"
+        cells = {
+            f"weights left (right: {r['right']:.3f})": "{left:.3f}" if done else "{status}",
+            "weight + gradient + states": "{bytes[weight]:.0f} + {bytes[gradient]:.0f} + {bytes[state]:.2f}" * done,
+            "bytes": "{total:.2f}" * done,
+            "a step moves": "{moved:.1f}" if "moved" in r else "",
+        }
+        rows.append({**row, **{head: cell.format(**r) for head, cell in cells.items()}})
+    others = ", ".join(f"{name} {version}" for r in run.of("environment") for name, version in r["others"].items())
+    return "\n\n".join([table(rows, markdown), *([f"Other packages: {others}."] if others else [])])
+
+
 def text(run: Run, markdown: bool = False) -> str:
     """Returns the whole report of one run."""
     heading, below = ("### ", "\n") if markdown else ("", "")
@@ -127,6 +142,8 @@ def text(run: Run, markdown: bool = False) -> str:
         parts.append(f"{heading}{name}: {workload}, {size}\n{below}{steps_table(group, run, markdown)}")
     if run.comparisons:
         parts.append(goals_table(goals.judge(run), markdown))
+    if run.of("decay"):
+        parts.append(f"{heading}weight decay in bfloat16, and bytes per parameter\n{below}{decay_table(run, markdown)}")
     for kind, (title, columns) in TABLES.items():
         if rows := [{head: cell.format(**r) for head, cell in columns.items()} for r in run.of(kind)]:
             parts.append(f"{heading}{title}\n\n{table(rows, markdown)}")
@@ -134,11 +151,19 @@ def text(run: Run, markdown: bool = False) -> str:
 
 
 def between_marks(document: str, run: Run) -> str:
-    """Returns the document with machine and goals of a run between its marks, instead of what stood there."""
-    shown = "\n\n".join([BEGIN, run.machine, goals_table(goals.judge(run), markdown=True), END])
-    filled, found = re.subn(f"(?s){BEGIN}.*?{END}", lambda _: shown, document, count=1)
+    """Returns the document with machine and table of a run between the marks of what it measured."""
+    if run.comparisons:
+        document = _filled(document, "measured", run.machine, goals_table(goals.judge(run), markdown=True))
+    if run.of("decay"):
+        document = _filled(document, "decay", run.machine, decay_table(run, markdown=True))
+    return document
+
+
+def _filled(document: str, name: str, *parts: str) -> str:
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    filled, found = re.subn(f"(?s){begin}.*?{end}", lambda _: "\n\n".join([begin, *parts, end]), document, count=1)
     if not found:
-        raise ValueError(f"the document needs the marks {BEGIN} and {END}")
+        raise ValueError(f"the document needs the marks {begin} and {end}")
     return filled
 
 
@@ -202,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("files", nargs="+", type=Path, help="JSON lines of any command of perf")
     parser.add_argument("--markdown", action="store_true", help="tables as Markdown")
     parser.add_argument("--picture", type=Path, help="also draw the bars into this file")
-    parser.add_argument("--into", type=Path, help="also put machine and goals between the marks in this Markdown file")
+    parser.add_argument("--into", type=Path, help="also put machine and table between the marks in this Markdown file")
     options = parser.parse_args(arguments)
     run = Run([record for path in options.files for record in results.read(path)])
     print(text(run, options.markdown), flush=True)
