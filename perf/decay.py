@@ -76,14 +76,15 @@ OTHERS = (
     _other("Lion", "flashoptim, 24-bit weights, 8-bit states", "flashoptim.FlashLion"),
 )
 
-ROWS = (
-    *(
-        Row(name, Provider(f"fusedopt, {policy}", name, f"fusedopt.{cls}", {**options, **POLICIES[policy]}, ours=True))
-        for name, (cls, options) in OURS.items()
-        for policy in POLICIES
-    ),
-    *OTHERS,
+_MINE = tuple(
+    Row(name, Provider(f"fusedopt, {policy}", name, f"fusedopt.{cls}", {**options, **POLICIES[policy]}, ours=True))
+    for name, (cls, options) in OURS.items()
+    for policy in POLICIES
 )
+
+_ORDER = list(dict.fromkeys(row.optimizer.partition(",")[0] for row in _MINE))
+
+ROWS = tuple(sorted((*_MINE, *OTHERS), key=lambda row: _ORDER.index(row.optimizer.partition(",")[0])))
 
 
 def run(row: Row, device: torch.device) -> Record:

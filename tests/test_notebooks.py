@@ -10,7 +10,7 @@ from nbclient import NotebookClient
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 
 # Figures that a reader must see.
-FIGURES = {"performance.ipynb": 5, "schedules.ipynb": 4}
+FIGURES = {"low_precision.ipynb": 2, "performance.ipynb": 5, "schedules.ipynb": 4}
 
 
 def figures(notebook):
