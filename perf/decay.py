@@ -123,7 +123,9 @@ def _bytes(value: Any) -> int:
 
 def moved(row: Row) -> float:
     """Returns the bytes per parameter that a step of ours moves, counted load by load; needs TRITON_INTERPRET=1."""
-    traced = traffic.trace(lambda params: row.provider.make(params, backend="triton"), [SHAPE], row.dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = traffic.trace(lambda params: row.provider.make(params, backend="triton"), [SHAPE], row.dtype)
     total = sum(traced.total(access, owner) for access in ("read", "written") for owner in traffic.OWNERS)
     return total / (SHAPE[0] * SHAPE[1])
 

@@ -2,8 +2,9 @@
 
 Runs from a bare checkout (`PYTHONPATH=.:kernels`) without a package registry. Each part is a process of its own, so
 that a fault in one of them, which costs it the device, costs the others nothing; each writes before the next starts.
-In DIR: `results.jsonl` and `sweeps.jsonl` (measurements), `static.jsonl` (registers, spills, bytes), `parts.jsonl`
-(what ran, how it ended, how long it took), `log.txt` (all output), `report.md` and `performance.png`.
+In DIR: `results.jsonl` and `sweeps.jsonl` (measurements), `static.jsonl` (registers, spills, bytes),
+`low_precision.jsonl` (weight decay in bfloat16), `parts.jsonl` (what ran, how it ended, how long it took), `log.txt`
+(all output), `report.md` and `performance.png`.
 """
 
 import argparse
@@ -48,6 +49,7 @@ GPU_PARTS = (
     Part("tests that need a GPU", "{python} -m pytest -q -x -m gpu tests", 120),
     Part("benchmarks", f"{_BENCH}/results.jsonl --plan cuda", 330),
     Part("static report", _STATIC, 90),
+    Part("weight decay in bfloat16", "{python} -m perf.decay --out {out}/low_precision.jsonl", 120),
     Part("sweeps", f"{_BENCH}/sweeps.jsonl --plan sweeps", 180),
     Part("kernel tests on the device", "{python} -m pytest -q -m 'not gpu' tests -k 'triton or kernel'", 150),
     Part("more benchmarks", f"{_BENCH}/results.jsonl --plan cuda-rest", 300),
