@@ -25,3 +25,14 @@ def test_links_and_pictures_exist(path):
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
         if "://" not in target:
             assert (path.parent / target).exists(), f"{path.name} points to {target}, which does not exist"
+
+
+DIFF = re.findall(r"```diff\n(.*?)```", (ROOT / "docs" / "adding-an-optimizer.md").read_text(), re.DOTALL)
+
+
+def test_the_diff_of_the_documents_is_the_code():
+    code = "\n".join(path.read_text() for folder in ("fusedopt", "kernels") for path in (ROOT / folder).rglob("*.py"))
+    there = set(code.splitlines())
+    added = [line[1:] for block in DIFF for line in block.splitlines() if line.startswith("+")]
+    assert len(added) > 50
+    assert [line for line in added if line not in there] == []
