@@ -41,14 +41,14 @@ def independent(a, b, buckets=16):
 
 
 def test_words_are_uniform():
-    for bits in (weight_bits(words()), moment_bits(words())):
+    for bits in (weight_bits(words()), moment_bits(words(), torch.bfloat16)):
         counts = torch.bincount(bits.to(torch.int64) >> 8, minlength=256).double()
         chi2 = float(((counts - MANY / 256) ** 2 / (MANY / 256)).sum())
         assert abs(chi2 - 255) < 6 * (2 * 255) ** 0.5
         assert abs(float(bits.double().mean()) - 32767.5) < 6 * 65536 / 12**0.5 / MANY**0.5
 
 
-@pytest.mark.parametrize("half", [weight_bits, moment_bits])
+@pytest.mark.parametrize("half", [weight_bits, lambda w: moment_bits(w, torch.bfloat16)], ids=["weights", "moments"])
 def test_there_is_no_correlation_between(half):
     first = half(words())
     independent(first[:-1], first[1:])  # neighbours
@@ -64,7 +64,7 @@ def test_there_is_no_correlation_between(half):
 
 
 def test_there_is_no_correlation_between_the_bits_of_weights_and_moments():
-    independent(weight_bits(words()), moment_bits(words()))
+    independent(weight_bits(words()), moment_bits(words(), torch.bfloat16))
 
 
 def test_words_of_two_steps_are_not_the_same_words_in_another_order():
