@@ -45,8 +45,8 @@ def is_finite(t: Tensor) -> bool:
 def _to_odd(exact: Tensor) -> Tensor:
     """float32 from which 16 bits are rounded as from the float64 itself.
 
-    Of the two float32 around a number that is none, it takes the one whose last bit is 1: that is on no tie of a
-    shorter dtype, and on the side of every tie that the number was on.
+    Of the two float32 values around a number that is not one, it takes the one whose last bit is 1: that is on no tie
+    of a shorter dtype, and on the side of every tie that the number was on.
     """
     nearest = exact.to(torch.float32)
     bits = nearest.view(torch.int32)

@@ -17,7 +17,7 @@ from fusedopt.precision import NUMBER, master_state
 def read_weight(p: Tensor, master: Tensor | None, out: Tensor | None = None) -> Tensor:
     """The weight of a parameter, at least in float32; `p` itself if it is one.
 
-    Whoever writes to a parameter is heard: what completes it counts only as far as it still fits.
+    What completes a parameter counts only as far as it still fits: others may have written to the parameter.
 
     Args:
         p: the parameter.
