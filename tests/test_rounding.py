@@ -9,7 +9,9 @@ from helpers.comparing import assert_same
 
 from fusedopt import AdamW
 from fusedopt.accumulate import GradientAccumulator
-from fusedopt.backends.eager.rounding import round_into
+from fusedopt.backends.eager.rounding import random_keys, round_into
+from fusedopt.backends.eager.storage import Storage
+from fusedopt.interface import ShardInfo, ShardPosition
 
 HALVES = {torch.bfloat16: 8, torch.float16: 11}
 """16-bit dtypes and the digits of their numbers."""
@@ -86,3 +88,14 @@ def test_float64_gradients_are_rounded_once_when_they_are_added_to_sums_of_16_bi
     (total,) = accumulator.gradients
     expected = rounded_once(rounded_once(exact, half).double() + exact, half)
     assert_same(total.cpu(), expected)
+
+
+def test_shards_that_are_updated_together_have_the_random_words_of_their_places():
+    keys, positions = random_keys(5, [0, 1], 1.0), [ShardPosition(3, 9, 4), ShardPosition(10, 0, 2**32 - 5)]
+    infos = [ShardInfo(torch.Size((100,)), (), (), (), position) for position in positions]
+    both = Storage([None] * 2, True, keys, infos).words([0, 1], [6, 10], 0, torch.device("cpu"))
+    for i, places in enumerate(([4, 5, 6, 16, 17, 18], range(2**32 - 5, 2**32 + 5))):
+        for word, place in zip(both.split([6, 10])[i], places):
+            info = infos[i]._replace(position=ShardPosition(1, 0, place))
+            alone = Storage([None], True, keys[i : i + 1], [info]).words([0], [1], 0, torch.device("cpu"))
+            assert alone == word
