@@ -94,7 +94,7 @@ def update(chunks, rows, scalars, T: tl.constexpr, A: tl.constexpr):
         g, m, v, beta1.to(S.compute), (1.0 - beta1).to(S.compute), beta2.to(S.compute), (1.0 - beta2).to(S.compute)
     )
     tl.store(m_at, narrow(m, S.exp_avg), mask=mask)
-    words = words_of_piece(row, scalar, first, offsets, T, S)
+    words = words_of_piece(row, scalar, first, offsets, v, T, S)
     store_average_of_squares(v, v_at, words, mask, S.exp_avg_sq, S.rounding)
     if S.max_exp_avg_sq is not None:
         v = tl.maximum(h, v, propagate_nan=tl.PropagateNan.ALL)

@@ -10,7 +10,6 @@ import triton.language as tl
 
 from fusedopt_kernels.device import (
     device_function,
-    div_rn,
     dtype_name,
     load_pointer,
     load_size,
@@ -77,28 +76,37 @@ def pointers_or_none(cell, DTYPE: tl.constexpr, first, offsets, A: tl.constexpr)
 
 
 @device_function
-def words_of_piece(row, scalar, first, offsets, T: tl.constexpr, A: tl.constexpr):
-    """The random words of the elements of a piece; None where nothing is rounded stochastically."""
+def words_of_piece(row, scalar, first, offsets, x, T: tl.constexpr, A: tl.constexpr):
+    """The random words of the elements of a piece, of which x are some numbers; None if nothing is rounded at random."""
     words = None
     if A.rounding > 0:
         key0, key1 = load_keys(scalar + T.scalars.keys)
         if A.sharded:
             # Lines of a shard, of `length` elements each, are apart in the whole parameter. `line` is that of the first
-            # element, of whose line the piece has `rest`. Divisions of integers for each element would be slow; in
-            # float32, half a unit keeps quotients of numbers below 2^12 away from the next integer.
+            # element, of whose line the piece has `rest`. Integers are divided by floating point, which is faster: half
+            # a unit keeps quotients of numbers below 2^51 in float64, below 2^12 in float32, off the next integer.
             length = tl.load(row + T.row.shard_length)
             gap = tl.load(row + T.row.shard_gap)
-            line = first // length
+            one_by_length = tl.load(scalar + T.scalars.one_by_length)
+            line = ((first.to(tl.float64) + 0.5) * one_by_length).to(tl.int64)
             step = tl.minimum(length, A.block).to(tl.int32)
             rest = tl.minimum((line + 1) * length - first, step.to(tl.int64)).to(tl.int32)
-            lines = ((offsets + (step - rest)).to(tl.float32) + 0.5) * div_rn(1.0, step.to(tl.float32))
+            # Where all of these are multiples of 16, so many elements are next to each other, and no sum has a carry.
+            together: tl.constexpr = 16 if A.aligned else 1
+            of_group = offsets & -together
+            per_line = tl.maximum(one_by_length.to(tl.float32), 1.0 / A.block)
+            lines = ((of_group + (step - rest)).to(tl.float32) + 0.5) * per_line
             start = first + line * gap + tl.load(row + T.row.shard_offset)
-            index = start + offsets + lines.to(tl.int32).to(tl.int64) * gap
-            words = random_words(index.to(tl.uint32), (index >> 32).to(tl.uint32), key0, key1)
+            index = start + of_group + lines.to(tl.int32).to(tl.int64) * gap
+            low = (index.to(tl.uint32) ^ key0) ^ (offsets & (together - 1)).to(tl.uint32)
+            words = random_words(low, (index >> 32).to(tl.uint32), 0, key1)
         else:
             # `first` is a multiple of the power of two that offsets are below: with no carry, xor adds.
             key0 ^= first.to(tl.uint32)
             words = random_words(offsets.to(tl.uint32), (first >> 32).to(tl.uint32), key0, key1)
+        # Plus 0, of which only the last compiler knows: threads make the words of the elements that they have in hand.
+        # Else Triton may have others do it, where words have several uses, and exchange them through shared memory.
+        words += (x.to(tl.float32).to(tl.uint32, bitcast=True) >> 31) >> 1
     return words
 
 

@@ -53,7 +53,7 @@ def update(chunks, rows, scalars, T: tl.constexpr, A: tl.constexpr):
     weight_decay = tl.load(scalar + T.scalars.weight_decay).to(S.compute)
     tl.store(m_at, narrow(m, S.exp_avg), mask=mask)
     p = _lion_update(p, direction, lr, weight_decay, sign)
-    words = words_of_piece(row, scalar, first, offsets, T, S)
+    words = words_of_piece(row, scalar, first, offsets, p, T, S)
     store_weight(p, p_at, master_at, words, mask, S.param, S.master, S.rounding)
 
 

@@ -44,9 +44,9 @@ def hyper_record(**fields: Field) -> Record:
 
 
 def scalars_record(*names: str) -> Record:
-    """The record that a prologue writes per row: if it is active, the factor on its gradient, the keys of its random
-    words, and the names given."""
-    return Record(**{name: FLOAT for name in ("active", "factor", "keys", *names)})
+    """The record that a prologue writes per row: if it is active, the factor on its gradient, the names given; for random
+    words, their keys and one by the length of a shard's lines."""
+    return Record(**{name: FLOAT for name in ("active", "factor", "keys", "one_by_length", *names)})
 
 
 @device_function
@@ -75,6 +75,7 @@ def begin_step(rows, hyper, scalars, T: tl.constexpr):
         number = load_behind(tl.load(row + T.row.number), tl.int64, 0)
         key0, key1 = rounding_keys(tl.load(h + T.hyper.seed), number, count.to(tl.float64))
         store_keys(out + T.scalars.keys, key0, key1)
+        tl.store(out + T.scalars.one_by_length, 1.0 / tl.load(row + T.row.shard_length).to(tl.float64))
     return h, out, count.to(tl.float64)
 
 

@@ -44,7 +44,7 @@ class LaunchClass(NamedTuple):
 
     Attributes:
         dtypes: of the tensors in each column; None where there is none.
-        aligned: whether all addresses are multiples of 16 bytes and all sizes of 16 elements.
+        aligned: whether all addresses are multiples of 16 bytes and all sizes, and positions of shards, of 16 elements.
         rounding: of `storage`: what is rounded stochastically.
         sharded: whether that depends on where shards are in their tensors.
     """
@@ -192,10 +192,10 @@ def dtype_codes(dtypes: Sequence[torch.dtype | None]) -> np.ndarray:
 
 
 def launch_keys(
-    codes: Sequence[np.ndarray], aligned: np.ndarray, rounding: np.ndarray | int = 0, sharded: np.ndarray | int = 0
+    codes: Sequence[np.ndarray], aligned: np.ndarray, rounding: np.ndarray | int = 0, sharded: np.ndarray | bool = False
 ) -> np.ndarray:
     """The launch class of each row as a number, from the `dtype_codes` of each column and the rest of the class."""
-    keys = aligned.astype(np.int64) | rounding << 1 | sharded << 3
+    keys = aligned.astype(np.int64) | rounding << 1 | np.int64(sharded) << 3
     for place, column in enumerate(codes):
         keys |= column << (_BITS * place + _FLAGS)
     return keys

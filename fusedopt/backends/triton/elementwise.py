@@ -32,16 +32,15 @@ class ElementwiseStepper(TritonStepper):
                     column += [s[name] if s else p for s, p in zip(param_set.states, param_set.params)]
                 else:
                     column += [None] * len(param_set.params)
-        rounding, sharded = roundings(param_sets)
+        rounding, positions = roundings(param_sets)
 
         def like(i: int) -> Tensor:
             p = params[i]
             # For random bits, elements are numbered in the order of contiguous tensors.
             return torch.empty(p.shape, dtype=p.dtype, device=p.device) if rounding[i] else without_gaps(p)
 
-        rows.refresh(
-            params, gradients(param_sets), *columns, masters(param_sets), like=like, rounding=rounding, sharded=sharded
-        )
+        grads, master = gradients(param_sets), masters(param_sets)
+        rows.refresh(params, grads, *columns, master, like=like, rounding=rounding, positions=positions)
         self._missing = [] if all(states) else [i for i, state in enumerate(states) if not state]
 
     def used_states(self, hyper: Any) -> Collection[str]:

@@ -61,7 +61,7 @@ class Rows:
         *states: Column,
         like: Callable[[int], Tensor] | None = None,
         rounding: np.ndarray | int = 0,
-        sharded: np.ndarray | int = 0,
+        positions: np.ndarray | int = 0,
     ) -> None:
         """Takes the tensors of this step.
 
@@ -69,7 +69,7 @@ class Rows:
         possible. Default: without gaps.
 
         Where a tensor does not lie in memory as its parameter does, or the parameter has gaps, the kernel gets a copy.
-        `rounding`, `sharded`: int64 [rows], those parts of the launch class.
+        `rounding`, `positions`: int64 [rows], as `roundings` returns them.
 
         In the place of states that do not exist yet there may be any tensor of their dtype, such as the parameter.
 
@@ -99,10 +99,12 @@ class Rows:
             like_row = like(i) if like else without_gaps(params[i])
             at[:, i] = addresses(self._laid_out(like_row, [column[i] for column in columns]))
         self.addresses = at.T
-        self.keys = launch_keys(self._codes, are_aligned(np.vstack([at, self.numel]).T), rounding, sharded)
+        positions = np.broadcast_to(positions, self.numel.shape)
+        aligned = are_aligned(np.vstack([at, self.numel, positions]).T)
+        self.keys = launch_keys(self._codes, aligned, rounding, positions != 0)
         self._refuse_shared_memory()
 
-    def update_classes(self, rounding: np.ndarray, sharded: np.ndarray) -> np.ndarray:
+    def update_classes(self, rounding: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """As `keys`, whatever the alignment is: of parameters, gradients, and the first two columns of states.
 
         A missing second one counts as having the dtype of the arithmetic.
@@ -110,7 +112,7 @@ class Rows:
         param, grad, master, average = self._codes[:4]
         narrow, wide = dtype_codes([torch.float32, torch.float64])
         average = np.where(average == 0, np.where(param == wide, wide, narrow), average)
-        return launch_keys([param, grad, master, average], np.zeros(len(self.numel), bool), rounding, sharded)
+        return launch_keys([param, grad, master, average], np.zeros(len(self.numel), bool), rounding, positions != 0)
 
     def counts(self, steps: Column) -> list[int]:
         """Addresses of step counts, one per row.

@@ -131,14 +131,16 @@ def masters(param_sets: Sequence[ParamSet]) -> Column:
 
 
 def roundings(param_sets: Sequence[ParamSet]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns what is rounded stochastically, as `storage` numbers it, and 1 where a shard's place matters; per row."""
+    """Returns what is rounded stochastically, as `storage` numbers it, and the numbers of a shard's position by "or", 0
+    where it does not matter; per row."""
     if all(param_set.precision.is_plain for param_set in param_sets):
         none = np.zeros(sum(len(param_set.params) for param_set in param_sets), np.int64)
         return none, none
     rows = [(p, s, param_set.precision) for param_set in param_sets for p, s in zip(param_set.params, param_set.states)]
     rounding = np.array([_rounding(*row) for row in rows], np.int64)
-    is_shard = np.array([info is not None for info in shard_infos(param_sets)])
-    return rounding, np.where(rounding, is_shard, 0)
+    at = [None if info is None else info.position for info in shard_infos(param_sets)]
+    positions = np.array([0 if p is None else p.length | p.gap | p.offset for p in at], np.int64)
+    return rounding, np.where(rounding, positions, 0)
 
 
 def _rounding(p: Tensor, state: dict[str, Tensor], precision: Precision) -> int:
