@@ -77,7 +77,7 @@ def pointers_or_none(cell, DTYPE: tl.constexpr, first, offsets, A: tl.constexpr)
 
 @device_function
 def words_of_piece(row, scalar, first, offsets, x, T: tl.constexpr, A: tl.constexpr):
-    """The random words of the elements of a piece, of which x are some numbers; None if nothing is rounded at random."""
+    """The random words of the elements of a piece, x some of their numbers; None if nothing is random."""
     words = None
     if A.rounding > 0:
         key0, key1 = load_keys(scalar + T.scalars.keys)
@@ -94,8 +94,8 @@ def words_of_piece(row, scalar, first, offsets, x, T: tl.constexpr, A: tl.conste
             # Where all of these are multiples of 16, so many elements are next to each other, and no sum has a carry.
             together: tl.constexpr = 16 if A.aligned else 1
             of_group = offsets & -together
-            per_line = tl.maximum(one_by_length.to(tl.float32), 1.0 / A.block)
-            lines = ((of_group + (step - rest)).to(tl.float32) + 0.5) * per_line
+            one_by_step = tl.where(length < A.block, one_by_length.to(tl.float32), 1.0 / A.block)
+            lines = ((of_group + (step - rest)).to(tl.float32) + 0.5) * one_by_step
             start = first + line * gap + tl.load(row + T.row.shard_offset)
             index = start + of_group + lines.to(tl.int32).to(tl.int64) * gap
             low = (index.to(tl.uint32) ^ key0) ^ (offsets & (together - 1)).to(tl.uint32)

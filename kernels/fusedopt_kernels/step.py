@@ -44,8 +44,8 @@ def hyper_record(**fields: Field) -> Record:
 
 
 def scalars_record(*names: str) -> Record:
-    """The record that a prologue writes per row: if it is active, the factor on its gradient, the names given; for random
-    words, their keys and one by the length of a shard's lines."""
+    """The record that a prologue writes per row: if it is active, the factor on its gradient, the names given; for
+    random words their keys, and 1 / `shard_length`."""
     return Record(**{name: FLOAT for name in ("active", "factor", "keys", "one_by_length", *names)})
 
 
