@@ -28,7 +28,7 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        return ", ".join([self.dtypes, *self.options])
+        return ", ".join([self.dtypes, *map(_shown, self.options, self.options.values())])
 
     @property
     def floor(self) -> float:
@@ -40,11 +40,46 @@ class Case(NamedTuple):
         return ours.make(params, **self.options, backend="triton")
 
 
+def _shown(option: str, value: Any) -> str:
+    return option if value is True else f"{option}={value}".replace("torch.", "")
+
+
+_MASTER, _STOCHASTIC = {"master_weights": True}, {"stochastic_rounding": True}
+_BFLOAT16_STATES = {"state_dtype": torch.bfloat16}
+
+LOW_PRECISION = (
+    Case("adamw", "bfloat16", _MASTER, extra=12),
+    Case("adamw", "bfloat16", {**_MASTER, **_BFLOAT16_STATES}, extra=4),
+    Case("adamw", "bfloat16", {**_MASTER, "amsgrad": True}, extra=20),
+    Case("adamw", "bfloat16", _STOCHASTIC),
+    Case("adamw", "bfloat16", {**_STOCHASTIC, "amsgrad": True}, extra=4),
+    Case("adamw", "bfloat16", {**_STOCHASTIC, "state_dtype": torch.float32}, extra=8),
+    Case("adamw", "bfloat16", _BFLOAT16_STATES),
+    Case("adamw", "float16", _MASTER, extra=16),
+    Case("adamw", "float16", _STOCHASTIC),
+    Case("adamw", "float32", _BFLOAT16_STATES, extra=-8),
+    Case("adamw", "float32", {**_BFLOAT16_STATES, "amsgrad": True}, extra=-4),
+    Case("lion", "bfloat16", _MASTER, extra=8),
+    Case("lion", "bfloat16", {**_MASTER, **_BFLOAT16_STATES}, extra=4),
+    Case("lion", "bfloat16", _STOCHASTIC),
+    Case("lion", "float16", _MASTER, extra=12),
+    Case("lion", "float16", _STOCHASTIC),
+    Case("lion", "float32", _BFLOAT16_STATES, extra=-4),
+    Case("adafactor", "bfloat16", {**_MASTER, "beta1": 0.9}, extra=14),
+    Case("adafactor", "bfloat16", {**_MASTER, **_BFLOAT16_STATES, "beta1": 0.9}, extra=10),
+    Case("adafactor", "bfloat16", {**_STOCHASTIC, "beta1": 0.9}, extra=8),
+    Case("adafactor", "float16", {**_MASTER, "beta1": 0.9}, extra=20),
+    Case("adafactor", "float16", {**_STOCHASTIC, "beta1": 0.9}, extra=8),
+    Case("adafactor", "float32", {**_BFLOAT16_STATES, "beta1": 0.9}, extra=4),
+)
+"""Weights or moments of 16 bits that lose nothing."""
+
 CASES = (
     *(Case(rule, dtypes) for rule in RULES if rule != BELOW for dtypes in ("float32", "bfloat16")),
     *(Case(rule, dtypes) for rule in ("adamw", "lion") for dtypes in list(DTYPES)[2:]),
     Case("adamw", "float32", {"amsgrad": True}, extra=8),
     Case("adamw", "bfloat16", {"amsgrad": True}, extra=4),
     Case("adafactor", "float64"),
+    *LOW_PRECISION,
 )
 """Below the limit, clipping launches the same kernels as above it."""

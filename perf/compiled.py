@@ -19,9 +19,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import KernelInterface
 
-from fusedopt import Adafactor
-from fusedopt.backends.triton.adafactor import TritonAdafactor
-from fusedopt.interface import ParamSet, ShardInfo, StepArgs
+from fusedopt import Adafactor, backends
+from fusedopt.interface import ParamSet, ShardInfo, ShardPosition, StepArgs
+from fusedopt.precision import Precision
 from perf.cases import DTYPES, Case
 from perf.providers import RULES
 from perf.workloads import Shape
@@ -136,32 +136,33 @@ def kernels(target: str, cases: Sequence[Case]) -> list[Kernel]:
             name = ", ".join(filter(None, [case.dtypes, alignment, *case.options]))
             for launch in step(target, case, shapes):
                 if all(launch.code is not kernel.launch.code for kernel in found):
-                    found.append(Kernel(case, f"{launch.kernel}, {name}", launch))
+                    sharded = getattr(launch.constants.get("A"), "sharded", False)
+                    found.append(Kernel(case, f"{launch.kernel}, {name}" + ", shards" * sharded, launch))
     return found
 
 
 def step(target: str, case: Case, shapes: Sequence[Shape]) -> list[Launch]:
-    """Returns the launches of a step; of Adafactor's, those of the same parameters as shards too."""
+    """Returns the launches of a step; where shards make a difference, those of the same parameters as shards too."""
     param_dtype, grad_dtype, moment_dtype = DTYPES[case.dtypes]
     params = [torch.nn.Parameter(torch.zeros(shape, dtype=param_dtype)) for shape in shapes]
     grads = [torch.zeros(shape, dtype=grad_dtype) for shape in shapes]
     optimizer: Any = case.make(params)
-    if not isinstance(optimizer, Adafactor):
+    if moment_dtype != param_dtype:
         optimizer.init_state()
         for state in optimizer.state.values():
             state.update({name: t.to(moment_dtype) for name, t in state.items() if name != "step"})
     with fake_gpu(target) as launches:
         optimizer.apply_gradients(zip(grads, params))
-        if isinstance(optimizer, Adafactor):
+        if isinstance(optimizer, Adafactor) or "number" in optimizer.state[params[0]]:
             shard_step(optimizer, params, grads)
     return launches
 
 
-def shard_step(optimizer: Adafactor, params: list[torch.nn.Parameter], grads: list[torch.Tensor]) -> None:
+def shard_step(optimizer: Any, params: list[torch.nn.Parameter], grads: list[torch.Tensor]) -> None:
     """Takes a step of the first group's parameters as shards, of processes that do not exist."""
+    group = optimizer.param_groups[0]
     states = [optimizer.state[p] for p in params]
-    shards: list[ShardInfo | None] = [ShardInfo(p.shape, (), (), ()) for p in params]
-    batch = ParamSet(
-        optimizer.rule, optimizer.hyper(optimizer.param_groups[0]), list(params), list(grads), states, shards
-    )
-    TritonAdafactor(params[0].device)([batch], StepArgs())
+    shards: list[ShardInfo | None] = [ShardInfo(p.shape, (), (), (), ShardPosition(p.numel(), 0, 0)) for p in params]
+    precision = Precision.of(group, optimizer.seed)
+    batch = ParamSet(optimizer.rule, optimizer.hyper(group), list(params), list(grads), states, shards, precision)
+    backends.create(optimizer.rule, params[0].device, "triton")([batch], StepArgs())

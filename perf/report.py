@@ -42,8 +42,10 @@ TABLES = {
         },
     ),
     "kernel": (
-        "registers, spills and widths of memory accesses, in bits",
-        _plain("target", "rule", "kernel", "registers", "spilled", "shared", "reads", "writes"),
+        "registers, spills, widths of memory accesses in bits; instructions per element, of those an H200 has time for",
+        _plain(
+            *("target", "rule", "kernel", "registers", "spilled", "shared", "reads", "writes", "instructions", "budget")
+        ),
     ),
 }
 """Title and columns (format strings over a record's fields) of all kinds of records but steps."""

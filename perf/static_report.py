@@ -2,7 +2,7 @@
 
 For each configuration: the launches of a step and the bytes per parameter that they read and write, counted in Triton's
 interpreter and held against the roofline's. For each kernel and architecture: registers, spills and the widths of its
-accesses, from the compiler.
+accesses, from the compiler; for sm_90, instructions per element beside those that an H200 may issue.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
 
-from perf import compiled, report, results, traffic
+from perf import compiled, report, results, sass, traffic
 from perf.cases import CASES, DTYPES, Case
 from perf.providers import RULES
 from perf.results import Record, Run
@@ -51,6 +51,9 @@ def compile_for(target: str, cases: Sequence[Case]) -> list[Record]:
     for case, name, launch in compiled.kernels(target, cases):
         takes = compiled.resources(launch.code)
         row = {"kind": "kernel", "target": target, "rule": case.rule, "kernel": name, **takes._asdict()}
+        needs = sass.issued(launch) if target == "sm_90" else None
+        row["instructions"] = f"{needs.instructions:.1f}" if needs else ""
+        row["budget"] = f"{needs.share:.0%} of {needs.budget:.0f}" if needs else ""
         for access in ("reads", "writes"):  # width x number, the widest first
             row[access] = " ".join(f"{width}x{n}" for width, n in sorted(row[access].items(), reverse=True))
         found.append({**row, "ok": takes.spilled == 0})

@@ -7,16 +7,23 @@ import torch
 from helpers.in_place import in_place
 
 from fusedopt import Adafactor
-from perf.cases import CASES, DTYPES
+from perf.cases import CASES, DTYPES, LOW_PRECISION
 from perf.compiled import ADAFACTOR_SHAPES, TARGETS, fake_gpu, kernels, resources, shard_step
+from perf.sass import issued
 
 
 def per_element(case, phase):
     """Bytes read and written, with an average of updates, by the phases that see gradients."""
     size = DTYPES[case.dtypes][0].itemsize
-    average = max(size, 4)
-    sizes = {"sums": (2 * size, 0), "squares": (size, 0), "apply": (2 * size + average, size + average)}
+    average = 2 if "state_dtype" in case.options else max(size, 4)
+    weight = size + ({"bfloat16": 2, "float16": 4}[case.dtypes] if "master_weights" in case.options else 0)
+    sizes = {"sums": (weight + size, 0), "squares": (size, 0), "apply": (weight + size + average, weight + average)}
     return dict(zip(("reads", "writes"), sizes.get(phase, (0, 0))))
+
+
+def share(launch):
+    needs = issued(launch)
+    return needs and needs.share
 
 
 def variants(target):
@@ -28,6 +35,8 @@ def variants(target):
             "threads": launch.code.metadata.num_warps * TARGETS[target].warp_size,
             "per_element": per_element(case, launch.kernel),
             "in_place": in_place(launch.code),
+            "low_precision": case in LOW_PRECISION,
+            "share": share(launch),
             **resources(launch.code)._asdict(),
         }
         for case, name, launch in kernels(target, [case for case in CASES if case.rule == "adafactor"])

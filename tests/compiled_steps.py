@@ -12,25 +12,38 @@ from helpers.in_place import in_place
 
 from fusedopt import AdamW
 from fusedopt_kernels.elementwise import BLOCK, THREADS
-from perf.cases import CASES, DTYPES
+from perf.cases import CASES, DTYPES, LOW_PRECISION
 from perf.compiled import TARGETS, fake_gpu, kernels, resources
+from perf.sass import issued
+
+MOMENTS = {"adamw": 2, "lion": 1}
 
 
 def variants(target):
     found = []
-    for case, name, launch in kernels(target, [case for case in CASES if case.rule == "adamw"]):
+    for case, name, launch in kernels(target, [case for case in CASES if case.rule in MOMENTS]):
+        if case.rule == "lion" and case not in LOW_PRECISION:
+            continue
         param, grad, moment = (dtype.itemsize for dtype in DTYPES[case.dtypes])
-        written = param + (3 if case.options else 2) * moment
+        written = param + MOMENTS[case.rule] * moment + case.extra // 2
         elements = BLOCK // THREADS
+        access = launch.constants.get("A")
+        needs = issued(launch)
         found.append(
             {
-                "name": name,
+                "name": name + ", Lion" * (case.rule == "lion"),
                 "drops_nan": "maxnumf" in launch.code.asm["ttir"],
                 "fusion": launch.code.metadata.enable_fp_fusion,
                 "threads": launch.code.metadata.num_warps * TARGETS[target].warp_size,
                 "bytes": {"reads": elements * (written + grad), "writes": elements * written},
                 "multiplications_in_32_bits": len(re.findall(r"arith\.muli.*i32\b", launch.code.asm["ttir"])),
                 "in_place": in_place(launch.code),
+                "low_precision": case in LOW_PRECISION,
+                "random": bool(access and access.rounding),
+                "itemsizes": sorted({d.removeprefix("b")[-2:] for d in access[: access._fields.index("compute")] if d})
+                if access
+                else [],
+                "share": needs and needs.share,
                 **resources(launch.code)._asdict(),
             }
         )

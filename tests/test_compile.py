@@ -74,11 +74,15 @@ def limits(kernel, target, registers):
 @every_target(of_adamw)
 def test_every_variant(target):
     variants = found(ADAMW, target)
-    assert 16 < len(variants) <= 24
+    assert 64 < len(variants) <= 80
     for kernel in variants:
         what = f"{kernel['name']} on {target}: {kernel}"
         # 65,536 registers to a multiprocessor: half of its 2,048 threads fit, to keep enough reads in flight.
         usual = 128 if "float64" in what else 64 if ", aligned" in what else 80
+        if kernel["random"]:  # Three programs of 256 threads; two, for tensors of odd sizes alone.
+            usual = 80 if ", aligned" in what else 112
+        elif kernel["low_precision"]:
+            usual = max(usual, 80)
         registers, spilled = limits(kernel["name"], target, usual)
         assert kernel["registers"] <= registers and kernel["spilled"] <= spilled, what
         assert kernel["fusion"] is False, what  # Or the numbers would not be those of the interpreter and of numpy.
@@ -88,10 +92,17 @@ def test_every_variant(target):
         if kernel["name"].startswith("prologue"):
             continue
         assert kernel["threads"] == 256, what
-        # Offsets are int64 before the first multiplication.
-        assert kernel["multiplications_in_32_bits"] == 0, what
+        # Offsets are int64 before the first multiplication; random words take five, of 32 bits on purpose.
+        assert kernel["multiplications_in_32_bits"] == (5 if kernel["random"] else 0), what
         if ", aligned" in kernel["name"]:
             reads_and_writes_128_bits_at_a_time(kernel, what)
+            issues_few_instructions(kernel, what)
+
+
+def issues_few_instructions(kernel, what):
+    """At copy bandwidth an H200 has time for more; shards of float16 take the most."""
+    if kernel["low_precision"] and kernel["share"] is not None:
+        assert kernel["share"] < (0.9 if "float16" in kernel["name"] and "shards" in kernel["name"] else 0.85), what
 
 
 def assert_no_race(kernel, what, in_place):
@@ -103,7 +114,7 @@ def assert_no_race(kernel, what, in_place):
 
 def reads_and_writes_128_bits_at_a_time(kernel, what):
     """Where dtypes are mixed: the widest one, and as many elements of the others at a time."""
-    narrowest = 64 if "gradient" in kernel["name"] else 128
+    narrowest = 128 * int(kernel["itemsizes"][0]) // int(kernel["itemsizes"][-1])
     for kind, size in kernel["bytes"].items():
         widths = {int(width): number for width, number in kernel[kind].items()}
         assert 128 in widths, what
@@ -138,11 +149,12 @@ IN_PLACE = ("prologue", "sums", "averages", "shard_averages", "apply")
 @every_target(of_adafactor)
 def test_every_variant_of_adafactor(target):
     variants = found(ADAFACTOR, target)
-    assert len(variants) == 20  # of three dtypes, where what reads no gradient serves several; 7 for shards alone
+    assert sum(not kernel["low_precision"] for kernel in variants) == 20  # of three dtypes; 7 for shards alone
     for kernel in variants:
         what = f"{kernel['name']} on {target}: {kernel}"
         # 65,536 registers to a multiprocessor: three programs of 256 threads fit.
-        registers, spilled = limits(kernel["name"], target, 168 if "float64" in what else 80)
+        usual = 168 if "float64" in what else 128 if kernel["low_precision"] else 80
+        registers, spilled = limits(kernel["name"], target, usual)
         assert kernel["spilled"] <= spilled, what
         assert kernel["fusion"] is False, what
         assert not kernel["drops_nan"], what
@@ -156,6 +168,8 @@ def test_every_variant_of_adafactor(target):
         for kind, size in kernel["per_element"].items():
             wide = sum(int(width) * number for width, number in kernel[kind].items() if int(width) >= 128)
             assert wide >= 8 * 8 * size, what
+        if not kernel["name"].startswith("squares"):  # which reads gradients alone, as it does without the options
+            issues_few_instructions(kernel, what)
 
 
 @of_adafactor
