@@ -12,7 +12,6 @@ from fusedopt_kernels.device import (
     exp,
     load_float64,
     load_number,
-    narrow,
     sqrt_rn,
 )
 from fusedopt_kernels.elementwise import (
@@ -24,7 +23,7 @@ from fusedopt_kernels.elementwise import (
 )
 from fusedopt_kernels.record import FLOAT
 from fusedopt_kernels.step import begin_step, hyper_record, row_record, scalars_record
-from fusedopt_kernels.storage import load_weight, store_average_of_squares, store_weight
+from fusedopt_kernels.storage import load_moment, load_weight, store_moment, store_weight
 
 ROW = row_record("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 HYPER = hyper_record(
@@ -80,25 +79,25 @@ def update(chunks, rows, scalars, T: tl.constexpr, A: tl.constexpr):
     m_at = pointers(row + T.row.exp_avg, S.exp_avg, first, offsets, S)
     v_at = pointers(row + T.row.exp_avg_sq, S.exp_avg_sq, first, offsets, S)
     g = tl.load(g_at, mask=mask).to(S.compute) * tl.load(scalar + T.scalars.factor).to(S.compute)
-    m = tl.load(m_at, mask=mask).to(S.compute)
-    v = tl.load(v_at, mask=mask).to(S.compute)
+    m = load_moment(m_at, mask, S.compute)
+    v = load_moment(v_at, mask, S.compute)
     master_at = pointers_or_none(row + T.row.master, S.master, first, offsets, S)
     p = load_weight(p_at, master_at, mask, S.master, S.compute)
     if S.max_exp_avg_sq is not None:
         h_at = pointers(row + T.row.max_exp_avg_sq, S.max_exp_avg_sq, first, offsets, S)
-        h = tl.load(h_at, mask=mask).to(S.compute)
+        h = load_moment(h_at, mask, S.compute)
 
     beta1 = tl.load(scalar + T.scalars.beta1)
     beta2 = tl.load(scalar + T.scalars.beta2)
     m, v = _adam_moments(
         g, m, v, beta1.to(S.compute), (1.0 - beta1).to(S.compute), beta2.to(S.compute), (1.0 - beta2).to(S.compute)
     )
-    tl.store(m_at, narrow(m, S.exp_avg), mask=mask)
+    store_moment(m, m_at, mask, S.exp_avg)
     words = words_of_piece(row, scalar, first, offsets, v, T, S)
-    store_average_of_squares(v, v_at, words, mask, S.exp_avg_sq, S.rounding)
+    store_moment(v, v_at, mask, S.exp_avg_sq, words, S.rounding)
     if S.max_exp_avg_sq is not None:
         v = tl.maximum(h, v, propagate_nan=tl.PropagateNan.ALL)
-        tl.store(h_at, narrow(v, S.max_exp_avg_sq), mask=mask)
+        store_moment(v, h_at, mask, S.max_exp_avg_sq)
     decay_step = tl.load(scalar + T.scalars.decay_step).to(S.compute)
     step_size = tl.load(scalar + T.scalars.step_size).to(S.compute)
     eps_hat = tl.load(scalar + T.scalars.eps_hat).to(S.compute)

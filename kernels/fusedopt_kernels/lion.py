@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from fusedopt_kernels import rules
-from fusedopt_kernels.device import device_function, dtypes_of_names, load_float64, load_number, narrow, sign
+from fusedopt_kernels.device import device_function, dtypes_of_names, load_float64, load_number, sign
 from fusedopt_kernels.elementwise import (
     Elementwise,
     open_piece,
@@ -15,7 +15,7 @@ from fusedopt_kernels.elementwise import (
 )
 from fusedopt_kernels.record import FLOAT
 from fusedopt_kernels.step import begin_step, hyper_record, row_record, scalars_record
-from fusedopt_kernels.storage import load_weight, store_weight
+from fusedopt_kernels.storage import load_moment, load_weight, store_moment, store_weight
 
 _running_average = device_function(rules.running_average)
 _lion_update = device_function(rules.lion_update)
@@ -43,7 +43,7 @@ def update(chunks, rows, scalars, T: tl.constexpr, A: tl.constexpr):
     g_at = pointers(row + T.row.grad, S.grad, first, offsets, S)
     m_at = pointers(row + T.row.exp_avg, S.exp_avg, first, offsets, S)
     g = tl.load(g_at, mask=mask).to(S.compute) * tl.load(scalar + T.scalars.factor).to(S.compute)
-    m = tl.load(m_at, mask=mask).to(S.compute)
+    m = load_moment(m_at, mask, S.compute)
     master_at = pointers_or_none(row + T.row.master, S.master, first, offsets, S)
     p = load_weight(p_at, master_at, mask, S.master, S.compute)
 
@@ -51,7 +51,7 @@ def update(chunks, rows, scalars, T: tl.constexpr, A: tl.constexpr):
     m = _running_average(m, g, tl.load(scalar + T.scalars.weight2).to(S.compute))
     lr = tl.load(scalar + T.scalars.lr).to(S.compute)
     weight_decay = tl.load(scalar + T.scalars.weight_decay).to(S.compute)
-    tl.store(m_at, narrow(m, S.exp_avg), mask=mask)
+    store_moment(m, m_at, mask, S.exp_avg)
     p = _lion_update(p, direction, lr, weight_decay, sign)
     words = words_of_piece(row, scalar, first, offsets, p, T, S)
     store_weight(p, p_at, master_at, words, mask, S.param, S.master, S.rounding)

@@ -110,8 +110,14 @@ def store_weight(weight, p_at, master_at, words, mask, P: tl.constexpr, MASTER: 
 
 
 @device_function
-def store_average_of_squares(x, at, words, mask, DTYPE: tl.constexpr, ROUNDING: tl.constexpr):
-    """Stores a moment that would freeze in 16 bits, were it rounded to nearest."""
+def load_moment(at, mask, COMPUTE: tl.constexpr, OTHER: tl.constexpr = None):
+    """Moments at these addresses; `OTHER` outside of the mask."""
+    return tl.load(at, mask=mask, other=OTHER).to(COMPUTE)
+
+
+@device_function
+def store_moment(x, at, mask, DTYPE: tl.constexpr, words=None, ROUNDING: tl.constexpr = 0):
+    """Stores moments at these addresses; with `words`, those that would freeze in 16 bits if rounded to nearest."""
     if ROUNDING > 0 and DTYPE.primitive_bitwidth == 16:
         tl.store(at, _stochastic(x.to(tl.float32), words >> (16 if tl.bfloat16 == DTYPE else 19), DTYPE), mask=mask)
     else:

@@ -4,8 +4,8 @@
 import triton.language as tl
 
 from fusedopt_kernels import rules
-from fusedopt_kernels.device import device_function, div_rn, load_pointer, load_size, loop_range, narrow, sqrt_rn
-from fusedopt_kernels.storage import load_keys, load_weight, random_words, store_weight
+from fusedopt_kernels.device import device_function, div_rn, load_pointer, load_size, loop_range, sqrt_rn
+from fusedopt_kernels.storage import load_keys, load_moment, load_weight, random_words, store_moment, store_weight
 
 running_average = device_function(rules.running_average)
 row_factor = device_function(rules.row_factor)
@@ -81,8 +81,8 @@ def store_updated(step, scalar, at, index, mask, u, SPEC: tl.constexpr):
     p = weights_at(weights, at, mask, SPEC)
     u *= step_size
     if averages:
-        u = running_average(tl.load(m_at + at, mask=mask, other=0.0).to(SPEC.compute), u, one_minus_beta1)
-        tl.store(m_at + at, narrow(u, SPEC.exp_avg), mask=mask)
+        u = running_average(load_moment(m_at + at, mask, SPEC.compute, 0.0), u, one_minus_beta1)
+        store_moment(u, m_at + at, mask, SPEC.exp_avg)
     words = None
     if SPEC.rounding > 0:
         key0, key1 = load_keys(scalar + SPEC.scalars.keys)
