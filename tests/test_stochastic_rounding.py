@@ -13,8 +13,12 @@ from helpers.precision import LAYOUTS, PRECISE, each_half, from_bits, normal, ou
 from fusedopt import AdamW, Lion
 from fusedopt.backends.eager.rounding import random_keys, random_words, round_into
 from fusedopt.backends.eager.storage import moment_bits, weight_bits
+from fusedopt.interface import ShardPosition
 
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+]
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 CPU = torch.device("cpu")
@@ -77,6 +81,19 @@ def test_words_do_not_depend_on_how_a_tensor_is_cut_and_joined():
     keys = random_keys(0, [3, 7, 3], 1)
     assert_same(random_words(keys, [1000, 5, 10], 0, [None] * 3, CPU)[:1000], whole)
     assert_same(random_words(keys, [10, 5, 1000], 0, [None] * 3, CPU)[15:], whole)
+
+
+def test_words_of_shards_are_those_of_the_whole():
+    """Also where shards of several parameters come together."""
+    whole, other = words(number=3, n=60).view(6, 10), words(number=5, n=40)
+    keys = random_keys(0, [3, 5, 3], 1)
+    positions = [ShardPosition(4, 6, 3), ShardPosition(10, 30, 20), None]
+    columns, end, again = random_words(keys, [24, 10, 60], 0, positions, CPU).split([24, 10, 60])
+    assert_same(columns.view(6, 4), whole[:, 3:7])
+    assert_same(end, other[20:30])
+    assert_same(again.view(6, 10), whole)
+    alone = random_words(keys[:1], [12], 12, positions[:1], CPU)
+    assert_same(alone.view(3, 4), whole[3:, 3:7])
 
 
 def test_elements_beyond_32_bits_have_words_of_their_own():
