@@ -59,6 +59,21 @@ def test_they_count_with_all_their_digits(name, dtype, grad_dtype, backend, devi
         assert_near(ours, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
+@every_backend
+@every_pair
+@pytest.mark.parametrize("name", [name for name in PRECISE if name != "Adafactor"])
+def test_none_of_their_digits_is_lost_on_the_way(name, dtype, grad_dtype, backend, device):
+    """A first average is the gradient times a number, also where the parameter's dtype has fewer digits."""
+    device = device if backend == "triton" else torch.device("cpu")
+    p = torch.nn.Parameter(torch.ones(200, dtype=dtype, device=device))
+    p.grad_dtype = grad_dtype
+    optimizer = OPTIMIZERS[name].cls([p], state_dtype=torch.float32, backend=backend)
+    p.grad = torch.randn(200, generator=torch.Generator().manual_seed(0)).to(device, grad_dtype)
+    optimizer.step()
+    weight = 1.0 - optimizer.param_groups[0]["betas"][name == "Lion"]
+    assert_near(optimizer.state[p]["exp_avg"], weight * p.grad.double(), rtol=1e-6, check_dtype=False)
+
+
 @pytest.mark.parametrize("policy", ["master_weights", "stochastic_rounding"])
 @pytest.mark.parametrize("name", PRECISE)
 @pytest.mark.parametrize("half", HALVES, ids=str)
