@@ -24,6 +24,9 @@ from helpers.kernels import TINY, set_constants
 
 from fusedopt.reference import ReferenceAdafactor
 from fusedopt_kernels import rules
+from fusedopt_kernels.adafactor.layout import SCALARS
+
+PLACES = SCALARS.places
 
 # The interpreter computes with numpy, which warns about what it is given here on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -259,9 +262,9 @@ def test_the_scalars_of_a_step_are_right_in_float64(device):
             optimizer.state[p]["step"].fill_(count - 1)
         run(optimizer, [[torch.ones_like(p) for p in params]])
         (stepper,) = optimizer._engine.steppers.values()
-        scalars = stepper._tables._eager.scratch("scalars", 128, 10, dtype=torch.float64)[: len(counts)].cpu().numpy()
+        scalars = stepper._tables._eager._scratch["scalars"][: len(counts)].cpu().numpy()
         hyper = optimizer.hyper(optimizer.param_groups[0])._replace(scale_parameter=False)
         expected = [hyper.rate(float(count), 1.0) for count in counts]
-        np.testing.assert_allclose(scalars[:, 2], expected, rtol=1e-14)
+        np.testing.assert_allclose(scalars[:, PLACES.rate], expected, rtol=1e-14)
         weights = [rules.square_weight(float(count), hyper.decay_rate, math.exp, math.log) for count in counts]
-        np.testing.assert_allclose(scalars[:, 3], weights, rtol=1e-13)
+        np.testing.assert_allclose(scalars[:, PLACES.square_weight], weights, rtol=1e-13)

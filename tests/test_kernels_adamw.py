@@ -20,6 +20,7 @@ from helpers.golden import ROUNDED_TWICE_PER_STEP, assert_close, replay
 from fusedopt import AdamW
 from fusedopt.backends.triton.adamw import TritonAdamW as TritonStepper
 from fusedopt_kernels import rules
+from fusedopt_kernels.adamw import SCALARS
 
 # The interpreter computes with numpy, which warns about what it is given here on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -90,10 +91,17 @@ class OnNumpy:
             p.copy_(torch.from_numpy(new))
 
 
+PLACES = SCALARS.places
+
+
 def device_scalars(optimizer):
     """What the prologue of the last step worked out: (decay_step, step_size, eps_hat) per row."""
     (stepper,) = (stepper for stepper in optimizer._engine.steppers.values() if isinstance(stepper, TritonStepper))
-    return stepper._tables._eager._scratch["scalars"][:, 4:7].cpu().numpy()
+    return (
+        stepper._tables._eager._scratch["scalars"][:, [PLACES.decay_step, PLACES.step_size, PLACES.eps_hat]]
+        .cpu()
+        .numpy()
+    )
 
 
 DTYPES = {  # parameter, gradient, moments

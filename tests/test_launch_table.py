@@ -145,7 +145,7 @@ def test_rows_never_remember_what_is_no_longer_so(changes):
         assert rows.addresses.T.tolist() == [addresses(column) for column in (params, grads, states)]
         assert rows.numel.tolist() == [p.numel() for p in params]
         for key, p, g, s in zip(rows.keys.tolist(), params, grads, states):
-            dtypes, even = launch_class(key, 3)
+            dtypes, even, *_ = launch_class(key, 3)
             assert (dtypes[0], dtypes[2]) == (p.dtype, s.dtype)
             assert dtypes[1] == g.dtype if g is not None else dtypes[1] is not None
             present = [t for t in (p, g, s) if t is not None]

@@ -60,7 +60,7 @@ def steps(which):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     environment["TRITON_INTERPRET"] = "1"
     command = [sys.executable, "-W", "ignore", "-c", STEPS, which]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
 

@@ -224,7 +224,7 @@ class Numbers:
             place = self._places.get(p, -1)
             new.append(place if place >= 0 and place not in self._used else max(self._used, default=-1) + 1)
             self._used.add(new[-1])
-        for p, number in zip(params, torch.tensor(new, device=params[0].device).unbind()):
+        for p, number in zip(params, torch.tensor(new, dtype=torch.int64, device=params[0].device).unbind()):
             optimizer.state[p][NUMBER] = number
 
 

@@ -32,6 +32,6 @@ def run_without_interpreter(script: str, *words: str) -> Any:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *sys.path])}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, str(ROOT / "tests" / script), *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -142,7 +142,7 @@ def random_words(
     wide = sharded or start + n > 1 << 31
     first = torch.arange(start, start + n, dtype=torch.int64 if wide else torch.int32, device=device)
     if len(sizes) > 1:
-        counts = torch.tensor(sizes, device=device)
+        counts = torch.tensor(sizes, dtype=torch.int64, device=device)
         columns.append((counts.cumsum(0) - counts).to(first.dtype))
         *columns, before = (column.repeat_interleave(counts, output_size=n) for column in columns)
         first -= before

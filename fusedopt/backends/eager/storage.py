@@ -108,7 +108,8 @@ class Storage(NamedTuple):
         numbers = [] if part.precision.is_plain else [s.get(NUMBER) for s in states]
         keys = None
         if any(number is not None for number in numbers):
-            known = torch.stack([torch.tensor(0) if n is None else n.cpu() for n in numbers])
+            none = torch.tensor(0, dtype=torch.int64, device="cpu")
+            known = torch.stack([none if number is None else number.cpu() for number in numbers])
             keys = random_keys(part.precision.seed, known.tolist(), part.step)
         infos = part.shard_infos and [part.shard_infos[i] for i in which]
         return cls(masters, part.precision.stochastic_rounding, keys, infos)
