@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from fusedopt import Adafactor
 from fusedopt_kernels.adafactor import plan as adafactor_plan
-from fusedopt_kernels.adafactor.layout import MATRIX, SMALL, VECTOR
+from fusedopt_kernels.adafactor.layout import MATRIX, SCALARS, SMALL, VECTOR
 from fusedopt_kernels.adafactor.splits import Shards
-from fusedopt_kernels.table import dtype_codes, launch_keys
+from fusedopt_kernels.table import ROWS_PER_PROGRAM, dtype_codes, launch_keys
 from perf import workloads
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -130,7 +130,7 @@ def test_the_workspace_is_reported_and_made_once(device):
     assert len(addresses) == 1
     _, plan = plan_for(params)
     sums = 4 * plan.partial_sums[0] + 8 * plan.square_partials
-    assert sums <= optimizer.workspace_bytes() <= sums + 8 * 10 * 128 + 8 * 60
+    assert sums <= optimizer.workspace_bytes() <= sums + 8 * SCALARS.places.length * ROWS_PER_PROGRAM + 8 * 60
     assert Adafactor(params, backend="eager").workspace_bytes() == 0
 
 
