@@ -113,7 +113,3 @@ def _parser() -> argparse.ArgumentParser:
     add_plot_command(commands)
     add_info_command(commands)
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())
