@@ -303,7 +303,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             >>> w.grad = torch.ones_like(w)
             >>> optimizer.step()
             >>> optimizer.state[w]["remainder"].tolist()
-            [15729, 15729]
+            [-16777, -16777]
             >>> optimizer.reset_master_weights()
             >>> optimizer.state[w]["remainder"].tolist()
             [0, 0]
