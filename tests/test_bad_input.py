@@ -7,6 +7,7 @@ import torch
 from helpers.comparing import assert_same
 
 from fusedopt import AdamW, AdamWeightDecay, backends
+from fusedopt.warn import warn_once
 
 NAN, INF = float("nan"), float("inf")
 
@@ -105,7 +106,7 @@ def test_triton_that_is_not_installed(monkeypatch):
 def tritons(monkeypatch, version):
     """Another version of triton stands in, None for none; what was said once is forgotten."""
     monkeypatch.setattr(backends, "triton_version", lambda: version)
-    backends._warn_once.cache_clear()
+    warn_once.cache_clear()
 
 
 @pytest.mark.parametrize(

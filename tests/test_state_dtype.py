@@ -9,7 +9,7 @@ from helpers.optimizers import BACKENDS, NEEDS_TRITON, OPTIMIZERS
 from helpers.precision import FROZEN, PRECISE, normal, outcome, parameters, step
 
 from fusedopt import Adafactor, AdamW, Lion
-from fusedopt.optimizer import state as states
+from fusedopt.warn import warn_once
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = [(7,), (33, 5), ()]
@@ -70,9 +70,9 @@ def test_averages_of_squares_follow_gradients_for_long(options, expected):
 @pytest.fixture
 def unwarned():
     """As if nothing had been said in this process."""
-    states._warn_once.cache_clear()
+    warn_once.cache_clear()
     yield
-    states._warn_once.cache_clear()
+    warn_once.cache_clear()
 
 
 def messages(make, dtype=torch.bfloat16, steps=3):

@@ -1,14 +1,13 @@
 """How a step runs: Triton kernels on a GPU, torch operations elsewhere. Chosen per device."""
 
 import re
-import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
 from importlib import import_module
 
 import torch
 
 from fusedopt.interface import ParamSet, StepArgs
+from fusedopt.warn import warn_once
 
 BACKENDS = ("auto", "triton", "eager")
 
@@ -62,11 +61,6 @@ def _what_is_missing() -> str:
     )
 
 
-@cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=2)
-
-
 def interpreting() -> bool:
     """True if triton runs its kernels in its interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
     if not has_triton():
@@ -92,7 +86,7 @@ def choose(device: torch.device, backend: str = "auto") -> str:
     check(backend)
     if backend == "auto":
         if device.type == "cuda" and not has_triton():
-            _warn_once(
+            warn_once(
                 f"fusedopt updates parameters on {device} without its kernels, much slower than with them: "
                 f"{_what_is_missing()}; backend='eager' says that this is meant"
             )

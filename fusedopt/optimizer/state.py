@@ -5,10 +5,8 @@ which tensors a state has.
 """
 
 import sys
-import warnings
 import weakref
 from collections.abc import Callable, Iterable
-from functools import cache
 from itertools import chain, repeat
 from operator import attrgetter, is_, is_not
 from types import FrameType
@@ -21,6 +19,7 @@ from fusedopt import checks, sharding
 from fusedopt.backends.graphs import capturing
 from fusedopt.optimizer.state_check import Specs, all_fit
 from fusedopt.precision import NUMBER, Precision, StateSpec
+from fusedopt.warn import warn_once
 from fusedopt.without_data import has_data, is_lazy
 from fusedopt_kernels.memory import outside_inference_mode
 
@@ -163,18 +162,13 @@ def _warn_of_frozen_moments(optimizer: "FusedOptimizer", entries: list[tuple[Ten
         if p.dtype is torch.bfloat16 and Precision.of(group, 0).is_plain:
             beta2 = group.get("betas", (0.0, 0.0))[1]
             if beta2 >= _LONG_MEMORY and "exp_avg_sq" in optimizer.state_specs(p, group):
-                _warn_once(
+                warn_once(
                     f"bfloat16 parameters and moments are rounded to nearest: with beta2={beta2!r}, exp_avg_sq hardly "
                     "follows gradients that become smaller, and small updates and weight decay are lost. Pass "
                     "master_weights=True (float32 weights in 2 more bytes per parameter, float32 moments) or "
                     "stochastic_rounding=True (no more memory)"
                 )
                 return
-
-
-@cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=2)
 
 
 def new_state(p: Tensor, specs: dict[str, StateSpec]) -> dict[str, Tensor]:
