@@ -47,8 +47,10 @@ LAYERS = [
         "fusedopt.optimizer.whose",
         "fusedopt.optimizer.clipping",
     },
-    {"fusedopt.optimizer.state", "fusedopt.optimizer.state_check"},
-    {"fusedopt.optimizer.loading", "fusedopt.optimizer.engine"},
+    {"fusedopt.optimizer.state_check", "fusedopt.optimizer.numbering", "fusedopt.optimizer.distributed_checkpoint"},
+    {"fusedopt.optimizer.state"},
+    {"fusedopt.optimizer.state_changes", "fusedopt.optimizer.loading", "fusedopt.optimizer.saving"},
+    {"fusedopt.optimizer.engine"},
     {"fusedopt.optimizer"},
     {
         "fusedopt.elementwise",

@@ -17,8 +17,8 @@ from fusedopt.keras.schedules import RateFunction, check_function, describe, tak
 from fusedopt.keras.step_count import StepCount, capturing
 from fusedopt.optimizer.base import refuse_unknown
 from fusedopt.optimizer.clipping import Clipping
+from fusedopt.optimizer.distributed_checkpoint import torch_looks_at_state
 from fusedopt.optimizer.engine import Part
-from fusedopt.optimizer.state import torch_looks_at_state
 from fusedopt.precision import PLAIN, Precision
 
 _KERAS_EPSILON = 1e-7

@@ -12,15 +12,11 @@ from fusedopt.interface import StepArgs
 from fusedopt.optimizer import compile, loading
 from fusedopt.optimizer.clipping import Clipping, Guard
 from fusedopt.optimizer.described import described
+from fusedopt.optimizer.distributed_checkpoint import torch_looks_at_state
 from fusedopt.optimizer.engine import Engine, Part
-from fusedopt.optimizer.state import (
-    Numbers,
-    make_states,
-    packed,
-    separate_rates,
-    through_hooks,
-    torch_looks_at_state,
-)
+from fusedopt.optimizer.numbering import Numbers
+from fusedopt.optimizer.saving import packed, through_hooks
+from fusedopt.optimizer.state import make_states
 from fusedopt.precision import NUMBER, PLAIN, Precision, StateSpec
 from fusedopt.without_data import is_lazy
 
@@ -388,3 +384,16 @@ def refuse_unknown(where: str, options: dict[str, Any]) -> None:
                 "chooses how a step runs, and every step is fused and can be captured"
             )
         raise TypeError(f"{where} got an unexpected argument {name}={value!r}")
+
+
+def separate_rates(groups: list[dict[str, Any]]) -> None:
+    """Gives a group whose rate is a tensor that an earlier group has, too, a tensor of its own."""
+    seen = set()
+    for group in groups:
+        lr = group.get("lr")
+        if isinstance(lr, Tensor):
+            # Two tensors may be views of one number.
+            where = lr.untyped_storage()._cdata, lr.storage_offset()
+            if where in seen:
+                group["lr"] = lr.detach().clone()
+            seen.add(where)

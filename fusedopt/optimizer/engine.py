@@ -17,7 +17,8 @@ from fusedopt.backends.graphs import capturing
 from fusedopt.checks import FLOATS
 from fusedopt.interface import ParamSet, StepArgs
 from fusedopt.optimizer.clipping import Gradients
-from fusedopt.optimizer.state import States, make_states
+from fusedopt.optimizer.state import make_states
+from fusedopt.optimizer.state_changes import States
 from fusedopt.precision import Precision
 from fusedopt.without_data import has_data
 from fusedopt_kernels.layout import overlaps_itself
