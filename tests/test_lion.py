@@ -171,7 +171,7 @@ def test_any_size_takes_the_same_step_on_the_cpu(monkeypatch):
 
     whole = run()
     for size in (1, 16, 1000, 1 << 40):
-        monkeypatch.setattr(elementwise, "_PART", size)
+        monkeypatch.setattr(elementwise, "_PIECE", size)
         for ours, expected in zip(run(), whole):
             torch.testing.assert_close(ours, expected, rtol=0, atol=0)
 

@@ -7,20 +7,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedopt.backends.eager.elementwise import apply, parts
-from fusedopt.backends.eager.stepper import EagerStepper, Part
+from fusedopt.backends.eager.elementwise import apply, pieces
+from fusedopt.backends.eager.stepper import Bucket, EagerStepper
 from fusedopt.backends.eager.storage import Storage
 from fusedopt.backends.scratch import scratch
 from fusedopt.interface import AdamWHyper
 from fusedopt_kernels import rules
 from fusedopt_kernels.layout import is_dense, same_layout
 
-_SCALED_PART = 1 << 20
-"""Elements whose scaled gradients are copied at a time: 4 MiB of float32 stay in a cache. On 50M parameters, parts of
+_SCALED_PIECE = 1 << 20
+"""Elements whose scaled gradients are copied at a time: 4 MiB of float32 stay in a cache. On 50M parameters, pieces of
 2^18, 2^19, 2^20 and 2^21 made a clipped step 0.98, 1.02, 1.05 and 0.94 times as fast as clip_grad_norm_ with torch's
 fused step. Four views of a tensor cost 40 us, what torch needs for a thousand elements, so small ones are copied
-together; from half a part on, a copy in memory that was used before is worth it: 1.06 instead of 1.00 times the rival's
-speed on 24 matrices of 2^20 elements and a few larger ones."""
+together; from half a piece on, a copy in memory that was used before is worth it: 1.06 instead of 1.00 times the
+rival's speed on 24 matrices of 2^20 elements and a few larger ones."""
 
 _WIDE = {torch.float32, torch.float64}
 
@@ -41,38 +41,38 @@ class _Columns(NamedTuple):
 class EagerAdamW(EagerStepper):
     """The stepper of AdamW for one device."""
 
-    def update(self, part: Part) -> None:
-        hyper: AdamWHyper = part.hyper
+    def update(self, bucket: Bucket) -> None:
+        hyper: AdamWHyper = bucket.hyper
         columns = _Columns(
-            part.params,
-            part.grads,
-            [s["exp_avg"] for s in part.states],
-            [s["exp_avg_sq"] for s in part.states],
-            [s["max_exp_avg_sq"] for s in part.states] if hyper.amsgrad else [],
+            bucket.params,
+            bucket.grads,
+            [s["exp_avg"] for s in bucket.states],
+            [s["exp_avg_sq"] for s in bucket.states],
+            [s["max_exp_avg_sq"] for s in bucket.states] if hyper.amsgrad else [],
         )
-        scalars = _scalars(hyper, part.step)
+        scalars = _scalars(hyper, bucket.step)
         # torch's kernel gets an lr to divide by.
         may_fuse = self._on_cpu and scalars[1] > 0.0
         pairs = zip(columns.p, columns.m)
-        stored = [] if part.precision.is_plain else [i for i, two in enumerate(pairs) if any(map(_is_short, two))]
+        stored = [] if bucket.precision.is_plain else [i for i, two in enumerate(pairs) if any(map(_is_short, two))]
         if stored:
-            fused_as_float32 = _of_one_layout(columns) if may_fuse and part.precision.master_weights else set()
-            for step in (part.step, None):
+            fused_as_float32 = _of_one_layout(columns) if may_fuse and bucket.precision.master_weights else set()
+            for step in (bucket.step, None):
                 which = [i for i in stored if (i in fused_as_float32) == (step is not None)]
                 if which:
-                    _stored_update(hyper, columns.only(which), part.factor, Storage.of(part, which), step, *scalars)
+                    _stored_update(hyper, columns.only(which), bucket.factor, Storage.of(bucket, which), step, *scalars)
             columns = columns.only(sorted(set(range(len(columns.p))).difference(stored)))
         # Our factor comes through a copy, which would round 16 bits once more.
-        served = _fused_serves(columns, part.factor) if may_fuse else ()
+        served = _fused_serves(columns, bucket.factor) if may_fuse else ()
         if served:
             fused = columns if len(served) == len(columns.p) else columns.only(served)
-            update = _fused(hyper, part.step, *scalars)
-            for each in [fused] if part.factor == 1.0 else _scaled_parts(fused, part.factor):
+            update = _fused(hyper, bucket.step, *scalars)
+            for each in [fused] if bucket.factor == 1.0 else _scaled_pieces(fused, bucket.factor):
                 update(each)
         if len(served) < len(columns.p):
             rest = sorted(set(range(len(columns.p))).difference(served))
             plain = Storage([None] * len(rest), False, None, None)
-            _stored_update(hyper, columns.only(rest), part.factor, plain, None, *scalars)
+            _stored_update(hyper, columns.only(rest), bucket.factor, plain, None, *scalars)
 
 
 def _is_short(t: Tensor) -> bool:
@@ -120,9 +120,9 @@ def _of_one_layout(columns: _Columns) -> set[int]:
     }
 
 
-def _scaled_parts(columns: _Columns, factor: float) -> Iterator[_Columns]:
-    """The same parameters a cache-sized part at a time, with copies of their gradients times `factor`."""
-    for piece in parts(columns, range(len(columns.p)), _SCALED_PART):
+def _scaled_pieces(columns: _Columns, factor: float) -> Iterator[_Columns]:
+    """The same parameters a cache-sized piece at a time, with copies of their gradients times `factor`."""
+    for piece in pieces(columns, range(len(columns.p)), _SCALED_PIECE):
         some = _Columns._make(piece.columns)
         if len(some.g) == 1:  # in memory that all take turns in
             (g,) = some.g

@@ -8,17 +8,17 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from fusedopt.backends.eager.rounding import rounded
-from fusedopt.backends.eager.stepper import EagerStepper, Part
+from fusedopt.backends.eager.stepper import Bucket, EagerStepper
 from fusedopt.backends.eager.storage import Storage, as_cached, moment_bits, read_weight, weight_bits, write_weight
 from fusedopt.backends.scratch import scratch
 from fusedopt.precision import FREEZING
 from fusedopt_kernels.layout import is_dense, same_layout
 
-_PART = 1 << 18
+_PIECE = 1 << 18
 """Elements that a rule is given at a time: many small tensors joined, or a piece of a large one."""
 
-_LEAN_PART = 1 << 19
-"""The same for a rule without temporaries, such as torch's kernel. With parts of 2^18, 2^19 and 2^20, the operations
+_LEAN_PIECE = 1 << 19
+"""The same for a rule without temporaries, such as torch's kernel. With pieces of 2^18, 2^19 and 2^20, the operations
 that 50M master weights need took 1.29, 1.19 and 1.28 times as long as float32 weights that are copied, on two
 threads."""
 
@@ -39,12 +39,12 @@ class ElementwiseStepper(EagerStepper):
     rule: Callable[..., Sequence[Tensor]]
     """Takes hyper-parameters, parameter, gradient and states; returns the new parameter and the new states."""
 
-    def update(self, part: Part) -> None:
-        columns = [part.params, part.grads, *([s[name] for s in part.states] for name in self.states)]
-        factor = -part.factor if part.hyper.maximize else part.factor
-        storage = Storage.of(part)
+    def update(self, bucket: Bucket) -> None:
+        columns = [bucket.params, bucket.grads, *([s[name] for s in bucket.states] for name in self.states)]
+        factor = -bucket.factor if bucket.hyper.maximize else bucket.factor
+        storage = Storage.of(bucket)
         stochastic = [name in FREEZING for name in self.states]
-        apply(lambda _, *tensors: self.rule(part.hyper, *tensors), columns, factor, storage, stochastic)
+        apply(lambda _, *tensors: self.rule(bucket.hyper, *tensors), columns, factor, storage, stochastic)
 
 
 def apply(
@@ -64,7 +64,7 @@ def apply(
         factor: on the gradients.
         storage: of the parameters.
         stochastic_states: for each state, whether one of 16 bits is rounded stochastically where anything is.
-        lean: whether the rule works in place, in the order of memory: it gets longer parts, and alone, as they are,
+        lean: whether the rule works in place, in the order of memory: it gets longer pieces, and alone, as they are,
             tensors that are not contiguous.
     """
     alike: dict[tuple[torch.dtype, ...], list[int]] = {}
@@ -76,7 +76,7 @@ def apply(
         everything: Any = [*columns, masters]
         kept = [column[which[0]] for column in (columns[0], *columns[2:]) if column]
         numbered = storage.keys is not None and any(t.dtype.itemsize == 2 for t in kept)
-        for piece in parts(everything, which, _LEAN_PART if lean else _PART, in_order=in_order):
+        for piece in pieces(everything, which, _LEAN_PIECE if lean else _PIECE, in_order=in_order):
             params, grads, *states, completing = piece.columns
             narrow, master = _joined(params), _joined(completing) if completing else None
             p = _read(narrow, master)
@@ -112,7 +112,7 @@ class Piece(NamedTuple):
         return [t.numel() for t in self.columns[0]]
 
 
-def parts(columns: Columns, which: Sequence[int], size: int, *, in_order: bool = False) -> Iterator[Piece]:
+def pieces(columns: Columns, which: Sequence[int], size: int, *, in_order: bool = False) -> Iterator[Piece]:
     """These rows of the columns, up to `size` elements at a time; those without elements are left out.
 
     Small tensors come together, as they are; of large ones of one layout come flat pieces, in which a step may not
@@ -126,7 +126,7 @@ def parts(columns: Columns, which: Sequence[int], size: int, *, in_order: bool =
         alone = in_order and not all(column[i].is_contiguous() for column in columns if column)
         if 2 * numel >= size or (alone and numel):
             one = [column[i : i + 1] for column in columns]
-            yield from [Piece([i], 0, one)] if alone else _pieces(i, one, size)
+            yield from [Piece([i], 0, one)] if alone else _flat_pieces(i, one, size)
             continue
         if elements + numel > size:
             yield _together(columns, some)
@@ -142,7 +142,7 @@ def _together(columns: Columns, some: list[int]) -> Piece:
     return Piece(some, 0, [[column[j] for j in some] if column else [] for column in columns])
 
 
-def _pieces(i: int, one: list[list[Tensor]], size: int) -> Iterator[Piece]:
+def _flat_pieces(i: int, one: list[list[Tensor]], size: int) -> Iterator[Piece]:
     (p,), *others = one
     if not is_dense(p) or not all(same_layout(t, p) for column in others for t in column):
         yield Piece([i], 0, one)

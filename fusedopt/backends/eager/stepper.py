@@ -11,7 +11,7 @@ from fusedopt.interface import ParamSet, ShardInfo, StepArgs
 from fusedopt.precision import Precision
 
 
-class Part(NamedTuple):
+class Bucket(NamedTuple):
     """Parameters with a gradient that take the same update; lists of the same length.
 
     Attributes:
@@ -53,23 +53,23 @@ class EagerStepper:
         factor = args.factor()
         self.update_all(
             [
-                part
+                bucket
                 for param_set, which in zip(param_sets, advancing)
-                for part in _parts(param_set, which, counts, factor)
+                for bucket in _buckets(param_set, which, counts, factor)
             ]
         )
 
-    def update_all(self, parts: Sequence[Part]) -> None:
-        """Updates everything; overridden where what one part needs depends on the others."""
-        for part in parts:
-            self.update(part)
+    def update_all(self, buckets: Sequence[Bucket]) -> None:
+        """Updates everything; overridden where what one bucket needs depends on the others."""
+        for bucket in buckets:
+            self.update(bucket)
 
-    def update(self, part: Part) -> None:
-        """Updates the parameters of a part and their states, but for the steps, in place."""
+    def update(self, bucket: Bucket) -> None:
+        """Updates the parameters of a bucket and their states, but for the steps, in place."""
         raise NotImplementedError
 
 
-def _parts(param_set: ParamSet, advanced: Sequence[int], counts: Iterator[float], factor: float) -> Iterator[Part]:
+def _buckets(param_set: ParamSet, advanced: Sequence[int], counts: Iterator[float], factor: float) -> Iterator[Bucket]:
     alike: dict[float, list[int]] = {}
     for i, step in zip(advanced, counts):
         if param_set.grads[i] is not None:
@@ -80,4 +80,4 @@ def _parts(param_set: ParamSet, advanced: Sequence[int], counts: Iterator[float]
     for step, which in alike.items():
         columns: Any = (param_set.params, param_set.grads, param_set.states, param_set.shard_infos)
         some: Any = [column and [column[i] for i in which] for column in columns]
-        yield Part(*[hyper, step, factor, *some, param_set.precision])
+        yield Bucket(*[hyper, step, factor, *some, param_set.precision])

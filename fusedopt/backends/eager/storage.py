@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedopt.backends.eager.rounding import is_finite, random_keys, random_words, round_into
-from fusedopt.backends.eager.stepper import Part
+from fusedopt.backends.eager.stepper import Bucket
 from fusedopt.backends.scratch import scratch
 from fusedopt.interface import ShardInfo
 from fusedopt.precision import NUMBER, master_state
@@ -83,7 +83,7 @@ def remainder_beside(p: Tensor, weight: Tensor) -> Tensor:
 
 
 class Storage(NamedTuple):
-    """How the parameters of a part of a step are kept: lists of one entry per parameter.
+    """How the parameters of a bucket are kept: lists of one entry per parameter.
 
     Attributes:
         masters: what completes each; None for nothing.
@@ -98,21 +98,21 @@ class Storage(NamedTuple):
     shard_infos: Sequence[ShardInfo | None] | None
 
     @classmethod
-    def of(cls, part: Part, which: Sequence[int] | None = None) -> "Storage":
-        """The storage of the parameters of a part, or of some of them."""
-        which = range(len(part.params)) if which is None else which
-        states = [part.states[i] for i in which]
+    def of(cls, bucket: Bucket, which: Sequence[int] | None = None) -> "Storage":
+        """The storage of the parameters of a bucket, or of some of them."""
+        which = range(len(bucket.params)) if which is None else which
+        states = [bucket.states[i] for i in which]
         masters: list[Tensor | None] = [None] * len(states)
-        if part.precision.master_weights:
-            masters = [_master(part.params[i], state) for i, state in zip(which, states)]
-        numbers = [] if part.precision.is_plain else [s.get(NUMBER) for s in states]
+        if bucket.precision.master_weights:
+            masters = [_master(bucket.params[i], state) for i, state in zip(which, states)]
+        numbers = [] if bucket.precision.is_plain else [s.get(NUMBER) for s in states]
         keys = None
         if any(number is not None for number in numbers):
             none = torch.tensor(0, dtype=torch.int64, device="cpu")
             known = torch.stack([none if number is None else number.cpu() for number in numbers])
-            keys = random_keys(part.precision.seed, known.tolist(), part.step)
-        infos = part.shard_infos and [part.shard_infos[i] for i in which]
-        return cls(masters, part.precision.stochastic_rounding, keys, infos)
+            keys = random_keys(bucket.precision.seed, known.tolist(), bucket.step)
+        infos = bucket.shard_infos and [bucket.shard_infos[i] for i in which]
+        return cls(masters, bucket.precision.stochastic_rounding, keys, infos)
 
     def words(self, which: Sequence[int], sizes: Sequence[int], start: int, device: torch.device) -> Tensor:
         """The random words of consecutive elements of some parameters; see `random_words`."""

@@ -7,28 +7,28 @@ from torch import Tensor
 
 from fusedopt.backends.eager.adafactor.tiles import TILE, tiled_update
 from fusedopt.backends.eager.adafactor.update import SMALL, Stack, run_together, update
-from fusedopt.backends.eager.stepper import EagerStepper, Part
+from fusedopt.backends.eager.stepper import Bucket, EagerStepper
 from fusedopt.precision import WEIGHT_STATES
 
 
 class EagerAdafactor(EagerStepper):
     """The stepper of Adafactor for one device: large parameters of a CPU in tiles, everything else by the rules."""
 
-    def update_all(self, parts: Sequence[Part]) -> None:
+    def update_all(self, buckets: Sequence[Bucket]) -> None:
         shards = []
-        for part in parts:
+        for bucket in buckets:
             alike: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
-            shard_infos = part.shard_infos or [None] * len(part.params)
-            for i, (p, g, state, shard_info) in enumerate(zip(part.params, part.grads, part.states, shard_infos)):
+            shard_infos = bucket.shard_infos or [None] * len(bucket.params)
+            for i, (p, g, state, shard_info) in enumerate(zip(bucket.params, bucket.grads, bucket.states, shard_infos)):
                 if shard_info is not None:
-                    shards.append(update(part, Stack(part, [i], shard_info)))
+                    shards.append(update(bucket, Stack(bucket, [i], shard_info)))
                 elif self._on_cpu and p.numel() > SMALL and _tiles_serve(p, g, state):
-                    tiled_update(part, i)
+                    tiled_update(bucket, i)
                 elif p.numel() > 0:
                     alike.setdefault((p.shape, p.dtype), []).append(i)
             for which in alike.values():
-                for some in _in_cache(part.params, which):
-                    run_together([update(part, Stack(part, some))])
+                for some in _in_cache(bucket.params, which):
+                    run_together([update(bucket, Stack(bucket, some))])
         run_together(shards)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusedopt.backends.eager.stepper import Part
+from fusedopt.backends.eager.stepper import Bucket
 from fusedopt.backends.eager.storage import Storage, read_weight, weight_bits, write_weight
 from fusedopt.backends.scratch import scratch
 from fusedopt.interface import AdafactorHyper
@@ -36,18 +36,18 @@ class _Tiles:
     A tile is a few matrices of a batch of small ones, or a few rows of one. A vector is a matrix of one column.
     """
 
-    def __init__(self, part: Part, which: int) -> None:
-        p, g = part.params[which], part.grads[which]
+    def __init__(self, bucket: Bucket, which: int) -> None:
+        p, g = bucket.params[which], bucket.grads[which]
         batch, rows, columns = self.shape = _as_matrices(p)
         self.dtype = torch.promote_types(p.dtype, torch.float32)
         several = min(batch, TILE // (rows * columns))
         self._matrices = several if several > 1 else 0
         self._rows = max(1, TILE // columns)
         self._p, self._g = self.split(p), self.split(g)
-        self._storage = Storage.of(part, [which])
+        self._storage = Storage.of(bucket, [which])
         (master,) = self._storage.masters
         self._masters = [None] * len(self._p) if master is None else self.split(master)
-        self._scale, self._of_vector = part.factor, p.dim() < 2
+        self._scale, self._of_vector = bucket.factor, p.dim() < 2
         self._update_buffer = scratch.like(self._g[0], "update", self.dtype)
         self.forward = range(len(self._p))
         self.backward = range(len(self._p) - 1, -1, -1)
@@ -114,8 +114,8 @@ class _Update(NamedTuple):
 
 
 @np.errstate(all="ignore")
-def tiled_update(part: Part, which: int) -> None:
-    """One update of one parameter of a part; more than two dimensions must be contiguous, in the state as well.
+def tiled_update(bucket: Bucket, which: int) -> None:
+    """One update of one parameter of a bucket; more than two dimensions must be contiguous, in the state as well.
 
     Three passes, each in the opposite direction of the last, so that it begins with what is still in the cache: the
     averages of g², the norms of update and parameter, the new parameter. The update is made twice and never stored.
@@ -123,9 +123,9 @@ def tiled_update(part: Part, which: int) -> None:
     What has the length of a row or a column is numpy's: a call of torch costs ten microseconds between tiles, which
     leave nothing of its code in the cache.
     """
-    hyper: AdafactorHyper = part.hyper
-    p, state, step = part.params[which], part.states[which], part.step
-    tiles = _Tiles(part, which)
+    hyper: AdafactorHyper = bucket.hyper
+    p, state, step = bucket.params[which], bucket.states[which], bucket.step
+    tiles = _Tiles(bucket, which)
     weight = rules.square_weight(step, hyper.decay_rate, math.exp, math.log)
     average = _factored if "exp_avg_sq_row" in state else _unfactored
     update = average(tiles, state, weight, hyper.square_eps)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fusedopt.backends.eager.norms import norm
 from fusedopt.backends.eager.rounding import round_into
-from fusedopt.backends.eager.stepper import Part
+from fusedopt.backends.eager.stepper import Bucket
 from fusedopt.backends.eager.storage import Storage, read_weight, weight_bits, write_weight
 from fusedopt.interface import AdafactorHyper, ReduceDims, ShardInfo, fmax
 from fusedopt.sharding import all_reduce_sums
@@ -32,20 +32,20 @@ Update = Generator[Sums, list[Tensor], None]
 
 
 class Stack:
-    """Some parameters of a part, of one shape and dtype, stacked; read in at least float32, rounded once.
+    """Some parameters of a bucket, of one shape and dtype, stacked; read in at least float32, rounded once.
 
     Of whole ones, whatever is made is kept until they are updated. Of a shard nothing of its size is kept while its
     update waits for others: gradient and update are made anew.
     """
 
-    def __init__(self, part: Part, which: list[int], shard_info: ShardInfo | None = None) -> None:
-        self.params = [part.params[i] for i in which]
-        self.grads = [part.grads[i] for i in which]
-        self.states = [part.states[i] for i in which]
+    def __init__(self, bucket: Bucket, which: list[int], shard_info: ShardInfo | None = None) -> None:
+        self.params = [bucket.params[i] for i in which]
+        self.grads = [bucket.grads[i] for i in which]
+        self.states = [bucket.states[i] for i in which]
         self.dtype = torch.promote_types(self.params[0].dtype, torch.float32)
         self.is_whole = shard_info is None
         self.shard_info = shard_info or ShardInfo(self.params[0].shape, (), (), ())
-        self._storage = Storage.of(part, which)
+        self._storage = Storage.of(bucket, which)
 
     def join(self, tensors: list[Tensor]) -> Tensor:
         return torch.stack(tensors) if self.is_whole else tensors[0].unsqueeze(0)
@@ -119,18 +119,18 @@ def run_together(updates: Iterable[Update]) -> None:
         going = [(update, [next(totals) for _ in sums]) for update, sums in waiting]
 
 
-def update(part: Part, stack: Stack) -> Update:
+def update(bucket: Bucket, stack: Stack) -> Update:
     """One update of the parameters of a stack, whatever their layout; a shard may be empty."""
-    hyper: AdafactorHyper = part.hyper
-    weight = rules.square_weight(part.step, hyper.decay_rate, math.exp, math.log)
+    hyper: AdafactorHyper = bucket.hyper
+    weight = rules.square_weight(bucket.step, hyper.decay_rate, math.exp, math.log)
     average = _factored if "exp_avg_sq_row" in stack.states[0] else _unfactored
-    unclipped = stack.lasting((yield from average(stack, part.factor, weight, hyper.square_eps)))
+    unclipped = stack.lasting((yield from average(stack, bucket.factor, weight, hyper.square_eps)))
     p = stack.lasting(stack.weight)
 
     rms, *rms_of_p = yield from stack.root_mean_squares(unclipped, *[p] * hyper.scale_parameter)
     if rms_of_p:
         stack.store("RMS", rms_of_p[0].flatten())
-    rate: Any = hyper.rate(part.step, rms_of_p[0] if rms_of_p else 0.0, fmax=fmax)
+    rate: Any = hyper.rate(bucket.step, rms_of_p[0] if rms_of_p else 0.0, fmax=fmax)
     divisor = rules.clip_divisor(rms, hyper.clip_threshold, torch.clamp)
     change = unclipped() * ((-rate if hyper.maximize else rate) / divisor)
     if hyper.beta1 is not None:
