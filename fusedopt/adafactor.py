@@ -10,6 +10,7 @@ from fusedopt import checks
 from fusedopt.interface import AdafactorHyper, fmax
 from fusedopt.optimizer.base import FusedOptimizer
 from fusedopt.optimizer.clipping import Guard
+from fusedopt.optimizer.tracking import Tracker
 from fusedopt.precision import Precision, StateSpec
 
 
@@ -146,6 +147,7 @@ class Adafactor(FusedOptimizer):
         stochastic_rounding: bool = False,
         state_dtype: torch.dtype | None = None,
         seed: int = 0,
+        track_statistics: bool | int = False,
         **unknown: Any,
     ) -> None:
         defaults = {
@@ -164,7 +166,8 @@ class Adafactor(FusedOptimizer):
         # Each group may bring the lr that the constructor lacks.
         self.check_group({**defaults, "lr": 0.0} if lr is None else defaults)
         precision = Precision(master_weights, stochastic_rounding, state_dtype, seed)
-        super().__init__(params, defaults, backend, unknown, Guard(max_grad_norm, skip_nonfinite), precision)
+        guard, tracker = Guard(max_grad_norm, skip_nonfinite), Tracker(track_statistics)
+        super().__init__(params, defaults, backend, unknown, guard, precision, tracker)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):

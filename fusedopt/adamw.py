@@ -10,6 +10,7 @@ from fusedopt import checks
 from fusedopt.elementwise import ElementwiseOptimizer
 from fusedopt.interface import AdamWHyper
 from fusedopt.optimizer.clipping import Guard
+from fusedopt.optimizer.tracking import Tracker
 from fusedopt.precision import Precision
 from fusedopt_kernels.rules import CONVENTIONS
 
@@ -117,6 +118,7 @@ class AdamW(ElementwiseOptimizer):
         stochastic_rounding: bool = False,
         state_dtype: torch.dtype | None = None,
         seed: int = 0,
+        track_statistics: bool | int = False,
         **unknown: Any,
     ) -> None:
         if convention not in CONVENTIONS:
@@ -133,7 +135,8 @@ class AdamW(ElementwiseOptimizer):
         }
         self.check_group(defaults)
         precision = Precision(master_weights, stochastic_rounding, state_dtype, seed)
-        super().__init__(params, defaults, backend, unknown, Guard(max_grad_norm, skip_nonfinite), precision)
+        guard, tracker = Guard(max_grad_norm, skip_nonfinite), Tracker(track_statistics)
+        super().__init__(params, defaults, backend, unknown, guard, precision, tracker)
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)

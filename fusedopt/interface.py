@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -104,6 +105,7 @@ class ParamSet(NamedTuple):
         shard_infos: one per parameter, None for a whole one, or None if all are whole.
             Tensors of a sharded one are its local shards.
         precision: how weights and states are kept.
+        places: int64, the row of each parameter in `Measurement.sums`; None if nothing is measured.
     """
 
     rule: str
@@ -113,6 +115,7 @@ class ParamSet(NamedTuple):
     states: list[dict[str, Tensor]]
     shard_infos: list[ShardInfo | None] | None = None
     precision: Precision = PLAIN
+    places: np.ndarray | None = None
 
     @property
     def shares_steps(self) -> bool:
@@ -134,10 +137,32 @@ class ParamSet(NamedTuple):
         def of(column: list[Any]) -> list[Any]:
             return [column[i] for i in places]
 
-        shard_infos = None if self.shard_infos is None else of(self.shard_infos)
-        return ParamSet(
-            self.rule, self.hyper, of(self.params), of(self.grads), of(self.states), shard_infos, self.precision
+        return self._replace(
+            params=of(self.params),
+            grads=of(self.grads),
+            states=of(self.states),
+            shard_infos=None if self.shard_infos is None else of(self.shard_infos),
+            places=None if self.places is None else self.places[places],
         )
+
+
+class Measurement(NamedTuple):
+    """What a step is asked to measure.
+
+    Attributes:
+        sums: float64 [parameters, measures], see `fusedopt_kernels.measures`; a step overwrites the rows of parameters
+            with a gradient by sums over local shards. By device.
+        scale: the factor on gradients before clipping, as in `StepArgs`.
+        grad_scale: what they are divided by, as there.
+    """
+
+    sums: dict[torch.device, Tensor]
+    scale: float | Tensor = 1.0
+    grad_scale: Tensor | None = None
+
+    def factor(self) -> float:
+        """The factor on gradients; waits for the device that knows it."""
+        return float(self.scale) / (1.0 if self.grad_scale is None else float(self.grad_scale))
 
 
 class StepArgs(NamedTuple):
@@ -148,11 +173,13 @@ class StepArgs(NamedTuple):
             is read on its device.
         grad_scale: a tensor of one element by which gradients are divided on the way into the update, None for 1.
         found_inf: a tensor of one element; if it is not 0, the step changes nothing and is not counted. None for 0.
+        measurement: what is to be measured, skipped steps included; None for nothing.
     """
 
     scale: float | Tensor = 1.0
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
+    measurement: Measurement | None = None
 
     def checked(self) -> "StepArgs":
         """The same with 0-d tensors.

@@ -9,6 +9,7 @@ from torch import Tensor
 from fusedopt import checks
 from fusedopt.elementwise import ElementwiseOptimizer
 from fusedopt.optimizer.clipping import Guard
+from fusedopt.optimizer.tracking import Tracker
 from fusedopt.precision import Precision
 
 
@@ -81,12 +82,14 @@ class Lion(ElementwiseOptimizer):
         stochastic_rounding: bool = False,
         state_dtype: torch.dtype | None = None,
         seed: int = 0,
+        track_statistics: bool | int = False,
         **unknown: Any,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
         self.check_group(defaults)
         precision = Precision(master_weights, stochastic_rounding, state_dtype, seed)
-        super().__init__(params, defaults, backend, unknown, Guard(max_grad_norm, skip_nonfinite), precision)
+        guard, tracker = Guard(max_grad_norm, skip_nonfinite), Tracker(track_statistics)
+        super().__init__(params, defaults, backend, unknown, guard, precision, tracker)
 
     def hyper(self, group: dict[str, Any]) -> LionHyper:
         beta1, beta2 = group["betas"]

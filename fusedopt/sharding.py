@@ -56,14 +56,11 @@ def local(param_set: ParamSet) -> ParamSet:
     precision = param_set.precision
     with_position = precision.stochastic_rounding or precision.state_dtype is torch.bfloat16
     shard_infos = [_shard_info(p, with_position) for p in param_set.params]
-    return ParamSet(
-        param_set.rule,
-        param_set.hyper,
-        [shard(p) for p in param_set.params],
-        [None if g is None else shard(g) for g in param_set.grads],
-        [{name: shard(t) for name, t in state.items()} for state in param_set.states],
-        shard_infos if any(shard_infos) else None,
-        param_set.precision,
+    return param_set._replace(
+        params=[shard(p) for p in param_set.params],
+        grads=[None if g is None else shard(g) for g in param_set.grads],
+        states=[{name: shard(t) for name, t in state.items()} for state in param_set.states],
+        shard_infos=shard_infos if any(shard_infos) else None,
     )
 
 
@@ -128,10 +125,10 @@ def _position(p: Any) -> ShardPosition:
     return ShardPosition(max(length, 1), whole - length, starts[last] * inner + above * whole)
 
 
-def all_reduce_in_place(t: Tensor, over: ReduceDims) -> None:
-    """Puts the sum over all processes that have a share in the place of the local sums."""
+def all_reduce_in_place(t: Tensor, over: ReduceDims, op: Any = None) -> None:
+    """Puts the sum over all processes that have a share, or what `op` says, in the place of the local sums."""
     for mesh, dimension in over if t.numel() else ():
-        torch.distributed.all_reduce(t, group=mesh.get_group(dimension))
+        torch.distributed.all_reduce(t, op or torch.distributed.ReduceOp.SUM, group=mesh.get_group(dimension))
 
 
 def sharded_like(t: Any, like: Any) -> Tensor:

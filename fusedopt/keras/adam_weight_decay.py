@@ -114,6 +114,7 @@ class AdamWeightDecay(AdamW):
         stochastic_rounding: bool = False,
         state_dtype: torch.dtype | None = None,
         seed: int = 0,
+        track_statistics: bool | int = False,
         **kwargs: Any,
     ) -> None:
         if not isinstance(name, str):
@@ -170,6 +171,7 @@ class AdamWeightDecay(AdamW):
             stochastic_rounding=stochastic_rounding,
             state_dtype=state_dtype,
             seed=seed,
+            track_statistics=track_statistics,
             **as_torch,
         )
         if self.schedule is not None:

@@ -17,7 +17,9 @@ from fusedopt.optimizer.engine import Engine, Part
 from fusedopt.optimizer.numbering import Numbers
 from fusedopt.optimizer.saving import packed, through_hooks
 from fusedopt.optimizer.state import make_states
+from fusedopt.optimizer.tracking import Tracker
 from fusedopt.precision import NUMBER, PLAIN, Precision, StateSpec
+from fusedopt.statistics.values import Statistics
 from fusedopt.without_data import is_lazy
 
 # Options of torch's optimizers that say how a step runs, not what it computes: here `backend=` says it.
@@ -50,7 +52,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     clipping: Clipping = Clipping()
     """Clipping as in Keras, after that of `guard`."""
 
-    constructor_options: ClassVar[tuple[str, ...]] = ("backend", "guard", "seed")
+    constructor_options: ClassVar[tuple[str, ...]] = ("backend", "guard", "seed", "tracker")
     """Attributes that belong to the optimizer, not to a group or a checkpoint; copies and pickles carry them."""
 
     _step_supports_amp_scaling = True
@@ -66,11 +68,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         unknown: dict[str, Any],
         guard: Guard | None = None,
         precision: Precision = PLAIN,
+        tracker: Tracker | None = None,
     ) -> None:
         refuse_unknown(type(self).__name__, unknown)
         backends.check(backend)
         self.backend = backend
         self.guard = guard or Guard()
+        self.tracker = tracker or Tracker()
         checks.seed("seed", precision.seed)
         self.seed = precision.seed
         precision.check()
@@ -112,6 +116,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             "backend": self.backend,
             "max_grad_norm": self.guard.max_grad_norm,
             "skip_nonfinite": self.guard.skip_nonfinite,
+            "track_statistics": self.tracker.every,
             "seed": self.seed,
         }
 
@@ -135,6 +140,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         it out.
         """
         return self.guard.skipped_steps
+
+    @property
+    def statistics(self) -> Statistics | None:
+        """What the last measured step did, per parameter; None without `track_statistics`. See `Statistics`."""
+        return Statistics(self) if self.tracker else None
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Raises ValueError where an option, or a combination of options, makes no sense."""
@@ -215,6 +225,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._step(given)
         except Exception:
             self.forget_scaler()
+            self.tracker.abandon()
             raise
         return loss
 
@@ -234,7 +245,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.before_step()
         groups = self.param_groups
         grads = [[p.grad if given is None else values.get(p) for p in group["params"]] for group in groups]
-        self.after_step(self._engine.step(self, groups, grads, args))
+        args = self._engine.step(self, groups, grads, args)
+        self.tracker.close(self)
+        self.after_step(args)
 
     def apply_gradients(
         self, grads_and_params: Iterable[tuple[Tensor | None, Tensor]], scale: float | Tensor = 1.0
@@ -365,6 +378,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("tracker", Tracker())  # an older pickle lacks it
         # torch puts it there for optimizers of its own.
         self.defaults.pop("differentiable", None)
         for options in (self.defaults, *self.param_groups):  # an older pickle lacks them

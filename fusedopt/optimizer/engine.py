@@ -106,22 +106,27 @@ class Engine:
         if sharded and args.found_inf is not None:
             args = args._replace(found_inf=sharding.all_reduce_found_inf(args.found_inf, flat))
 
+        measurement = None
+        if flat and optimizer.tracker.due(optimizer):
+            measurement = optimizer.tracker.open(optimizer, len(flat), args)
+
         # 4. Clipping and skipping. Norms come first: by value, an infinite gradient would become a finite one.
         if flat and optimizer.guard:
             args = optimizer.guard(self._squares(flat, optimizer.backend, sharded), args)
-        grads, args = optimizer.clipping.clip(grads, args)
+        clipped, args = optimizer.clipping.clip(grads, args)
         if not flat:
             return args
+        args = args._replace(measurement=measurement)
 
         # 5. Backends, which may not work here.
         steppers = self._steppers(optimizer, groups)
 
         # 6. States that are missing are made.
         if self._states.missing:
-            make_states(optimizer, groups, grads)
+            make_states(optimizer, groups, clipped)
 
         # 7. One call per device and rule; from here on DTensors are local shards.
-        param_sets = self.param_sets(optimizer, groups, grads)
+        param_sets = self.param_sets(optimizer, groups, clipped, measured=measurement is not None)
         if self._states.some_without_data:
             param_sets = [param_set.only(has_data) for param_set in param_sets]
         if sharded:
@@ -131,20 +136,26 @@ class Engine:
             own = [param_set for param_set in param_sets if param_set.rule == rule]
             stepper([param_set.on(device) for param_set in own] if several_devices else own, args)
 
+        if measurement is not None and clipped is not grads:
+            optimizer.tracker.replace_gradients(updated, flat, measurement)
+
         # 8. Neither torch's fused kernel nor ours tells autograd that it wrote to the parameters.
         torch.autograd.graph.increment_version(updated)
         return args
 
-    def param_sets(self, optimizer: "FusedOptimizer", groups: Groups, grads: Gradients) -> list[ParamSet]:
+    def param_sets(
+        self, optimizer: "FusedOptimizer", groups: Groups, grads: Gradients, measured: bool = False
+    ) -> list[ParamSet]:
         """Returns the work of a step: one set per part of each group."""
         param_sets = []
         for group, row, parts in zip(groups, grads, self._parts_of(optimizer, groups)):
             params = group["params"]
             states = list(map(optimizer.state.get, params, repeat(_NO_STATE)))
+            places_of_all = optimizer.tracker.places(params) if measured else None
             for rule, places, options in parts:
                 own = {**group, **options} if options else group
                 precision = Precision.of(own, optimizer.seed)
-                param_set = ParamSet(rule, optimizer.hyper(own), params, row, states, precision=precision)
+                param_set = ParamSet(rule, optimizer.hyper(own), params, row, states, None, precision, places_of_all)
                 param_sets.append(param_set if places is None else param_set.at(places))
         return param_sets
 

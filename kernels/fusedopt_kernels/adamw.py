@@ -22,6 +22,7 @@ from fusedopt_kernels.elementwise import (
     words_of_piece,
 )
 from fusedopt_kernels.record import FLOAT
+from fusedopt_kernels.statistics import measured, store_measures, where_active
 from fusedopt_kernels.step import begin_step, hyper_record, row_record, scalars_record
 from fusedopt_kernels.storage import load_moment, load_weight, store_moment, store_weight
 
@@ -67,18 +68,23 @@ def prologue(rows, hyper, scalars, T: tl.constexpr):
 
 
 @triton.jit
-def update(chunks, rows, scalars, T: tl.constexpr, A: tl.constexpr):
+def update(chunks, rows, scalars, partials, T: tl.constexpr, A: tl.constexpr):
     """One piece of one tensor."""
     S: tl.constexpr = dtypes_of_names(A)
     index, row, first, offsets, mask = open_piece(chunks, rows, T, S)
     scalar = scalars + index * T.scalars.length
-    if tl.load(scalar + T.scalars.active) == 0.0:
+    active = tl.load(scalar + T.scalars.active)
+    written = mask
+    if T.measures is not None:
+        written = where_active(mask, active)
+    elif active == 0.0:
         return
     p_at = pointers(row + T.row.param, S.param, first, offsets, S)
     g_at = pointers(row + T.row.grad, S.grad, first, offsets, S)
     m_at = pointers(row + T.row.exp_avg, S.exp_avg, first, offsets, S)
     v_at = pointers(row + T.row.exp_avg_sq, S.exp_avg_sq, first, offsets, S)
-    g = tl.load(g_at, mask=mask).to(S.compute) * tl.load(scalar + T.scalars.factor).to(S.compute)
+    raw = tl.load(g_at, mask=mask).to(S.compute)
+    g = raw * tl.load(scalar + T.scalars.factor).to(S.compute)
     m = load_moment(m_at, mask, S.compute)
     v = load_moment(v_at, mask, S.compute)
     master_at = pointers_or_none(row + T.row.master, S.master, first, offsets, S)
@@ -92,17 +98,19 @@ def update(chunks, rows, scalars, T: tl.constexpr, A: tl.constexpr):
     m, v = _adam_moments(
         g, m, v, beta1.to(S.compute), (1.0 - beta1).to(S.compute), beta2.to(S.compute), (1.0 - beta2).to(S.compute)
     )
-    store_moment(m, m_at, mask, S.exp_avg)
+    store_moment(m, m_at, written, S.exp_avg)
     words = words_of_piece(row, scalar, first, offsets, v, T, S)
-    store_moment(v, v_at, mask, S.exp_avg_sq, words, S.rounding)
+    store_moment(v, v_at, written, S.exp_avg_sq, words, S.rounding)
     if S.max_exp_avg_sq is not None:
         v = tl.maximum(h, v, propagate_nan=tl.PropagateNan.ALL)
-        store_moment(v, h_at, mask, S.max_exp_avg_sq)
+        store_moment(v, h_at, written, S.max_exp_avg_sq)
     decay_step = tl.load(scalar + T.scalars.decay_step).to(S.compute)
     step_size = tl.load(scalar + T.scalars.step_size).to(S.compute)
     eps_hat = tl.load(scalar + T.scalars.eps_hat).to(S.compute)
-    p = _adamw_update(p, m, v, decay_step, step_size, eps_hat, sqrt_rn, div_rn)
-    store_weight(p, p_at, master_at, words, mask, S.param, S.master, S.rounding)
+    new = _adamw_update(p, m, v, decay_step, step_size, eps_hat, sqrt_rn, div_rn)
+    kept = store_weight(new, p_at, master_at, words, written, S.param, S.master, S.rounding)
+    if T.measures is not None:
+        store_measures(partials, row, first // S.block, measured(raw, p, new, kept, mask, written, T), T)
 
 
 ADAMW = Elementwise(ROW, HYPER, SCALARS, prologue, update)

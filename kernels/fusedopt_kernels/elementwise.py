@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import triton.language as tl
+from torch import Tensor
 
 from fusedopt_kernels.device import (
     device_function,
@@ -17,6 +18,7 @@ from fusedopt_kernels.device import (
     options,
 )
 from fusedopt_kernels.record import Record, Tables
+from fusedopt_kernels.statistics import measuring
 from fusedopt_kernels.step import run_prologue
 from fusedopt_kernels.storage import load_keys, random_words
 from fusedopt_kernels.table import LaunchTable, launch_class
@@ -24,6 +26,11 @@ from fusedopt_kernels.table import LaunchTable, launch_class
 BLOCK = 2048
 THREADS = 256
 """A program's work: 8 elements per thread, which is two 128-bit accesses to a float32 tensor, one to a bfloat16 one."""
+
+
+def pieces_of(numel: np.ndarray) -> np.ndarray:
+    """Into how many pieces tensors of these sizes are cut."""
+    return -(-numel // BLOCK)
 
 
 def access_of(record: Record, key: int, decisive: int = 1, *, block: int) -> Any:
@@ -132,7 +139,7 @@ def launch_elementwise(
         arguments: what the kernel takes after the chunks.
         decisive: as in `access_of`.
     """
-    for key, chunks in table.chunks(name, keys, -(-numel // BLOCK)).items():
+    for key, chunks in table.chunks(name, keys, pieces_of(numel)).items():
         kernel[(len(chunks),)](chunks, *arguments, access_of(record, key, decisive, block=BLOCK), **options(THREADS))
 
 
@@ -153,17 +160,19 @@ class Elementwise(NamedTuple):
     prologue: Any
     update: Any
 
-    def step(self, table: LaunchTable, keys: np.ndarray, numel: np.ndarray) -> None:
+    def step(self, table: LaunchTable, keys: np.ndarray, numel: np.ndarray, partials: Tensor | None = None) -> None:
         """One step of all tensors of a table.
 
         Args:
             table: rows of `row`, sets of hyper-parameters of `hyper`.
             keys: int64 [tensors], the launch class of each row.
             numel: int64 [tensors].
+            partials: memory for the measures of all pieces; None: there are to be none.
         """
         random = any(launch_class(key, len(self.row.tensors)).rounding for key in set(keys.tolist()))
-        tables = Tables(self.row.places, self.hyper.places, self.scalars.places, random)
+        tables = measuring(Tables(self.row.places, self.hyper.places, self.scalars.places, random), partials)
+        name = "update" if partials is None else "measured update"
         # First: a captured step whose launch cannot be captured is refused before anything is queued.
-        table.chunks("update", keys, -(-numel // BLOCK))
-        scalars = run_prologue(self.prologue, table, tables)
-        launch_elementwise(self.update, "update", table, self.row, keys, numel, (table.rows, scalars, tables))
+        table.chunks(name, keys, pieces_of(numel))
+        scalars = run_prologue(self.prologue, table, tables._replace(measures=None))
+        launch_elementwise(self.update, name, table, self.row, keys, numel, (table.rows, scalars, partials, tables))

@@ -14,6 +14,7 @@ from fusedopt_kernels.elementwise import (
     words_of_piece,
 )
 from fusedopt_kernels.record import FLOAT
+from fusedopt_kernels.statistics import measured, store_measures, where_active
 from fusedopt_kernels.step import begin_step, hyper_record, row_record, scalars_record
 from fusedopt_kernels.storage import load_moment, load_weight, store_moment, store_weight
 
@@ -32,17 +33,22 @@ def prologue(rows, hyper, scalars, T: tl.constexpr):
 
 
 @triton.jit
-def update(chunks, rows, scalars, T: tl.constexpr, A: tl.constexpr):
+def update(chunks, rows, scalars, partials, T: tl.constexpr, A: tl.constexpr):
     """One piece of one tensor."""
     S: tl.constexpr = dtypes_of_names(A)
     index, row, first, offsets, mask = open_piece(chunks, rows, T, S)
     scalar = scalars + index * T.scalars.length
-    if tl.load(scalar + T.scalars.active) == 0.0:
+    active = tl.load(scalar + T.scalars.active)
+    written = mask
+    if T.measures is not None:
+        written = where_active(mask, active)
+    elif active == 0.0:
         return
     p_at = pointers(row + T.row.param, S.param, first, offsets, S)
     g_at = pointers(row + T.row.grad, S.grad, first, offsets, S)
     m_at = pointers(row + T.row.exp_avg, S.exp_avg, first, offsets, S)
-    g = tl.load(g_at, mask=mask).to(S.compute) * tl.load(scalar + T.scalars.factor).to(S.compute)
+    raw = tl.load(g_at, mask=mask).to(S.compute)
+    g = raw * tl.load(scalar + T.scalars.factor).to(S.compute)
     m = load_moment(m_at, mask, S.compute)
     master_at = pointers_or_none(row + T.row.master, S.master, first, offsets, S)
     p = load_weight(p_at, master_at, mask, S.master, S.compute)
@@ -51,10 +57,12 @@ def update(chunks, rows, scalars, T: tl.constexpr, A: tl.constexpr):
     m = _running_average(m, g, tl.load(scalar + T.scalars.weight2).to(S.compute))
     lr = tl.load(scalar + T.scalars.lr).to(S.compute)
     weight_decay = tl.load(scalar + T.scalars.weight_decay).to(S.compute)
-    store_moment(m, m_at, mask, S.exp_avg)
-    p = _lion_update(p, direction, lr, weight_decay, sign)
-    words = words_of_piece(row, scalar, first, offsets, p, T, S)
-    store_weight(p, p_at, master_at, words, mask, S.param, S.master, S.rounding)
+    store_moment(m, m_at, written, S.exp_avg)
+    new = _lion_update(p, direction, lr, weight_decay, sign)
+    words = words_of_piece(row, scalar, first, offsets, new, T, S)
+    kept = store_weight(new, p_at, master_at, words, written, S.param, S.master, S.rounding)
+    if T.measures is not None:
+        store_measures(partials, row, first // S.block, measured(raw, p, new, kept, mask, written, T), T)
 
 
 LION = Elementwise(

@@ -102,9 +102,11 @@ class Tables(NamedTuple):
         hyper: of its sets of hyper-parameters.
         scalars: of what the prologue leaves for each row, float64.
         random: whether it leaves keys for stochastic rounding.
+        measures: the places of `measures.Measures`, for kernels that leave them; None: they do not.
     """
 
     row: Any
     hyper: Any = None
     scalars: Any = None
     random: bool = False
+    measures: Any = None

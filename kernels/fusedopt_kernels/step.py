@@ -23,22 +23,26 @@ def row_record(*states: str, **fields: Field) -> Record:
 
     `master` completes a 16-bit parameter to its weight. `hyper_index` is the row of `hyper` that the update reads.
     Element i of a shard is element `i + i // shard_length * shard_gap + shard_offset` of the whole parameter, on which,
-    on the parameter's `number` and on the seed random rounding depends.
+    on the parameter's `number` and on the seed random rounding depends. `pieces` says into how many the update cuts the
+    tensor; see `statistics` for `measures` and `measures_at`.
     """
     tensors = {name: TENSOR for name in ("param", "grad", *states, "master")}
     position = {name: INTEGER for name in ("shard_length", "shard_gap", "shard_offset")}
-    return Record(**tensors, step=ADDRESS, number=ADDRESS, numel=INTEGER, hyper_index=INTEGER, **position, **fields)
+    measures = {"pieces": INTEGER, "measures": INTEGER, "measures_at": ADDRESS}
+    one = {"step": ADDRESS, "number": ADDRESS, "numel": INTEGER, "hyper_index": INTEGER}
+    return Record(**tensors, **one, **position, **measures, **fields)
 
 
 def hyper_record(**fields: Field) -> Record:
     """A set of hyper-parameters.
 
     Gradients are multiplied by `sign * scale` and divided by `grad_scale`. Where `found_inf` is not 0, nothing changes.
-    With `shared_steps`, counts go on without a gradient too.
+    With `shared_steps`, counts go on without a gradient too. Statistics know gradients times `measured_scale`, divided by
+    `measured_grad_scale`: before they were clipped.
     """
     return Record(
         **{"shared_steps": INTEGER, "sign": FLOAT, "scale": NUMBER, "grad_scale": ADDRESS, "found_inf": ADDRESS},
-        **{"seed": INTEGER, "lr": NUMBER},
+        **{"measured_scale": NUMBER, "measured_grad_scale": ADDRESS, "seed": INTEGER, "lr": NUMBER},
         **fields,
     )
 

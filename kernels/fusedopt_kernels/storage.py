@@ -94,12 +94,18 @@ def load_weight(p_at, master_at, mask, MASTER: tl.constexpr, COMPUTE: tl.constex
 
 @device_function
 def store_weight(weight, p_at, master_at, words, mask, P: tl.constexpr, MASTER: tl.constexpr, ROUNDING: tl.constexpr):
-    """Stores weights at these addresses, and what completes them. `words` is None where nothing is random."""
+    """Stores weights at these addresses, and what completes them; returns the weights as they can be read again.
+
+    `words` is None where nothing is random.
+    """
+    kept = weight
     if MASTER is None:
         if ROUNDING == _STOCHASTIC_WEIGHTS and P.primitive_bitwidth == 16:
-            tl.store(p_at, _stochastic(weight, words & 0xFFFF, P), mask=mask)
+            rounded = _stochastic(weight, words & 0xFFFF, P)
         else:
-            tl.store(p_at, narrow(weight, P), mask=mask)
+            rounded = narrow(weight, P)
+        tl.store(p_at, rounded, mask=mask)
+        kept = rounded.to(weight.dtype)
     elif tl.float32 == MASTER:
         tl.store(master_at, weight, mask=mask)
         tl.store(p_at, narrow(weight, P), mask=mask)
@@ -107,6 +113,7 @@ def store_weight(weight, p_at, master_at, words, mask, P: tl.constexpr, MASTER: 
         bits = tl.where(weight != weight, 0x7FC00000, weight.to(tl.int32, bitcast=True))
         tl.store(master_at, bits.to(tl.int16), mask=mask)
         tl.store(p_at, ((bits + 0x8000) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), mask=mask)
+    return kept
 
 
 @device_function

@@ -1,12 +1,14 @@
 """Rules that go over parameters and states of one shape element by element, on torch tensors that stay in the cache."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from fusedopt.backends.eager.measures import Measure, copy_of
 from fusedopt.backends.eager.rounding import rounded
 from fusedopt.backends.eager.stepper import Bucket, EagerStepper
 from fusedopt.backends.eager.storage import Storage, as_cached, moment_bits, read_weight, weight_bits, write_weight
@@ -44,7 +46,8 @@ class ElementwiseStepper(EagerStepper):
         factor = -bucket.factor if bucket.hyper.maximize else bucket.factor
         storage = Storage.of(bucket)
         stochastic = [name in FREEZING for name in self.states]
-        apply(lambda _, *tensors: self.rule(bucket.hyper, *tensors), columns, factor, storage, stochastic)
+        rule = self.rule
+        apply(lambda _, *t: rule(bucket.hyper, *t), columns, factor, storage, stochastic, bucket.measure)
 
 
 def apply(
@@ -53,6 +56,7 @@ def apply(
     factor: float,
     storage: Storage,
     stochastic_states: Sequence[bool],
+    measure: Measure | None = None,
     *,
     lean: bool = False,
 ) -> None:
@@ -64,6 +68,7 @@ def apply(
         factor: on the gradients.
         storage: of the parameters.
         stochastic_states: for each state, whether one of 16 bits is rounded stochastically where anything is.
+        measure: adds up their measures; None if there are to be none.
         lean: whether the rule works in place, in the order of memory: it gets longer pieces, and alone, as they are,
             tensors that are not contiguous.
     """
@@ -78,13 +83,20 @@ def apply(
         numbered = storage.keys is not None and any(t.dtype.itemsize == 2 for t in kept)
         for piece in pieces(everything, which, _LEAN_PIECE if lean else _PIECE, in_order=in_order):
             params, grads, *states, completing = piece.columns
-            narrow, master = _joined(params), _joined(completing) if completing else None
+            narrow, master = joined(params), joined(completing) if completing else None
             p = _read(narrow, master)
-            g = as_cached(_joined(grads), p.dtype, factor)
-            new = rule(piece.sizes, p, g, *[_joined(column).to(p.dtype) for column in states if column])
+            raw = joined(grads)
+            old = copy_of(p) if lean and measure is not None else p
+            g = as_cached(raw, p.dtype, factor)
+            new = rule(piece.sizes, p, g, *[joined(column).to(p.dtype) for column in states if column])
             words = storage.words(piece.which, piece.sizes, piece.start, p.device) if numbered else None
             bits = weight_bits(words) if words is not None and storage.stochastic else None
-            write_weight(narrow, master, new[0], _like(bits, narrow))
+            write = partial(write_weight, narrow, master, new[0], _like(bits, narrow))
+            if measure is None:
+                write()
+            else:
+                rounds = narrow.dtype.itemsize == 2 and master is None
+                measure.around(write, piece.which, piece.sizes, raw, old, new[0], (lambda: narrow) if rounds else None)
             _spread(narrow, params)
             if master is not None:
                 _spread(master, completing)
@@ -157,13 +169,13 @@ def _read(p: Tensor, master: Tensor | None) -> Tensor:
     return read_weight(p, master, scratch.like(p, "weight", torch.float32) if on_cpu else None)
 
 
-def _joined(tensors: list[Tensor]) -> Tensor:
+def joined(tensors: list[Tensor]) -> Tensor:
     """A copy of several tensors; one is returned itself."""
     return tensors[0] if len(tensors) == 1 else _flatten_dense_tensors(tensors)
 
 
 def _spread(values: Tensor, targets: list[Tensor]) -> None:
-    """Writes what `_joined` made of tensors, or new values of it, back."""
+    """Writes what `joined` made of tensors, or new values of it, back."""
     if len(targets) > 1:
         torch._foreach_copy_(targets, _unflatten_dense_tensors(values, targets))
     elif values.data_ptr() != targets[0].data_ptr():  # else they are there

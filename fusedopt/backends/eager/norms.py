@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,6 +49,21 @@ def part_norms(t: Tensor, least: torch.dtype) -> Iterator[Tensor]:
         if piece.dtype != dtype:
             piece = scratch.like(piece, "gradient", dtype).copy_(piece)
         yield torch.linalg.vector_norm(piece.view(-1, _ROW), dim=1)
+
+
+def sum_of_squares(t: Tensor) -> float:
+    """The sum of the squares of a tensor on the CPU, in whatever order its elements lie in memory."""
+    flat = (t if is_dense(t) else t.contiguous()).as_strided((t.numel(),), (1,))
+    cut = flat.numel() // _ROW * _ROW
+    rows, rest = flat[:cut].view(-1, _ROW), flat[cut:]
+    total = 0.0
+    for least in (torch.float32, torch.float64):
+        dtype = torch.promote_types(t.dtype, least)
+        own = torch.linalg.vector_norm(rows if t.dtype == dtype else rows.to(dtype), dim=1).numpy().astype(np.float64)
+        total = float(own @ own) + float(torch.linalg.vector_norm(rest, dtype=dtype)) ** 2
+        if dtype == torch.float64 or are_kept(total, t.numel()):
+            break
+    return total
 
 
 def norm(t: Tensor) -> Tensor:

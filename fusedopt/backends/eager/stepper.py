@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fusedopt.backends.eager.measures import Measure
 from fusedopt.backends.eager.step_counts import advance
-from fusedopt.interface import ParamSet, ShardInfo, StepArgs
+from fusedopt.backends.eager.storage import master_of, read_weight
+from fusedopt.interface import Measurement, ParamSet, ShardInfo, StepArgs
 from fusedopt.precision import Precision
 
 
@@ -20,6 +22,7 @@ class Bucket(NamedTuple):
         factor: what gradients are multiplied by; without the sign of `maximize`.
         shard_infos: None where all parameters are whole.
         precision: how weights and states are kept.
+        measure: adds up their measures; None if there are to be none.
     """
 
     hyper: Any
@@ -30,6 +33,7 @@ class Bucket(NamedTuple):
     states: list[dict[str, Tensor]]
     shard_infos: list[ShardInfo | None] | None
     precision: Precision
+    measure: Measure | None
 
 
 class EagerStepper:
@@ -45,7 +49,12 @@ class EagerStepper:
             [i for i, (s, g) in enumerate(zip(param_set.states, param_set.grads)) if (s if shared else g is not None)]
             for param_set in param_sets
         ]
-        if not any(advancing) or args.skips():
+        if not any(advancing):
+            return
+        measures = [_measure(param_set, args.measurement) for param_set in param_sets]
+        if args.skips():
+            for param_set, measure in zip(param_sets, measures):
+                _measure_skipped(param_set, measure)
             return
         counts = iter(
             advance([param_set.states[i]["step"] for param_set, which in zip(param_sets, advancing) for i in which])
@@ -54,8 +63,8 @@ class EagerStepper:
         self.update_all(
             [
                 bucket
-                for param_set, which in zip(param_sets, advancing)
-                for bucket in _buckets(param_set, which, counts, factor)
+                for param_set, which, measure in zip(param_sets, advancing, measures)
+                for bucket in _buckets(param_set, which, counts, factor, measure)
             ]
         )
 
@@ -69,7 +78,24 @@ class EagerStepper:
         raise NotImplementedError
 
 
-def _buckets(param_set: ParamSet, advanced: Sequence[int], counts: Iterator[float], factor: float) -> Iterator[Bucket]:
+def _measure(param_set: ParamSet, measurement: Measurement | None) -> Measure | None:
+    if measurement is None or param_set.places is None or not param_set.params:
+        return None
+    measure = Measure(measurement.sums[param_set.params[0].device], param_set.places, measurement.factor())
+    measure.at([i for i, g in enumerate(param_set.grads) if g is not None]).begin()
+    return measure
+
+
+def _measure_skipped(param_set: ParamSet, measure: Measure | None) -> None:
+    for i, (p, g, state) in enumerate(zip(param_set.params, param_set.grads, param_set.states)):
+        if measure is not None and g is not None:
+            master = master_of(p, state) if param_set.precision.master_weights else None
+            measure.add([i], [p.numel()], g, read_weight(p, master))
+
+
+def _buckets(
+    param_set: ParamSet, advanced: Sequence[int], counts: Iterator[float], factor: float, measure: Measure | None
+) -> Iterator[Bucket]:
     alike: dict[float, list[int]] = {}
     for i, step in zip(advanced, counts):
         if param_set.grads[i] is not None:
@@ -80,4 +106,4 @@ def _buckets(param_set: ParamSet, advanced: Sequence[int], counts: Iterator[floa
     for step, which in alike.items():
         columns: Any = (param_set.params, param_set.grads, param_set.states, param_set.shard_infos)
         some: Any = [column and [column[i] for i in which] for column in columns]
-        yield Bucket(*[hyper, step, factor, *some, param_set.precision])
+        yield Bucket(*[hyper, step, factor, *some, param_set.precision, measure and measure.at(which)])

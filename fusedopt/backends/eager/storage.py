@@ -1,17 +1,19 @@
 """Weights and moments as `precision` declares them: read at least in float32, and written back."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fusedopt.backends.eager.rounding import is_finite, random_keys, random_words, round_into
-from fusedopt.backends.eager.stepper import Bucket
 from fusedopt.backends.scratch import scratch
 from fusedopt.interface import ShardInfo
 from fusedopt.precision import NUMBER, master_state
+
+if TYPE_CHECKING:
+    from fusedopt.backends.eager.stepper import Bucket
 
 
 def read_weight(p: Tensor, master: Tensor | None, out: Tensor | None = None) -> Tensor:
@@ -98,13 +100,13 @@ class Storage(NamedTuple):
     shard_infos: Sequence[ShardInfo | None] | None
 
     @classmethod
-    def of(cls, bucket: Bucket, which: Sequence[int] | None = None) -> "Storage":
+    def of(cls, bucket: "Bucket", which: Sequence[int] | None = None) -> "Storage":
         """The storage of the parameters of a bucket, or of some of them."""
         which = range(len(bucket.params)) if which is None else which
         states = [bucket.states[i] for i in which]
         masters: list[Tensor | None] = [None] * len(states)
         if bucket.precision.master_weights:
-            masters = [_master(bucket.params[i], state) for i, state in zip(which, states)]
+            masters = [master_of(bucket.params[i], state) for i, state in zip(which, states)]
         numbers = [] if bucket.precision.is_plain else [s.get(NUMBER) for s in states]
         keys = None
         if any(number is not None for number in numbers):
@@ -122,7 +124,8 @@ class Storage(NamedTuple):
         return random_words(self.keys[which], sizes, start, positions, device)
 
 
-def _master(p: Tensor, state: dict[str, Tensor]) -> Tensor | None:
+def master_of(p: Tensor, state: dict[str, Tensor]) -> Tensor | None:
+    """What completes a parameter, with master weights; None for nothing."""
     name = master_state(p.dtype)
     return None if name is None else state[name]
 

@@ -73,8 +73,8 @@ class TritonAdafactor(TritonStepper):
             "weight_decay": hyper.weight_decay,
         }
 
-    def launch(self, table: LaunchTable) -> None:
-        adafactor(table, self._keys, self._plan, all_reduce_in_place)
+    def launch(self, table: LaunchTable, partials: Tensor | None = None) -> None:
+        adafactor(table, self._keys, self._plan, all_reduce_in_place, partials)
 
 
 class _PlanCache:

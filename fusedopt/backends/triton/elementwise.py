@@ -3,13 +3,14 @@
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fusedopt.backends.triton.rows import Rows, without_gaps
 from fusedopt.backends.triton.stepper import States, TritonStepper, gradients, masters, roundings
 from fusedopt.interface import ParamSet
-from fusedopt_kernels.elementwise import Elementwise
+from fusedopt_kernels.elementwise import Elementwise, pieces_of
 from fusedopt_kernels.table import LaunchTable
 
 
@@ -50,9 +51,12 @@ class ElementwiseStepper(TritonStepper):
     def hyper_values(self, hyper: Any) -> dict[str, float]:
         return {name: value for name, value in hyper._asdict().items() if name in self.hyper.fields and name != "lr"}
 
-    def launch(self, table: LaunchTable) -> None:
-        numel = self._rows.numel
+    def fill_rows(self, rows: np.ndarray, param_sets: Sequence[ParamSet], params: list[Tensor], states: States) -> None:
+        self._numel = self._rows.numel
         if self._missing:
-            numel = numel.copy()
-            numel[self._missing] = 0
-        self._kernels.step(table, self._rows.keys, numel)
+            self._numel = self._numel.copy()
+            self._numel[self._missing] = 0
+        rows["pieces"] = pieces_of(self._numel)
+
+    def launch(self, table: LaunchTable, partials: Tensor | None = None) -> None:
+        self._kernels.step(table, self._rows.keys, self._numel, partials)

@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 
 from fusedopt.backends.graphs import on_device
-from fusedopt.backends.triton.capture import Tables
+from fusedopt.backends.triton.capture import Tables as CapturableTables
 from fusedopt.backends.triton.rows import Column, Rows
 from fusedopt.backends.triton.scalars import DeviceScalars
-from fusedopt.interface import ParamSet, ShardInfo, StepArgs
+from fusedopt.interface import Measurement, ParamSet, ShardInfo, StepArgs
 from fusedopt.precision import NUMBER, Precision, master_state
-from fusedopt_kernels.record import Record
+from fusedopt_kernels.measures import PLACES
+from fusedopt_kernels.record import Record, Tables
+from fusedopt_kernels.statistics import finish_measures
 from fusedopt_kernels.storage import EVERYTHING, MOMENTS, NEAREST
-from fusedopt_kernels.table import addresses
+from fusedopt_kernels.table import LaunchTable, addresses
 
 States = Sequence[dict[str, Tensor]]
 
@@ -32,7 +34,7 @@ class TritonStepper:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._rows = Rows()
-        self._tables = Tables(device)
+        self._tables = CapturableTables(device)
 
     @property
     def captured(self) -> bool:
@@ -62,8 +64,17 @@ class TritonStepper:
             self.fill_rows(rows, param_sets, params, states)
             scalars = DeviceScalars(self._device)
             hyper = self._hyper(param_sets, args, scalars)
+            partials = 0
+            if args.measurement is not None:
+                partials = self._fill_in_measures(rows, hyper, param_sets, args.measurement, scalars)
             table = self._tables.for_step(rows, hyper, keep=lambda: [params, [dict(s) for s in states], scalars.kept])
-            self.launch(table)
+            if args.measurement is None:
+                self.launch(table)
+            else:
+                measures = table.scratch("measures", partials, dtype=torch.float64)
+                self.launch(table, measures)
+                places = Tables(self.row.places, self.hyper.places, measures=PLACES)
+                finish_measures(table, len(rows), measures, places)
             self._rows.copy_back()
 
     def _hyper(self, param_sets: Sequence[ParamSet], args: StepArgs, scalars: DeviceScalars) -> np.ndarray:
@@ -90,6 +101,25 @@ class TritonStepper:
             if info is not None and info.position is not None:
                 row["shard_length"], row["shard_gap"], row["shard_offset"] = info.position
 
+    def _fill_in_measures(
+        self,
+        rows: np.ndarray,
+        hyper: np.ndarray,
+        param_sets: Sequence[ParamSet],
+        measurement: Measurement,
+        scalars: DeviceScalars,
+    ) -> int:
+        """Fills in where the measures of tensors go; returns how many their pieces have together."""
+        sums = measurement.sums[self._device]
+        scalars.kept.append(sums)
+        hyper["measured_scale"] = scalars.number("scale", measurement.scale)
+        hyper["measured_grad_scale"] = scalars.address(measurement.grad_scale)
+        places = np.concatenate([param_set.places for param_set in param_sets if param_set.places is not None])
+        rows["measures_at"] = np.where(rows["grad"] != 0, sums.data_ptr() + places * sums.stride(0) * sums.itemsize, 0)
+        ends = np.cumsum(len(PLACES) * rows["pieces"])
+        rows["measures"][1:] = ends[:-1]
+        return int(ends[-1])
+
     # What a subclass fills in.
 
     def refresh(self, rows: Rows, param_sets: Sequence[ParamSet], params: list[Tensor], states: States) -> None:
@@ -97,14 +127,15 @@ class TritonStepper:
         raise NotImplementedError
 
     def fill_rows(self, rows: np.ndarray, param_sets: Sequence[ParamSet], params: list[Tensor], states: States) -> None:
-        """Fills in the fields of the rows that only this rule has."""
+        """Fills in `pieces`, and the fields of the rows that only this rule has."""
+        raise NotImplementedError
 
     def hyper_values(self, hyper: Any) -> dict[str, float]:
         """Returns the fields of a set of hyper-parameters that only this rule has."""
         raise NotImplementedError
 
-    def launch(self, table: Any) -> None:
-        """Launches the rule's kernels."""
+    def launch(self, table: LaunchTable, partials: Tensor | None = None) -> None:
+        """Launches the rule's kernels, which leave the measures of all pieces in `partials` if there is any."""
         raise NotImplementedError
 
 

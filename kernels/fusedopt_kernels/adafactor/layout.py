@@ -43,12 +43,11 @@ ROW = row_record(
     height=INTEGER,
     width=INTEGER,
     inner=INTEGER,
-    # How it is cut: tiles of a matrix; entries of its rows that a program averages, and how many programs do; pieces.
+    # How it is cut: tiles of a matrix; entries of its rows that a program averages, and how many programs do.
     tiles_x=INTEGER,
     tiles_y=INTEGER,
     rows_per_program=INTEGER,
     row_programs=INTEGER,
-    pieces=INTEGER,
     # Where its sums begin, in elements of the workspaces above.
     partial_sums=INTEGER,
     row_mean_partials=INTEGER,

@@ -83,7 +83,7 @@ class Access(NamedTuple):
 
 
 _named: Any = namedtuple
-Spec = _named("Spec", ("row", "scalars", *Access._fields, *Sizes._fields))
+Spec = _named("Spec", ("row", "scalars", "measures", *Access._fields, *Sizes._fields))
 """The constexpr argument of a kernel that reads gradients: places of fields, `Access` with dtypes, `Sizes`.
 
 Its device functions take it whole. The kernel takes the parts and puts them together with `as_spec`.
@@ -98,7 +98,7 @@ def sizes_of(grad_itemsize: int) -> Sizes:
 @constant_function
 def as_spec(tables: Any, sizes: Any, access: Any) -> Any:
     """The `Spec` of a kernel's constants, inside of the kernel: of dtypes, it gets the names."""
-    return Spec(tables.row, tables.scalars, *dtypes_of_names(access), *sizes)
+    return Spec(tables.row, tables.scalars, tables.measures, *dtypes_of_names(access), *sizes)
 
 
 def access_of(key: int) -> Access:

@@ -12,6 +12,7 @@ import triton.language as tl
 from fusedopt_kernels.adafactor.tiles import (
     column_factor,
     factored_update,
+    gradient_at,
     load_gradient,
     load_step,
     load_weights,
@@ -23,6 +24,7 @@ from fusedopt_kernels.adafactor.tiles import (
     weights_at,
 )
 from fusedopt_kernels.device import device_function, div_rn, load_pointer, loop_range, sqrt_rn
+from fusedopt_kernels.statistics import added, no_measures, store_measures
 
 
 @device_function
@@ -121,8 +123,8 @@ def _row_factors(row_at, matrix, y, mask, height, SPEC: tl.constexpr):
 
 
 @device_function
-def small_update(row, scalar, square_partials, piece, SPEC: tl.constexpr, APPLY: tl.constexpr):
-    """The sum of squares of the update of some rows, or with APPLY, updates them."""
+def small_update(row, scalar, partials, piece, SPEC: tl.constexpr, APPLY: tl.constexpr):
+    """The sum of squares of the update of some rows, or with APPLY, updates them; its sums go to `partials`."""
     height, width, inner = _sides(row, SPEC)
     g_at, factor = load_gradient(row, scalar, SPEC, False)
     row_at = load_pointer(row + SPEC.row.exp_avg_sq_row, SPEC.compute, False)
@@ -130,6 +132,7 @@ def small_update(row, scalar, square_partials, piece, SPEC: tl.constexpr, APPLY:
     weights, m_at, averages, scales = load_step(row, scalar, SPEC, False)
     p_at, master_at = weights
     u_squares = tl.full([SPEC.lines, SPEC.strip], 0.0, SPEC.compute)
+    measures = no_measures()
     first, last = _share(row, piece, width, SPEC)
     for line in loop_range(first, last, SPEC.lines):
         start, outer, y, i, mask = _lines(line, last, height, inner, SPEC)
@@ -140,14 +143,18 @@ def small_update(row, scalar, square_partials, piece, SPEC: tl.constexpr, APPLY:
             cols, inside = _strip(x, width, matrix * width, 1, mask, SPEC)
             col = tl.load(col_at + start * (inner * width) + cols, mask=inside, other=1.0)
             at, _ = _strip(x, width, (outer * height + y) * width * inner + i, inner, mask, SPEC)
-            g = scaled_gradient((g_at + above, factor), at, inside, SPEC)
+            raw, g = gradient_at((g_at + above, factor), at, inside, SPEC)
             u = factored_update(g, row_factors[:, None], column_factor(col, sqrt_rn, div_rn))
             if APPLY:
                 index = start * (inner * height * width) + (cols + (matrix * height + y - matrix)[:, None] * width)
                 step = (p_at + above, master_at + above), m_at + above, averages, scales
-                store_updated(step, scalar, at, index, inside, u, SPEC)
+                of_strip = store_updated(step, scalar, at, index, inside, raw, u, SPEC)
+                if SPEC.measures is not None:
+                    measures = added(measures, of_strip, SPEC)
             else:
                 u = tl.where(inside, u, 0.0)
                 u_squares += u * u
     if not APPLY:
-        store_squares(row, square_partials, piece, tl.sum(u_squares), None, SPEC)
+        store_squares(row, partials, piece, tl.sum(u_squares), None, SPEC)
+    elif SPEC.measures is not None:
+        store_measures(partials, row, piece, measures, SPEC)

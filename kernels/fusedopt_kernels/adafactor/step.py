@@ -45,6 +45,7 @@ from fusedopt_kernels.device import (
     piece_of,
     sqrt_rn,
 )
+from fusedopt_kernels.statistics import measuring
 from fusedopt_kernels.step import begin_step, run_prologue
 from fusedopt_kernels.table import LaunchTable, launch_class
 
@@ -181,35 +182,42 @@ def apply(
     rows,
     scalars,
     partial_sums,
-    square_partials,
+    partials,
     T: tl.constexpr,
     SIZES: tl.constexpr,
     A: tl.constexpr,
 ):
-    """Updates one piece of one tensor."""
+    """Updates one piece of one tensor; leaves its measures in `partials`."""
     SPEC: tl.constexpr = as_spec(T, SIZES, A)
     index, piece = my_piece(chunks)
     row = rows + index * SPEC.row.length
     scalar = scalars + index * SPEC.scalars.length
-    if tl.load(scalar + SPEC.scalars.active) == 0.0:
-        return
+    if SPEC.measures is None:
+        if tl.load(scalar + SPEC.scalars.active) == 0.0:
+            return
     kind = tl.load(row + SPEC.row.kind)
     aligned = tl.load(row + SPEC.row.aligned) != 0
     if kind == SMALL:
-        small_update(row, scalar, square_partials, piece, SPEC, True)
+        small_update(row, scalar, partials, piece, SPEC, True)
     elif kind == MATRIX:
         if aligned:
-            matrix_update(row, scalar, partial_sums, square_partials, piece, SPEC, True, True)
+            matrix_update(row, scalar, partial_sums, partials, piece, SPEC, True, True)
         else:
-            matrix_update(row, scalar, partial_sums, square_partials, piece, SPEC, False, True)
+            matrix_update(row, scalar, partial_sums, partials, piece, SPEC, False, True)
     else:
         if aligned:
-            vector_apply(row, scalar, piece, SPEC, True)
+            vector_apply(row, scalar, partials, piece, SPEC, True)
         else:
-            vector_apply(row, scalar, piece, SPEC, False)
+            vector_apply(row, scalar, partials, piece, SPEC, False)
 
 
-def adafactor(table: LaunchTable, keys: np.ndarray, plan: Plan, all_reduce: AllReduce | None = None) -> None:
+def adafactor(
+    table: LaunchTable,
+    keys: np.ndarray,
+    plan: Plan,
+    all_reduce: AllReduce | None = None,
+    partials: Tensor | None = None,
+) -> None:
     """One step of all tensors of a table.
 
     Args:
@@ -218,10 +226,12 @@ def adafactor(table: LaunchTable, keys: np.ndarray, plan: Plan, all_reduce: AllR
         plan: of the same tensors.
         all_reduce: puts the sums over all processes that have a share in the place of local sums; for a plan with
             shards.
+        partials: memory for the measures of all pieces; None: there are to be none.
     """
     all_rows = np.zeros_like(keys)
     # First: a captured step whose launches cannot be captured is refused before anything is queued.
     of_pieces = _Launches(table, "pieces", keys, plan.pieces)
+    of_update = of_pieces if partials is None else _Launches(table, "measured pieces", keys, plan.pieces)
     average_sums = _Launches(table, "averages", plan.in_float64, plan.averages)
     of_squares = _Launches(table, "squares", keys, plan.matrix_pieces)
     of_tensors = _Launches(table, "finish", all_rows, plan.whole)
@@ -249,9 +259,10 @@ def adafactor(table: LaunchTable, keys: np.ndarray, plan: Plan, all_reduce: AllR
         for _, chunks in of_tensors(tensors):
             tables = table.rows, table.hyper
             finish[(len(chunks),)](chunks, *tables, scalars, square_partials, TABLES, SQUARES, enable_fp_fusion=False)
-        for key, chunks in of_pieces(tensors):
-            constants, wide = _constants(key)
-            arguments = table.rows, scalars, partial_sums[wide], square_partials, *constants
+        for key, chunks in of_update(tensors):
+            (tables, *others), wide = _constants(key)
+            constants = measuring(tables, partials), *others
+            arguments = table.rows, scalars, partial_sums[wide], partials, *constants
             apply[(len(chunks),)](chunks, *arguments, **options(THREADS))
 
 

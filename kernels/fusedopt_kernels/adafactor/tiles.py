@@ -5,6 +5,7 @@ import triton.language as tl
 
 from fusedopt_kernels import rules
 from fusedopt_kernels.device import device_function, div_rn, load_pointer, load_size, loop_range, sqrt_rn
+from fusedopt_kernels.statistics import added, measured, no_measures, store_measures, where_active
 from fusedopt_kernels.storage import load_keys, load_moment, load_weight, random_words, store_moment, store_weight
 
 running_average = device_function(rules.running_average)
@@ -17,15 +18,23 @@ adafactor_apply = device_function(rules.adafactor_apply)
 
 @device_function
 def load_gradient(row, scalar, SPEC: tl.constexpr, ALIGNED: tl.constexpr):
-    """The arguments of `scaled_gradient`."""
+    """The first argument of `gradient_at`."""
     return load_pointer(row + SPEC.row.grad, SPEC.grad, ALIGNED), tl.load(scalar + SPEC.scalars.factor).to(SPEC.compute)
 
 
 @device_function
-def scaled_gradient(gradient, at, mask, SPEC: tl.constexpr):
-    """The gradient at these offsets, 0 outside of the mask."""
+def gradient_at(gradient, at, mask, SPEC: tl.constexpr):
+    """The gradient at these offsets, 0 outside of the mask: as it is, and times its factor."""
     pointer, factor = gradient
-    return tl.load(pointer + at, mask=mask, other=0.0).to(SPEC.compute) * factor
+    raw = tl.load(pointer + at, mask=mask, other=0.0).to(SPEC.compute)
+    return raw, raw * factor
+
+
+@device_function
+def scaled_gradient(gradient, at, mask, SPEC: tl.constexpr):
+    """The gradient at these offsets times its factor, 0 outside of the mask."""
+    _, g = gradient_at(gradient, at, mask, SPEC)
+    return g
 
 
 @device_function
@@ -71,25 +80,32 @@ def load_step(row, scalar, SPEC: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @device_function
-def store_updated(step, scalar, at, index, mask, u, SPEC: tl.constexpr):
-    """Averages the update u and takes it off the parameter, at these offsets.
+def store_updated(step, scalar, at, index, mask, raw, u, SPEC: tl.constexpr):
+    """Averages the update u and takes it off the parameter, at these offsets; returns the measures, if there are any.
 
-    `index`: of the elements in the whole parameter, int64, in the order of contiguous tensors.
+    `index`: of the elements in the whole parameter, int64, in the order of contiguous tensors. `raw`: their gradients.
     """
     weights, m_at, averages, scales = step
     step_size, one_minus_beta1, decay_step = scales
+    written = mask
+    if SPEC.measures is not None:
+        written = where_active(mask, tl.load(scalar + SPEC.scalars.active))
     p = weights_at(weights, at, mask, SPEC)
     u *= step_size
     if averages:
         u = running_average(load_moment(m_at + at, mask, SPEC.compute, 0.0), u, one_minus_beta1)
-        store_moment(u, m_at + at, mask, SPEC.exp_avg)
+        store_moment(u, m_at + at, written, SPEC.exp_avg)
     words = None
     if SPEC.rounding > 0:
         key0, key1 = load_keys(scalar + SPEC.scalars.keys)
         words = random_words(index.to(tl.uint32), (index >> 32).to(tl.uint32), key0, key1)
     p_at, master_at = weights
-    p = adafactor_apply(p, u, decay_step)
-    store_weight(p, p_at + at, master_at + at, words, mask, SPEC.param, SPEC.master, SPEC.rounding)
+    new = adafactor_apply(p, u, decay_step)
+    kept = store_weight(new, p_at + at, master_at + at, words, written, SPEC.param, SPEC.master, SPEC.rounding)
+    measures = None
+    if SPEC.measures is not None:
+        measures = measured(raw, p, new, kept, mask, written, SPEC)
+    return measures
 
 
 @device_function
@@ -120,15 +136,17 @@ def vector_sums(row, scalar, square_partials, piece, SPEC: tl.constexpr, ALIGNED
 
 
 @device_function
-def vector_apply(row, scalar, piece, SPEC: tl.constexpr, ALIGNED: tl.constexpr):
+def vector_apply(row, scalar, partials, piece, SPEC: tl.constexpr, ALIGNED: tl.constexpr):
     """Updates one block."""
     at = piece * SPEC.half_block + tl.arange(0, SPEC.half_block)
     mask = at < load_size(row + SPEC.row.numel, ALIGNED)
-    g = scaled_gradient(load_gradient(row, scalar, SPEC, ALIGNED), at, mask, SPEC)
+    raw, g = gradient_at(load_gradient(row, scalar, SPEC, ALIGNED), at, mask, SPEC)
     v = tl.load(load_pointer(row + SPEC.row.exp_avg_sq_row, SPEC.compute, ALIGNED) + at, mask=mask, other=1.0)
     u = unfactored_update(g, v, sqrt_rn, div_rn)
     index = shard_index(row, at, piece * 0, SPEC)  # a vector is one line
-    store_updated(load_step(row, scalar, SPEC, ALIGNED), scalar, at, index, mask, u, SPEC)
+    measures = store_updated(load_step(row, scalar, SPEC, ALIGNED), scalar, at, index, mask, raw, u, SPEC)
+    if SPEC.measures is not None:
+        store_measures(partials, row, piece, measures, SPEC)
 
 
 @device_function
@@ -199,9 +217,9 @@ def _factors(row, partial_sums, matrix, columns, inside, SPEC: tl.constexpr):
 
 @device_function
 def matrix_update(
-    row, scalar, partial_sums, square_partials, piece, SPEC: tl.constexpr, ALIGNED: tl.constexpr, APPLY: tl.constexpr
+    row, scalar, partial_sums, partials, piece, SPEC: tl.constexpr, ALIGNED: tl.constexpr, APPLY: tl.constexpr
 ):
-    """The sum of squares of the update of one tile, or with APPLY, updates it.
+    """The sum of squares of the update of one tile, or with APPLY, updates it. Its sums, or measures, go to `partials`.
 
     The squares are those of the update, not made of g²: that may underflow where the update does not.
     """
@@ -211,17 +229,22 @@ def matrix_update(
     step = load_step(row, scalar, SPEC, ALIGNED)
     row_at, row_mean, column_factors = _factors(row, partial_sums, matrix, columns, inside, SPEC)
     u_squares = tl.full([ROWS, SPEC.tile_width], 0.0, SPEC.compute)
+    measures = no_measures()
     for y in loop_range(first, last, ROWS):
         ys, exists, at, mask = _some_rows(row, matrix, y, last, columns, inside, SPEC, ALIGNED, ROWS)
-        g = scaled_gradient(gradient, at, mask, SPEC)
+        raw, g = gradient_at(gradient, at, mask, SPEC)
         row_factors = row_factor(tl.load(row_at + ys, mask=exists, other=1.0), row_mean, sqrt_rn, div_rn)
         u = factored_update(g, row_factors[:, None], column_factors[None, :])
         if APPLY:
             lines = matrix * tl.load(row + SPEC.row.height) + ys
             index = shard_index(row, at, (lines * tl.load(row + SPEC.row.width))[:, None], SPEC)
-            store_updated(step, scalar, at, index, mask, u, SPEC)
+            of_rows = store_updated(step, scalar, at, index, mask, raw, u, SPEC)
+            if SPEC.measures is not None:
+                measures = added(measures, of_rows, SPEC)
         else:
             u = tl.where(mask, u, 0.0)
             u_squares += u * u
     if not APPLY:
-        store_squares(row, square_partials, piece, tl.sum(u_squares), None, SPEC)
+        store_squares(row, partials, piece, tl.sum(u_squares), None, SPEC)
+    elif SPEC.measures is not None:
+        store_measures(partials, row, piece, measures, SPEC)

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fusedopt.backends.eager.measures import copy_of
 from fusedopt.backends.eager.stepper import Bucket
 from fusedopt.backends.eager.storage import Storage, read_weight, weight_bits, write_weight
 from fusedopt.backends.scratch import scratch
@@ -70,6 +72,14 @@ class _Tiles:
         if g.dtype != self.dtype:
             g = scratch.like(g, "gradient", self.dtype).copy_(g)
         return g if self._scale == 1.0 else torch.mul(g, self._scale, out=scratch.like(g, "gradient", self.dtype))
+
+    def raw_gradient(self, i: int) -> Tensor:
+        """Returns the gradient without its factor."""
+        return self._g[i]
+
+    def rounded(self, i: int) -> Callable[[], Tensor] | None:
+        """What returns a tile of the parameter once it is written; None where nothing of it was rounded away."""
+        return (lambda: self._p[i]) if self._p[i].dtype.itemsize == 2 and self._masters[i] is None else None
 
     def parameter(self, i: int) -> Tensor:
         p = self._p[i]
@@ -149,6 +159,7 @@ def tiled_update(bucket: Bucket, which: int) -> None:
         if i > 0:  # that of the first tile was made last
             u = update.made(i)
         wide_p = tiles.parameter(i)
+        old = wide_p if bucket.measure is None else copy_of(wide_p)
         if averages is None and hyper.weight_decay == 0.0:
             wide_p.addcmul_(u, rows[i], value=-1.0)
         else:
@@ -157,7 +168,11 @@ def tiled_update(bucket: Bucket, which: int) -> None:
             else:
                 change = averages[i].mul_(hyper.beta1).addcmul_(u, rows[i], value=1.0 - hyper.beta1)
             wide_p.sub_(torch.add(change, wide_p, alpha=rate * hyper.weight_decay, out=u))
-        tiles.store(i, wide_p)
+        if bucket.measure is None:
+            tiles.store(i, wide_p)
+        else:
+            write, target = partial(tiles.store, i, wide_p), tiles.rounded(i)
+            bucket.measure.around(write, [which], [wide_p.numel()], tiles.raw_gradient(i), old, wide_p, target)
 
 
 def _flat(t: Tensor) -> np.ndarray:

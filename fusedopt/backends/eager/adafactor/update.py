@@ -9,12 +9,13 @@ import math
 import operator
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fusedopt.backends.eager.measures import at
 from fusedopt.backends.eager.norms import norm
 from fusedopt.backends.eager.rounding import round_into
 from fusedopt.backends.eager.stepper import Bucket
@@ -46,6 +47,7 @@ class Stack:
         self.is_whole = shard_info is None
         self.shard_info = shard_info or ShardInfo(self.params[0].shape, (), (), ())
         self._storage = Storage.of(bucket, which)
+        self._measure = at(bucket.measure, which)
 
     def join(self, tensors: list[Tensor]) -> Tensor:
         return torch.stack(tensors) if self.is_whole else tensors[0].unsqueeze(0)
@@ -64,7 +66,24 @@ class Stack:
         masters = [m for m in self._storage.masters if m is not None]
         return read_weight(self.join(self.params), self.join(masters) if masters else None)
 
-    def store_weight(self, new: Tensor) -> None:
+    def store_weight(self, old: Callable[[], Tensor], new: Tensor) -> None:
+        """Writes the new weights, and measures them beside the old ones."""
+        if self._measure is None:
+            self._write_weight(new)
+            return
+        rounds = self.params[0].dtype.itemsize == 2 and self._storage.masters[0] is None
+        sizes = [p.numel() for p in self.params]
+        self._measure.around(
+            partial(self._write_weight, new),
+            range(len(sizes)),
+            sizes,
+            self.join(self.grads),
+            old(),
+            new,
+            (lambda: self.join(self.params)) if rounds else None,
+        )
+
+    def _write_weight(self, new: Tensor) -> None:
         if not self._storage.stochastic and self._storage.masters[0] is None:
             torch._foreach_copy_(self.params, list(new.unbind()))
             return
@@ -136,7 +155,7 @@ def update(bucket: Bucket, stack: Stack) -> Update:
     if hyper.beta1 is not None:
         change = stack.average("exp_avg", change, 1.0 - hyper.beta1)
     new = rules.adafactor_apply(p(), change, rate * hyper.weight_decay)
-    stack.store_weight(new)
+    stack.store_weight(p, new)
 
 
 Unclipped = Callable[[], Tensor]

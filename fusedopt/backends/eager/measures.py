@@ -1,0 +1,147 @@
+"""The measures of a step on the eager backend: sums over gradients, weights and updates, see `Measures`."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fusedopt.backends.eager.norms import norms, sum_of_squares
+from fusedopt.backends.scratch import scratch
+from fusedopt_kernels.measures import PLACES
+
+_SHORT = 1 << 12
+"""Elements up to which tensors that were joined are added up together; longer ones are faster one by one."""
+
+
+class Measure:
+    """Adds up the measures of some parameters.
+
+    Args:
+        sums: float64 [rows, measures] of all parameters, on their device.
+        places: the row of each parameter.
+        factor: on gradients.
+    """
+
+    def __init__(self, sums: Tensor, places: np.ndarray, factor: float) -> None:
+        self._sums, self._places, self._square = sums, places, factor * factor
+        self._array = sums.numpy() if sums.device.type == "cpu" else None
+
+    def at(self, which: Sequence[int]) -> "Measure":
+        """The same for some of the parameters."""
+        return Measure(self._sums, self._places[list(which)], self._square**0.5)
+
+    def begin(self) -> None:
+        """Forgets the last step."""
+        self._sums[torch.from_numpy(self._places).to(self._sums.device)] = 0.0
+
+    def add(
+        self,
+        which: Sequence[int],
+        sizes: Sequence[int],
+        g: Tensor,
+        old: Tensor,
+        new: Tensor | None = None,
+        kept: Tensor | None = None,
+    ) -> None:
+        """Adds some elements of some parameters.
+
+        Args:
+            which: the parameters.
+            sizes: how many elements each has here, one after another.
+            g: their gradients, before any factor.
+            old: the weights before the update, at least in float32.
+            new: the weights after it, in the same dtype; None if there was none.
+            kept: these weights as they can be read again, if that is in 16 bits alone.
+        """
+        if not sum(sizes):
+            return
+        rows = self._places[list(which)]
+        self._add(PLACES.gradient, rows, _squares(g, sizes) * self._square)
+        self._add(PLACES.weight, rows, _squares(old, sizes))
+        if new is None:
+            return
+        if kept is not None:
+            self._add(PLACES.lost, rows, _counts((kept == old) & (new != old), sizes))
+        on_cpu = old.device.type == "cpu"
+        change = torch.sub(new, old, out=scratch.like(old, "change", old.dtype) if on_cpu else None)
+        self._add(PLACES.update, rows, _squares(change, sizes))
+        self._add(PLACES.largest, rows, _largest(change, sizes))
+
+    def around(
+        self,
+        write: Callable[[], None],
+        which: Sequence[int],
+        sizes: Sequence[int],
+        g: Tensor,
+        old: Tensor,
+        new: Tensor,
+        target: Callable[[], Tensor] | None,
+    ) -> None:
+        """Adds some elements, and writes the new weights, which may use up their memory.
+
+        Args:
+            write: writes them.
+            which, sizes, g, old, new: as in `add`.
+            target: returns the weights that were written, of 16 bits; None where nothing of them is lost.
+        """
+        if target is None:
+            self.add(which, sizes, g, old, new)
+        write()
+        if target is not None:
+            self.add(which, sizes, g, old, new, target().to(old.dtype))
+
+    def _add(self, place: int, rows: np.ndarray, values: Any) -> None:
+        if self._array is not None:
+            column = self._array[:, place]
+            column[rows] = np.maximum(column[rows], values) if place == PLACES.largest else column[rows] + values
+        else:
+            index, of_all = torch.from_numpy(rows).to(self._sums.device), self._sums[:, place]
+            of_all[index] = torch.maximum(of_all[index], values) if place == PLACES.largest else of_all[index] + values
+
+
+def at(measure: Measure | None, which: Sequence[int]) -> Measure | None:
+    """The measures of some parameters, if any are wanted."""
+    return None if measure is None else measure.at(which)
+
+
+def copy_of(t: Tensor) -> Tensor:
+    """A copy of some weights until their update is measured; on a CPU in memory that the next ones get."""
+    return scratch.like(t, "old", t.dtype).copy_(t) if t.device.type == "cpu" else t.clone()
+
+
+# Of each of the tensors that are joined in `t`, float64: an array where `t` is on the CPU, else a tensor.
+
+
+def _squares(t: Tensor, sizes: Sequence[int]) -> Any:
+    each = [t] if len(sizes) == 1 else list(t.reshape(-1).split(list(sizes))) if max(sizes) > _SHORT else []
+    if t.device.type != "cpu":
+        return torch.stack(norms(each)).square_() if each else _reduced(t.double().square_(), sizes, "sum")
+    if each:
+        return np.array([sum_of_squares(one) for one in each])
+    return _segments(np.add, t.double().square_(), sizes)
+
+
+def _largest(t: Tensor, sizes: Sequence[int]) -> Any:
+    if len(sizes) == 1:
+        low, high = torch.aminmax(t)
+        largest = torch.maximum(-low, high).double().reshape(1)
+        return largest.numpy() if t.device.type == "cpu" else largest
+    return _segments(np.maximum, t.abs(), sizes) if t.device.type == "cpu" else _reduced(t.abs(), sizes, "max")
+
+
+def _counts(t: Tensor, sizes: Sequence[int]) -> Any:
+    if t.device.type != "cpu":
+        return _reduced(t, sizes, "sum")
+    return np.array([int(torch.count_nonzero(t))]) if len(sizes) == 1 else _segments(np.add, t.double(), sizes)
+
+
+def _segments(reduce: Any, t: Tensor, sizes: Sequence[int]) -> np.ndarray:
+    sums: np.ndarray = reduce.reduceat(t.numpy().reshape(-1), np.cumsum([0, *sizes[:-1]])).astype(np.float64)
+    return sums
+
+
+def _reduced(t: Tensor, sizes: Sequence[int], reduce: str) -> Tensor:
+    lengths = torch.tensor(sizes, dtype=torch.int64, device=t.device)
+    return torch.segment_reduce(t.reshape(-1).double(), reduce, lengths=lengths, unsafe=True)

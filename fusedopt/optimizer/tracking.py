@@ -1,0 +1,144 @@
+"""Statistics of steps: which steps are measured, and what was."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fusedopt import sharding
+from fusedopt.backends.eager.norms import norms
+from fusedopt.backends.graphs import capturing
+from fusedopt.interface import Measurement, StepArgs
+from fusedopt_kernels.measures import PLACES
+from fusedopt_kernels.memory import lasting
+
+if TYPE_CHECKING:
+    from fusedopt.optimizer.base import FusedOptimizer
+
+NOT_MEASURED = -1.0
+"""In the place of every measure of a parameter that had no gradient."""
+
+
+class Tracker:
+    """Has every N-th step of an optimizer measured; nothing waits for a device.
+
+    A step is measured by the calls of `open` that belong to it, more than one for a step in backward, and by `close`.
+
+    Attributes:
+        every: N; 0 for no step.
+        measured_steps: how many steps were measured.
+        sums: of the last one, float64 [parameters, measures], by device; parameters in the order of the groups.
+    """
+
+    def __init__(self, track_statistics: bool | int = False) -> None:
+        if isinstance(track_statistics, float | Tensor) or not 0 <= int(track_statistics):
+            raise ValueError(
+                f"track_statistics must be True, False, or a whole number N > 0 for every N-th step, got "
+                f"{track_statistics!r}"
+            )
+        self.every = int(track_statistics)
+        self.measured_steps = 0
+        self.sums: dict[torch.device, Tensor] = {}
+        self._steps = 0
+        self._opened = False
+        self._places: dict[Tensor, int] = {}
+        self._indices: dict[tuple[Any, ...], tuple[list[int], Tensor]] = {}
+
+    def __bool__(self) -> bool:
+        return self.every > 0
+
+    def due(self, optimizer: "FusedOptimizer") -> bool:
+        """True if this step is to be measured. A captured one is: its graph does the same at each replay."""
+        return self.every > 0 and (
+            self._steps % self.every == 0 or any(map(capturing, {p.device for p in _params(optimizer)}))
+        )
+
+    def open(self, optimizer: "FusedOptimizer", gradients: int, args: StepArgs) -> Measurement:
+        """Returns what a step, or a part of one that updates some parameters, is asked to measure.
+
+        Args:
+            optimizer: whose step it is.
+            gradients: how many parameters are updated.
+            args: of the step, before clipping.
+        """
+        if not self._opened:
+            params = _params(optimizer)
+            self._places = {p: place for place, p in enumerate(params)}
+            devices = {p.device for p in params}
+            if self.sums.keys() != devices or any(len(sums) != len(params) for sums in self.sums.values()):
+                self.sums = {device: lasting((len(params), len(PLACES)), torch.float64, device) for device in devices}
+                gradients = 0
+            if gradients < len(params):  # the others keep what is here now
+                for sums in self.sums.values():
+                    sums.fill_(NOT_MEASURED)
+            self._opened = True
+        return Measurement(self.sums, args.scale, args.grad_scale)
+
+    def places(self, params: Sequence[Tensor]) -> np.ndarray:
+        """Returns the rows of these parameters in `sums`, int64."""
+        return np.array([self._places[p] for p in params], np.int64)
+
+    def replace_gradients(self, params: Sequence[Tensor], grads: Sequence[Tensor], measurement: Measurement) -> None:
+        """Puts these gradients' squares in the place of those that the update saw, which were clipped copies."""
+        factor: Any = measurement.scale
+        if measurement.grad_scale is not None:
+            factor = factor / measurement.grad_scale.double()
+        by_device: dict[torch.device, list[int]] = {}
+        for i, g in enumerate(grads):
+            by_device.setdefault(g.device, []).append(i)
+        for device, which in by_device.items():
+            squares = torch.stack(norms([sharding.shard(grads[i]) for i in which])).square_()
+            on_device = factor.to(device, non_blocking=True) if isinstance(factor, Tensor) else factor
+            rows = self._index(("gradients", device), [self._places[params[i]] for i in which], device)
+            self.sums[device][:, PLACES.gradient].index_copy_(0, rows, squares * on_device**2)
+
+    def close(self, optimizer: "FusedOptimizer") -> None:
+        """Ends a step: sums of shards become those of whole tensors, in two collective operations per kind of split."""
+        if self.due(optimizer):
+            params = _params(optimizer)
+            if sharding.any_sharded(params):
+                self.open(optimizer, 0, StepArgs())
+                self._all_reduce(params)
+        self.measured_steps += self._opened
+        self._steps += 1
+        self._opened = False
+
+    def abandon(self) -> None:
+        """Ends a step that raised."""
+        self._opened = False
+
+    def _all_reduce(self, params: list[Tensor]) -> None:
+        alike: dict[tuple[torch.device, sharding.ReduceDims], list[int]] = {}
+        for place, p in enumerate(params):
+            over = sharding.spread(p)
+            if over:
+                alike.setdefault((p.device, over), []).append(place)
+        for (device, over), places in alike.items():
+            rows = self._index((device, over), places, device)
+            whole = self.sums[device].index_select(0, rows)
+            largest = whole[:, PLACES.largest].clone()
+            sharding.all_reduce_in_place(whole, over)
+            sharding.all_reduce_in_place(largest, over, torch.distributed.ReduceOp.MAX)
+            update = whole[:, PLACES.update]
+            whole[:, PLACES.largest] = torch.where(update.isnan(), update, largest)
+            self.sums[device].index_copy_(0, rows, whole)
+
+    def _index(self, use: tuple[Any, ...], places: list[int], device: torch.device) -> Tensor:
+        """These numbers on a device, copied there where they are not those of last time."""
+        known = self._indices.get(use)
+        if known is None or known[0] != places:
+            known = self._indices[use] = places, torch.tensor(places, dtype=torch.int64, device=device)
+        return known[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy begins anew: what was measured belongs to the parameters of the original."""
+        return {"track_statistics": self.every}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Tracker.__init__(self, **state)
+
+
+def _params(optimizer: "FusedOptimizer") -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]

@@ -1,0 +1,149 @@
+"""What the last measured step did to each parameter."""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fusedopt_kernels.measures import PLACES
+
+if TYPE_CHECKING:
+    from fusedopt.optimizer.base import FusedOptimizer
+
+QUANTITIES = ("grad_norm", "weight_norm", "update_norm", "largest_update", "update_to_weight", "lost")
+"""The columns of `Statistics.tensor`."""
+
+_TITLES = ("gradient", "weight", "update", "largest", "update/weight", "lost")
+
+
+class Statistics:
+    """What the last measured step of an optimizer did to each parameter; `optimizer.statistics`.
+
+    Quantities, of whole tensors where parameters are sharded:
+
+    - `grad_norm`: norm of the gradient, unscaled and before clipping.
+    - `weight_norm`: norm of the weight before the update, of the float32 one with master weights.
+    - `update_norm`, `largest_update`: norm and largest magnitude of the new weight less the old one, decay included,
+      before it is rounded to 16 bits.
+    - `update_to_weight`: the quotient of these norms.
+    - `lost`: the share of elements whose update was not 0, and which rounding to 16 bits left as they were. 0 for
+      wider parameters, and with master weights, where nothing is lost.
+
+    A step that was skipped has its gradients and weights, and updates of 0. Parameters without a gradient have NaN in
+    all quantities, as all have before the first measured step.
+
+    Nothing but `to_dict`, `table` and printing waits for a device.
+
+    Example:
+        >>> import fusedopt, torch
+        >>> model = torch.nn.Linear(3, 1)
+        >>> optimizer = fusedopt.AdamW(model.named_parameters(), lr=0.01, track_statistics=True)
+        >>> model(torch.ones(3)).sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.statistics.names
+        ['weight', 'bias']
+        >>> round(optimizer.statistics.to_dict()["update_norm/weight"], 4)
+        0.0173
+    """
+
+    def __init__(self, optimizer: "FusedOptimizer") -> None:
+        self._optimizer = optimizer
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters' names, as `named_parameters()` gave them to the optimizer; else "group.index"."""
+        return [
+            name
+            for number, group in enumerate(self._optimizer.param_groups)
+            for name in group.get("param_names") or [f"{number}.{index}" for index in range(len(group["params"]))]
+        ]
+
+    @property
+    def quantities(self) -> tuple[str, ...]:
+        """The names of the columns of `tensor`."""
+        return QUANTITIES
+
+    @property
+    def tensor(self) -> Tensor:
+        """All quantities, float64 [parameters, quantities], on the device of the first parameter.
+
+        A new tensor each time it is read; after a replay of a CUDA graph, that of the replayed step.
+        """
+        params = [p for group in self._optimizer.param_groups for p in group["params"]]
+        home = params[0].device
+        sums = self._sums(len(params), home)
+        norms = sums[:, : PLACES.update + 1].sqrt()  # NaN where there is -1, as nothing was measured
+        measured = sums[:, PLACES.gradient] >= 0.0
+        measured |= sums[:, PLACES.gradient].isnan()
+        largest = torch.where(measured, sums[:, PLACES.largest], torch.nan)
+        ratio = norms[:, PLACES.update] / norms[:, PLACES.weight]
+        numel = torch.tensor([max(p.numel(), 1) for p in params], dtype=torch.float64, device="cpu")
+        numel = numel.pin_memory().to(home, non_blocking=True) if home.type == "cuda" else numel
+        lost = torch.where(measured, sums[:, PLACES.lost] / numel, torch.nan)
+        return torch.column_stack([norms, largest, ratio, lost])
+
+    def to_dict(self) -> dict[str, float]:
+        """All quantities as plain floats, ready for a logger: "grad_norm/<name>" and so on; waits for the device.
+
+        Parameters without a gradient are left out.
+        """
+        rows = zip(self.names, self.tensor.tolist(), self._measured())
+        values = {name: row for name, row, measured in rows if measured}
+        return {
+            f"{quantity}/{name}": row[column]
+            for column, quantity in enumerate(QUANTITIES)
+            for name, row in values.items()
+        }
+
+    def table(self, rows: int | None = 20) -> str:
+        """The statistics as text, a line per parameter, the most conspicuous first; waits for the device.
+
+        First those with a norm that is not finite; then those whose update-to-weight ratio is farthest from the median
+        of all, by its logarithm; last those whose weights or updates are 0.
+
+        Args:
+            rows: how many lines; None for all.
+        """
+        values = dict(zip(self.names, self.tensor.tolist()))
+        measured = [name for name, is_measured in zip(self.names, self._measured()) if is_measured]
+        if not measured:
+            return "no step was measured yet"
+        ratio = QUANTITIES.index("update_to_weight")
+        logarithms = {n: math.log10(values[n][ratio]) for n in measured if 0.0 < values[n][ratio] < math.inf}
+        ordered = sorted(logarithms.values())
+        median = ordered[len(ordered) // 2] if ordered else 0.0
+
+        def calm(name: str) -> float:
+            if not all(map(math.isfinite, values[name][:3])):
+                return -math.inf
+            return -abs(logarithms[name] - median) if name in logarithms else 1.0
+
+        chosen = sorted(measured, key=calm)[:rows]
+        width = max(9, *map(len, chosen))
+        lines = ["  ".join([f"{'parameter':<{width}}", *(f"{title:>13}" for title in _TITLES)])]
+        for name in chosen:
+            *numbers, lost = values[name]
+            cells = [*(f"{number:>13.3e}" for number in numbers), f"{100 * lost:>12.1f}%"]
+            lines.append("  ".join([f"{name:<{width}}", *cells]))
+        if len(chosen) < len(measured):
+            lines.append(f"... and {len(measured) - len(chosen)} more")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return self.table()
+
+    def _measured(self) -> list[bool]:
+        params = [p for group in self._optimizer.param_groups for p in group["params"]]
+        return (~(self._sums(len(params), params[0].device)[:, PLACES.gradient] < 0.0)).tolist()
+
+    def _sums(self, rows: int, home: torch.device) -> Tensor:
+        """The measures of all parameters on one device; -1 for those without a gradient."""
+        sums = list(self._optimizer.tracker.sums.values())
+        if not sums or len(sums[0]) != rows:
+            return torch.full((rows, len(PLACES)), -1.0, dtype=torch.float64, device=home)
+        together = sums[0].to(home, non_blocking=True)
+        for others in sums[1:]:
+            here = others.to(home, non_blocking=True)
+            together = torch.where(here[:, :1] < 0.0, together, here)
+        return together
