@@ -77,7 +77,8 @@ def update(chunks, rows, scalars, partials, T: tl.constexpr, A: tl.constexpr):
     written = mask
     if T.measures is not None:
         written = where_active(mask, active)
-    elif active == 0.0:
+        active = tl.load(row + T.row.measures_at)  # skipped steps are measured, too
+    if active == 0:
         return
     p_at = pointers(row + T.row.param, S.param, first, offsets, S)
     g_at = pointers(row + T.row.grad, S.grad, first, offsets, S)

@@ -37,8 +37,8 @@ def hyper_record(**fields: Field) -> Record:
     """A set of hyper-parameters.
 
     Gradients are multiplied by `sign * scale` and divided by `grad_scale`. Where `found_inf` is not 0, nothing changes.
-    With `shared_steps`, counts go on without a gradient too. Statistics know gradients times `measured_scale`, divided by
-    `measured_grad_scale`: before they were clipped.
+    With `shared_steps`, counts go on without a gradient too. Statistics are of gradients times `measured_scale`, divided
+    by `measured_grad_scale`: before clipping.
     """
     return Record(
         **{"shared_steps": INTEGER, "sign": FLOAT, "scale": NUMBER, "grad_scale": ADDRESS, "found_inf": ADDRESS},

@@ -95,8 +95,8 @@ def apply(
             if measure is None:
                 write()
             else:
-                rounds = narrow.dtype.itemsize == 2 and master is None
-                measure.around(write, piece.which, piece.sizes, raw, old, new[0], (lambda: narrow) if rounds else None)
+                target = narrow if narrow.dtype.itemsize == 2 and master is None else None
+                measure.around(write, piece.which, piece.sizes, raw, old, new[0], target)
             _spread(narrow, params)
             if master is not None:
                 _spread(master, completing)

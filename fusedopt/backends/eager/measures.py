@@ -77,20 +77,20 @@ class Measure:
         g: Tensor,
         old: Tensor,
         new: Tensor,
-        target: Callable[[], Tensor] | None,
+        target: Tensor | None,
     ) -> None:
         """Adds some elements, and writes the new weights, which may use up their memory.
 
         Args:
             write: writes them.
             which, sizes, g, old, new: as in `add`.
-            target: returns the weights that were written, of 16 bits; None where nothing of them is lost.
+            target: where they are written, if that rounds them to 16 bits.
         """
         if target is None:
             self.add(which, sizes, g, old, new)
         write()
         if target is not None:
-            self.add(which, sizes, g, old, new, target().to(old.dtype))
+            self.add(which, sizes, g, old, new, target.to(old.dtype))
 
     def _add(self, place: int, rows: np.ndarray, values: Any) -> None:
         if self._array is not None:

@@ -192,9 +192,11 @@ def apply(
     index, piece = my_piece(chunks)
     row = rows + index * SPEC.row.length
     scalar = scalars + index * SPEC.scalars.length
-    if SPEC.measures is None:
-        if tl.load(scalar + SPEC.scalars.active) == 0.0:
-            return
+    active = tl.load(scalar + SPEC.scalars.active)
+    if SPEC.measures is not None:
+        active = tl.load(row + SPEC.row.measures_at)  # skipped steps are measured, too
+    if active == 0:
+        return
     kind = tl.load(row + SPEC.row.kind)
     aligned = tl.load(row + SPEC.row.aligned) != 0
     if kind == SMALL:
