@@ -33,7 +33,7 @@ class Tracker:
     """
 
     def __init__(self, track_statistics: bool | int = False) -> None:
-        if isinstance(track_statistics, float | Tensor) or int(track_statistics) < 0:
+        if not isinstance(track_statistics, int) or track_statistics < 0:
             raise ValueError(
                 f"track_statistics must be True, False, or a whole number N > 0 for every N-th step, got "
                 f"{track_statistics!r}"

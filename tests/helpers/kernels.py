@@ -64,6 +64,7 @@ def captures(monkeypatch):
     for module in (
         "fusedopt.optimizer.engine",
         "fusedopt.optimizer.state",
+        "fusedopt.optimizer.tracking",
         "fusedopt.backends.graphs",
         "fusedopt.backends.triton.capture",
         "fusedopt.backends.triton.scalars",

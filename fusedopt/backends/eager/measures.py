@@ -117,10 +117,10 @@ def copy_of(t: Tensor) -> Tensor:
 def _squares(t: Tensor, sizes: Sequence[int]) -> Any:
     each = [t] if len(sizes) == 1 else list(t.reshape(-1).split(list(sizes))) if max(sizes) > _SHORT else []
     if t.device.type != "cpu":
-        return torch.stack(norms(each)).square_() if each else _reduced(t.double().square_(), sizes, "sum")
+        return torch.stack(norms(each)).square_() if each else _reduced(t.double().square(), sizes, "sum")
     if each:
         return np.array([sum_of_squares(one) for one in each])
-    return _segments(np.add, t.double().square_(), sizes)
+    return _segments(np.add, t.to(torch.float64).square(), sizes)
 
 
 def _largest(t: Tensor, sizes: Sequence[int]) -> Any:

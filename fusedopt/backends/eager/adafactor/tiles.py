@@ -77,9 +77,9 @@ class _Tiles:
         """Returns the gradient without its factor."""
         return self._g[i]
 
-    def rounded(self, i: int) -> Callable[[], Tensor] | None:
-        """What returns a tile of the parameter once it is written; None where nothing of it was rounded away."""
-        return (lambda: self._p[i]) if self._p[i].dtype.itemsize == 2 and self._masters[i] is None else None
+    def rounded(self, i: int) -> Tensor | None:
+        """Returns where a tile is written if that rounds it to 16 bits."""
+        return self._p[i] if self._p[i].dtype.itemsize == 2 and self._masters[i] is None else None
 
     def parameter(self, i: int) -> Tensor:
         p = self._p[i]

@@ -9,7 +9,7 @@ import math
 import operator
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import suppress
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -71,17 +71,14 @@ class Stack:
         if self._measure is None:
             self._write_weight(new)
             return
-        rounds = self.params[0].dtype.itemsize == 2 and self._storage.masters[0] is None
         sizes = [p.numel() for p in self.params]
-        self._measure.around(
-            partial(self._write_weight, new),
-            range(len(sizes)),
-            sizes,
-            self.join(self.grads),
-            old(),
-            new,
-            (lambda: self.join(self.params)) if rounds else None,
-        )
+        measured = range(len(sizes)), sizes, self.join(self.grads), old(), new
+        if self.params[0].dtype.itemsize == 2 and self._storage.masters[0] is None:
+            self._write_weight(new)
+            self._measure.add(*measured, kept=self.join(self.params).to(self.dtype))
+        else:
+            self._measure.add(*measured)
+            self._write_weight(new)
 
     def _write_weight(self, new: Tensor) -> None:
         if not self._storage.stochastic and self._storage.masters[0] is None:
