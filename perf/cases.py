@@ -74,6 +74,20 @@ LOW_PRECISION = (
 )
 """Weights or moments of 16 bits that lose nothing."""
 
+_TRACKED = {"track_statistics": True}
+
+STATISTICS = (
+    Case("adamw", "float32", _TRACKED),
+    Case("adamw", "bfloat16", _TRACKED),
+    Case("adamw", "bfloat16", {**_MASTER, **_TRACKED}, extra=12),
+    Case("adamw", "bfloat16", {**_STOCHASTIC, **_TRACKED}),
+    Case("adamw", "float64", _TRACKED),
+    Case("lion", "bfloat16", _TRACKED),
+    Case("adafactor", "float32", _TRACKED),
+    Case("adafactor", "bfloat16", {**_STOCHASTIC, "beta1": 0.9, **_TRACKED}, extra=8),
+)
+"""Steps that leave statistics, which move no more of parameters, gradients and states."""
+
 CASES = (
     *(Case(rule, dtypes) for rule in RULES if rule != BELOW for dtypes in ("float32", "bfloat16")),
     *(Case(rule, dtypes) for rule in ("adamw", "lion") for dtypes in list(DTYPES)[2:]),
@@ -81,5 +95,6 @@ CASES = (
     Case("adamw", "bfloat16", {"amsgrad": True}, extra=4),
     Case("adafactor", "float64"),
     *LOW_PRECISION,
+    *STATISTICS,
 )
 """Below the limit, clipping launches the same kernels as above it."""

@@ -164,5 +164,10 @@ def shard_step(optimizer: Any, params: list[torch.nn.Parameter], grads: list[tor
     states = [optimizer.state[p] for p in params]
     shards: list[ShardInfo | None] = [ShardInfo(p.shape, (), (), (), ShardPosition(p.numel(), 0, 0)) for p in params]
     precision = Precision.of(group, optimizer.seed)
-    batch = ParamSet(optimizer.rule, optimizer.hyper(group), list(params), list(grads), states, shards, precision)
-    backends.create(optimizer.rule, params[0].device, "triton")([batch], StepArgs())
+    measurement, places = None, None
+    if optimizer.tracker:
+        measurement = optimizer.tracker.open(optimizer, len(params), StepArgs())
+        places = optimizer.tracker.places(params)
+    hyper = optimizer.hyper(group)
+    batch = ParamSet(optimizer.rule, hyper, list(params), list(grads), states, shards, precision, places)
+    backends.create(optimizer.rule, params[0].device, "triton")([batch], StepArgs(measurement=measurement))

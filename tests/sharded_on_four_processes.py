@@ -198,6 +198,24 @@ def run(name: str, params: list[torch.nn.Parameter], spread, backend: str):
     return optimizer
 
 
+def statistics_cases():
+    names = ("AdamW-clipped", "AdamWeightDecay-clipnorm", "Adafactor-skipping", "Lion-skipping")
+    eager = [(name, layout, "eager") for name in names for layout in LAYOUTS]
+    return eager + [(name, "rows and columns", "triton") for name in names if "triton" in BACKENDS and "clip" not in name]
+
+
+def run_tracked(name: str, params: list[torch.nn.Parameter], spread, backend: str) -> list[torch.Tensor]:
+    """The statistics of some steps, of which one may be skipped; one parameter has no gradient."""
+    optimizer = CASES[name]([(str(i), p) for i, p in enumerate(params)], backend=backend, track_statistics=True)
+    found = []
+    for step in range(STEPS):
+        for p, g in list(zip(params, gradients(name, step)))[1:]:
+            p.grad = spread(g)
+        optimizer.step()
+        found.append(optimizer.statistics.tensor)
+    return found
+
+
 @contextmanager
 def counted():
     """A list that grows with every all-reduce."""
@@ -366,6 +384,14 @@ def main(rank: int, folder: Path) -> None:
         with counted() as calls:
             optimizer = run(name, params, spread, backend)
         results[name, layout_name, backend] = {**result(optimizer, params), "all_reduces": calls}
+    for name, layout_name, backend in statistics_cases():
+        layout = LAYOUTS[layout_name]
+
+        def spread(t, layout=layout):
+            return distribute_tensor(t, meshes[layout.mesh], placements(layout, t))
+
+        params = [torch.nn.Parameter(spread(t)) for t in tensors(0)]
+        results["statistics", name, layout_name, backend] = run_tracked(name, params, spread, backend)
     plain = [torch.nn.Parameter(t) for t in tensors(0)]
     saved = run("Adafactor-beta1", plain, lambda g: g, "eager").state_dict()
     for layout_name, layout in LAYOUTS.items():

@@ -7,7 +7,7 @@ import pytest
 import sharded_on_four_processes as four
 import torch
 from filelock import FileLock
-from helpers.comparing import assert_near, assert_same
+from helpers.comparing import Tolerance, assert_near, assert_same
 from helpers.loops import Net, sharded, train, whole
 from helpers.precision import joined
 from helpers.processes import run_together
@@ -17,6 +17,8 @@ from torch.distributed.tensor import DTensor, Partial
 from fusedopt import Adafactor, AdamW
 
 FINAL = ("params", "states")
+
+STATISTICS = Tolerance("updates are differences of float32 weights, which are as near as that", rtol=1e-4, atol=1e-6)
 
 
 @pytest.fixture(scope="session")
@@ -46,6 +48,14 @@ def test_four_processes_have_the_numbers_of_one(results, name, layout, backend):
             assert_near(result[key], expected[key], rtol=1e-5, atol=1e-6, equal_nan=True)
         # To the bit, also where each process has worked it out by itself.
         assert_same([result["params"], result["states"]], [results[0][name, layout, backend][k] for k in FINAL])
+
+
+@pytest.mark.parametrize("name, layout, backend", four.statistics_cases())
+def test_statistics_are_those_of_whole_tensors(results, name, layout, backend):
+    expected = four.run_tracked(name, [torch.nn.Parameter(t) for t in four.tensors(0)], lambda g: g, "eager")
+    for found in (each["statistics", name, layout, backend] for each in results):
+        assert_near(found, expected, STATISTICS, equal_nan=True)
+        assert_same(found, results[0]["statistics", name, layout, backend], equal_nan=True)
 
 
 def assert_states(actual, expected, to_the_bit):

@@ -26,9 +26,12 @@ _BLOCK = 1024
 
 @device_function
 def where_active(mask, active):
-    """The same mask, or one of nothing if the step is skipped. Compared as a block: not every interpreter takes a truth
-    value for one."""
-    return tl.where(mask, active, 0.0) != 0.0
+    """The same mask, or one of nothing if the step is skipped.
+
+    Compared after it is broadcast: not every interpreter broadcasts truth values. And not as a choice of numbers: the
+    compiler would no longer know that neighbours are in the mask together, and access them one by one.
+    """
+    return mask & (tl.broadcast_to(active, mask.shape) != 0.0)
 
 
 @device_function
@@ -39,26 +42,28 @@ def _sum_of_squares(x, mask):
 
 @device_function
 def measured(g, p, new, kept, inside, written, T: tl.constexpr):
-    """The measures of some elements, a block of float64.
+    """The measures of some elements, a block of float64; squares are too, of which float32 holds too few.
 
     Args:
         g: gradients, before any factor.
         p, new: weights before and after the update.
-        kept: weights as they can be read again.
+        kept: weights as they can be read again, if that is in 16 bits alone; else None.
         inside: which elements the tensor has.
         written: which of them are updated: none if the step is skipped.
         T: has the `measures`.
     """
     change = tl.where(written, new - p, 0.0)
+    place = tl.arange(0, _MEASURES)
+    block = tl.zeros([_MEASURES], tl.float64)
+    if kept is not None:
+        lost = tl.sum((written & (change != 0.0) & (kept == p)).to(tl.int32))
+        block = tl.where(place == T.measures.lost, lost.to(tl.float64), block)
     update = _sum_of_squares(change, written)
     largest = tl.max(tl.abs(change)).to(tl.float64)
-    lost = tl.sum((written & (change != 0.0) & (kept == p)).to(tl.int32))
-    place = tl.arange(0, _MEASURES)
-    block = tl.where(place == T.measures.gradient, _sum_of_squares(g, inside), 0.0)
+    block = tl.where(place == T.measures.gradient, _sum_of_squares(g, inside), block)
     block = tl.where(place == T.measures.weight, _sum_of_squares(p, inside), block)
     block = tl.where(place == T.measures.update, update, block)
-    block = tl.where(place == T.measures.largest, tl.where(update != update, update, largest), block)
-    return tl.where(place == T.measures.lost, lost.to(tl.float64), block)
+    return tl.where(place == T.measures.largest, tl.where(update != update, update, largest), block)
 
 
 @device_function

@@ -94,18 +94,19 @@ def load_weight(p_at, master_at, mask, MASTER: tl.constexpr, COMPUTE: tl.constex
 
 @device_function
 def store_weight(weight, p_at, master_at, words, mask, P: tl.constexpr, MASTER: tl.constexpr, ROUNDING: tl.constexpr):
-    """Stores weights at these addresses, and what completes them; returns the weights as they can be read again.
+    """Stores weights at these addresses, and what completes them. `words` is None where nothing is random.
 
-    `words` is None where nothing is random.
+    Returns the weights as they can be read again if that is in 16 bits alone, None if nothing is lost of them.
     """
-    kept = weight
+    kept = None
     if MASTER is None:
         if ROUNDING == _STOCHASTIC_WEIGHTS and P.primitive_bitwidth == 16:
             rounded = _stochastic(weight, words & 0xFFFF, P)
         else:
             rounded = narrow(weight, P)
         tl.store(p_at, rounded, mask=mask)
-        kept = rounded.to(weight.dtype)
+        if P.primitive_bitwidth == 16:
+            kept = rounded.to(weight.dtype)
     elif tl.float32 == MASTER:
         tl.store(master_at, weight, mask=mask)
         tl.store(p_at, narrow(weight, P), mask=mask)
