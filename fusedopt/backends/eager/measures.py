@@ -57,7 +57,7 @@ class Measure:
         """
         if not sum(sizes):
             return
-        rows = self._places[list(which)]
+        rows = self._places[which[0]] if len(sizes) == 1 else self._places[list(which)]
         self._add(PLACES.gradient, rows, _squares(g, sizes) * self._square)
         self._add(PLACES.weight, rows, _squares(old, sizes))
         if new is None:
@@ -92,13 +92,14 @@ class Measure:
         if target is not None:
             self.add(which, sizes, g, old, new, target.to(old.dtype))
 
-    def _add(self, place: int, rows: np.ndarray, values: Any) -> None:
+    def _add(self, place: int, rows: Any, values: Any) -> None:
         if self._array is not None:
-            column = self._array[:, place]
-            column[rows] = np.maximum(column[rows], values) if place == PLACES.largest else column[rows] + values
+            before = self._array[rows, place]
+            self._array[rows, place] = np.maximum(before, values) if place == PLACES.largest else before + values
         else:
-            index, of_all = torch.from_numpy(rows).to(self._sums.device), self._sums[:, place]
-            of_all[index] = torch.maximum(of_all[index], values) if place == PLACES.largest else of_all[index] + values
+            index = torch.from_numpy(np.atleast_1d(rows)).to(self._sums.device)
+            column = self._sums[:, place]
+            column[index] = torch.maximum(column[index], values) if place == PLACES.largest else column[index] + values
 
 
 def at(measure: Measure | None, which: Sequence[int]) -> Measure | None:
@@ -111,10 +112,13 @@ def copy_of(t: Tensor) -> Tensor:
     return scratch.like(t, "old", t.dtype).copy_(t) if t.device.type == "cpu" else t.clone()
 
 
-# Of each of the tensors that are joined in `t`, float64: an array where `t` is on the CPU, else a tensor.
+# Of each of the tensors that are joined in `t`, float64: an array, or a number for one, where `t` is on the CPU; else a
+# tensor.
 
 
 def _squares(t: Tensor, sizes: Sequence[int]) -> Any:
+    if len(sizes) == 1 and t.device.type == "cpu":
+        return sum_of_squares(t)
     each = [t] if len(sizes) == 1 else list(t.reshape(-1).split(list(sizes))) if max(sizes) > _SHORT else []
     if t.device.type != "cpu":
         return torch.stack(norms(each)).square_() if each else _reduced(t.double().square(), sizes, "sum")
@@ -126,15 +130,16 @@ def _squares(t: Tensor, sizes: Sequence[int]) -> Any:
 def _largest(t: Tensor, sizes: Sequence[int]) -> Any:
     if len(sizes) == 1:
         low, high = torch.aminmax(t)
-        largest = torch.maximum(-low, high).double().reshape(1)
-        return largest.numpy() if t.device.type == "cpu" else largest
+        if t.device.type == "cpu":
+            return np.maximum(-low.item(), high.item())  # NaN stays NaN
+        return torch.maximum(-low, high).double().reshape(1)
     return _segments(np.maximum, t.abs(), sizes) if t.device.type == "cpu" else _reduced(t.abs(), sizes, "max")
 
 
 def _counts(t: Tensor, sizes: Sequence[int]) -> Any:
     if t.device.type != "cpu":
         return _reduced(t, sizes, "sum")
-    return np.array([int(torch.count_nonzero(t))]) if len(sizes) == 1 else _segments(np.add, t.double(), sizes)
+    return int(torch.count_nonzero(t)) if len(sizes) == 1 else _segments(np.add, t.double(), sizes)
 
 
 def _segments(reduce: Any, t: Tensor, sizes: Sequence[int]) -> np.ndarray:

@@ -53,15 +53,18 @@ def part_norms(t: Tensor, least: torch.dtype) -> Iterator[Tensor]:
 
 def sum_of_squares(t: Tensor) -> float:
     """The sum of the squares of a tensor on the CPU, in whatever order its elements lie in memory."""
-    flat = (t if is_dense(t) else t.contiguous()).as_strided((t.numel(),), (1,))
-    cut = flat.numel() // _ROW * _ROW
-    rows, rest = flat[:cut].view(-1, _ROW), flat[cut:]
-    total = 0.0
+    numel = t.numel()
+    count = numel // _ROW
+    t = t if is_dense(t) else t.contiguous()
+    rows, total = t.as_strided((count, _ROW), (_ROW, 1)), 0.0
+    rest = t.as_strided((numel - count * _ROW,), (1,), t.storage_offset() + count * _ROW) if numel % _ROW else None
     for least in (torch.float32, torch.float64):
         dtype = torch.promote_types(t.dtype, least)
         own = torch.linalg.vector_norm(rows if t.dtype == dtype else rows.to(dtype), dim=1).numpy().astype(np.float64)
-        total = float(own @ own) + float(torch.linalg.vector_norm(rest, dtype=dtype)) ** 2
-        if dtype == torch.float64 or are_kept(total, t.numel()):
+        total = float(np.add.reduce(np.square(own, out=own)))
+        if rest is not None:
+            total += torch.linalg.vector_norm(rest, dtype=dtype).item() ** 2
+        if dtype == torch.float64 or are_kept(total, numel):
             break
     return total
 
