@@ -12,9 +12,12 @@ from helpers.loops import Net, sharded, train, whole
 from helpers.precision import joined
 from helpers.processes import run_together
 from torch.distributed.checkpoint import state_dict as dcp
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Shard, _utils
 
-from fusedopt import Adafactor, AdamW
+from fusedopt import Adafactor, AdamW, sharding
+from fusedopt.interface import ParamSet, ShardPosition
+from fusedopt.precision import Precision
 
 FINAL = ("params", "states")
 
@@ -198,6 +201,35 @@ def test_states_of_another_dtype_go_on(backend):
             state = optimizer.state[p]["exp_avg"]
             assert state.dtype == other.state[q]["exp_avg"].dtype and state.placements == p.placements
             assert_near(p.full_tensor(), q, rtol=1e-5, atol=1e-6)
+
+
+def test_torch_is_asked_for_the_position_of_a_shard_once(monkeypatch):
+    """As the second of four processes, which never talk to each other here."""
+    asked = []
+    of_torch = _utils._compute_local_shape_and_global_offset
+    monkeypatch.setattr(
+        _utils, "_compute_local_shape_and_global_offset", lambda *args: asked.append(args) or of_torch(*args)
+    )
+    sharding._position_of.cache_clear()
+    torch.distributed.init_process_group("fake", rank=1, world_size=4)
+    try:
+        mesh = init_device_mesh("cpu", (4,))
+        layouts = [((8, 6), (2, 6), Shard(0)), ((8, 8), (8, 2), Shard(1)), ((8, 6), (2, 6), Shard(0))]
+        expected = [ShardPosition(12, 36, 12), ShardPosition(2, 6, 2), ShardPosition(12, 36, 12)]
+        for _ in range(2):
+            params = [
+                torch.nn.Parameter(
+                    DTensor.from_local(torch.ones(own), mesh, [place], shape=torch.Size(shape), stride=(shape[1], 1))
+                )
+                for shape, own, place in layouts
+            ]
+            states = [{} for _ in params]
+            param_set = ParamSet("lion", None, params, params, states, precision=Precision(stochastic_rounding=True))
+            infos = sharding.local(param_set).shard_infos
+            assert [info and info.position for info in infos] == expected
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(asked) == 2
 
 
 def test_scaled_gradients_of_shards():
