@@ -31,7 +31,16 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("changes", RESUMED.values(), ids=RESUMED)
+RESUMED_SLOWLY = ("plateau", "accumulated")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param(changes, id=name, marks=[pytest.mark.slow] * (name in RESUMED_SLOWLY))
+        for name, changes in RESUMED.items()
+    ],
+)
 def test_resumes_bit_for_bit(tiny, tmp_path, monkeypatch, changes):
     straight = replace(tiny, steps=10, **changes)
     stopped = replace(straight, out=str(tmp_path / "stopped"), checkpoint_every=4)
@@ -47,6 +56,7 @@ def test_resumes_bit_for_bit(tiny, tmp_path, monkeypatch, changes):
     assert_same(weights(stopped), weights(straight))
 
 
+@pytest.mark.slow
 def test_survives_sigkill(tiny, tmp_path):
     straight = replace(tiny, steps=60)
     stopped = replace(straight, out=str(tmp_path / "stopped"))

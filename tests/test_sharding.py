@@ -189,13 +189,15 @@ def test_a_sharded_model_trains_like_a_whole_one(backend, convention):
         assert all(hasattr(state["exp_avg"], "placements") for state in optimizer.state.values())
 
 
-@pytest.mark.parametrize("layout", four.LAYOUTS)
-def test_a_checkpoint_of_whole_tensors_loads_into_a_sharded_optimizer(results, layout):
+@pytest.mark.parametrize(
+    "name, layout, backend", with_spared(("Adafactor-beta1", layout, "eager") for layout in four.LAYOUTS)
+)
+def test_a_checkpoint_of_whole_tensors_loads_into_a_sharded_optimizer(results, name, layout, backend):
     params = [torch.nn.Parameter(t) for t in four.tensors(0)]
-    optimizer = four.run("Adafactor-beta1", params, lambda g: g, "eager")
+    optimizer = four.run(name, params, lambda g: g, backend)
     for loaded, placements in results("loaded", layout):
         assert_same(loaded, [optimizer.state[p] for p in params])
-        assert placements == results("Adafactor-beta1", layout, "eager")[0]["placements"]
+        assert placements == results(name, layout, backend)[0]["placements"]
 
 
 def test_a_checkpoint_of_shards_is_refused_by_an_unsharded_optimizer():

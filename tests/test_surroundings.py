@@ -146,15 +146,7 @@ def foreign(default: str | torch.dtype) -> Iterator[None]:
         torch.set_default_device(None)
 
 
-every_foreign_default = pytest.mark.parametrize(
-    "default",
-    [
-        "meta",
-        torch.bfloat16,
-        *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.float64, torch.float16)),
-    ],
-    ids=lambda d: str(d).removeprefix("torch."),
-)
+DEFAULTS = ("meta", torch.float64, torch.bfloat16, torch.float16)
 
 
 def steps_and_checkpoint(name: str, backend: str) -> list[Any]:
@@ -266,8 +258,24 @@ def usual(entry: str) -> list[Any]:
     return in_a_thread(ENTRIES[entry])
 
 
-@every_foreign_default
-@pytest.mark.parametrize("entry", ENTRIES)
+def is_slow(entry: str, default: str | torch.dtype) -> bool:
+    """True but for a device and a dtype; where the interpreter runs, but for the device."""
+    return default != "meta" and (default is not torch.bfloat16 or entry.endswith("triton"))
+
+
+@pytest.mark.parametrize(
+    "entry, default",
+    [
+        pytest.param(
+            entry,
+            default,
+            id=f"{entry}-{str(default).removeprefix('torch.')}",
+            marks=[pytest.mark.slow] * is_slow(entry, default),
+        )
+        for entry in ENTRIES
+        for default in DEFAULTS
+    ],
+)
 @pytest.mark.filterwarnings("ignore")
 def test_another_default_device_or_dtype_changes_no_bit(entry, default):
     def under_it() -> list[Any]:
@@ -315,7 +323,11 @@ def reachable(*roots: Any) -> list[Tensor]:
 
 @every_optimizer
 @both_backends
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)],
+    ids=["float32", "bfloat16"],
+)
 def test_steps_in_inference_mode_and_outside_of_it_follow_each_other(name, backend, dtype):
     def run(modes: list[bool]) -> list[Tensor]:
         optimizer = MAKE[name](parameters(backend, dtype), backend=backend)

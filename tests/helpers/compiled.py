@@ -1,11 +1,10 @@
 """What the tests of compiled kernels compile: some of it in every run, the rest in slow ones."""
 
-from perf.cases import CASES, LOW_PRECISION, Case
+from perf.cases import CASES, Case
 
 _FEW = {
-    "adamw": ("bfloat16, master_weights", "bfloat16, stochastic_rounding"),
-    "lion": ("bfloat16, stochastic_rounding",),
-    "adafactor": ("bfloat16, master_weights, beta1=0.9",),
+    "adamw": ("float32", "bfloat16", "bfloat16, master_weights", "bfloat16, stochastic_rounding"),
+    "adafactor": ("float32", "bfloat16, master_weights, beta1=0.9"),
 }
 
 
@@ -13,10 +12,10 @@ def cases(word: str, *rules: str) -> tuple[str, list[Case]]:
     """The target of a word such as "sm_90", and the cases to compile for it.
 
     Args:
-        word: a target, for all cases; " few" behind it leaves out most of low precision, " others" takes those alone.
+        word: a target, for all cases; " few" behind it leaves out most of them, " others" takes what that leaves out.
         rules: of the cases.
     """
     target, _, share = word.partition(" ")
     own = [case for case in CASES if case.rule in rules]
-    rest = [case for case in own if case in LOW_PRECISION and case.name not in _FEW[case.rule]]
-    return target, {"": own, "few": [case for case in own if case not in rest], "others": rest}[share]
+    few = [case for case in own if case.name in _FEW.get(case.rule, ())]
+    return target, {"": own, "few": few, "others": [case for case in own if case not in few]}[share]
