@@ -214,7 +214,9 @@ def run(name: str, params: list[torch.nn.Parameter], spread, backend: str):
 def statistics_cases():
     names = ("AdamW-clipped", "AdamWeightDecay-clipnorm", "Adafactor-skipping", "Lion-skipping")
     eager = [(name, layout, "eager") for name in names for layout in LAYOUTS]
-    return eager + [(name, "rows and columns", "triton") for name in names if "triton" in BACKENDS and "clip" not in name]
+    return eager + [
+        (name, "rows and columns", "triton") for name in names if "triton" in BACKENDS and "clip" not in name
+    ]
 
 
 def run_tracked(name: str, params: list[torch.nn.Parameter], spread, backend: str) -> list[torch.Tensor]:
