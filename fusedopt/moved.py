@@ -9,6 +9,7 @@ from typing import Any
 
 MOVED = {
     "fusedopt.closed_forms": "fusedopt.schedules.forms",
+    "fusedopt.demo_text": "fusedopt.demo.text",
     "fusedopt.keras_schedules": "fusedopt.keras.schedules",
     "fusedopt.metric_schedules": "fusedopt.schedules.metric",
     "fusedopt.plotting": "fusedopt.schedules.plotting",

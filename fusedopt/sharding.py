@@ -6,6 +6,7 @@
 import math
 import sys
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -108,20 +109,27 @@ def _shard_info(p: Any, with_position: bool) -> ShardInfo | None:
 
 def _position(p: Any) -> ShardPosition:
     """Returns the position of the shard of `p`, for rounding that depends on it."""
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+    return _position_of(p.shape, tuple(p.placements), p.device_mesh.shape, tuple(p.device_mesh.get_coordinate()))
 
-    mine, starts = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-    cut = [d for d in range(p.dim()) if mine[d] != p.shape[d]] or [0]
+
+@lru_cache(maxsize=1 << 12)  # asked for each parameter at every step, and torch takes longer than a small update
+def _position_of(
+    shape: torch.Size, placements: tuple[Any, ...], mesh_shape: tuple[int, ...], coordinate: tuple[int, ...]
+) -> ShardPosition:
+    from torch.distributed.tensor import _utils
+
+    mine, starts = _utils._compute_local_shape_and_global_offset(shape, mesh_shape, list(coordinate), placements)
+    cut = [d for d in range(len(shape)) if mine[d] != shape[d]] or [0]
     last = cut[-1]
-    inner, lines = math.prod(p.shape[last + 1 :]), math.prod(p.shape[:last])
-    if any(math.prod(p.shape[:d]) > 1 for d in cut[:-1]):
+    inner, lines = math.prod(shape[last + 1 :]), math.prod(shape[:last])
+    if any(math.prod(shape[:d]) > 1 for d in cut[:-1]):
         raise RuntimeError(
-            f"the elements of a parameter of shape {tuple(p.shape)} with placements {p.placements} cannot be numbered, "
+            f"the elements of a parameter of shape {tuple(shape)} with placements {placements} cannot be numbered, "
             "which random rounding needs: shard it along one dimension, or along its first and one more; or use "
             "master_weights=True with float32 moments"
         )
-    length, whole = mine[last] * inner, p.shape[last] * inner
-    above = sum(starts[d] * (lines // math.prod(p.shape[: d + 1])) for d in cut[:-1])
+    length, whole = mine[last] * inner, shape[last] * inner
+    above = sum(starts[d] * (lines // math.prod(shape[: d + 1])) for d in cut[:-1])
     return ShardPosition(max(length, 1), whole - length, starts[last] * inner + above * whole)
 
 

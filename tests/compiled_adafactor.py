@@ -4,10 +4,11 @@ import json
 import sys
 
 import torch
+from helpers.compiled import cases
 from helpers.in_place import in_place
 
 from fusedopt import Adafactor
-from perf.cases import CASES, DTYPES, LOW_PRECISION
+from perf.cases import DTYPES, LOW_PRECISION
 from perf.compiled import ADAFACTOR_SHAPES, TARGETS, fake_gpu, kernels, resources, shard_step
 from perf.sass import issued
 
@@ -26,7 +27,8 @@ def share(launch):
     return needs and needs.share
 
 
-def variants(target):
+def variants(word):
+    target, some = cases(word, "adafactor")
     return [
         {
             "name": name,
@@ -39,7 +41,7 @@ def variants(target):
             "share": share(launch),
             **resources(launch.code)._asdict(),
         }
-        for case, name, launch in kernels(target, [case for case in CASES if case.rule == "adafactor"])
+        for case, name, launch in kernels(target, some)
     ]
 
 

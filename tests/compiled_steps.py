@@ -8,22 +8,23 @@ import re
 import sys
 
 import torch
+from helpers.compiled import cases
 from helpers.in_place import in_place
 
 from fusedopt import AdamW
 from fusedopt_kernels.elementwise import BLOCK, THREADS
-from perf.cases import CASES, DTYPES, LOW_PRECISION
+from perf.cases import DTYPES, LOW_PRECISION
 from perf.compiled import TARGETS, fake_gpu, kernels, resources
 from perf.sass import issued
 
 MOMENTS = {"adamw": 2, "lion": 1}
 
 
-def variants(target):
+def variants(word):
+    target, some = cases(word, *MOMENTS)
     found = []
-    for case, name, launch in kernels(target, [case for case in CASES if case.rule in MOMENTS]):
-        if case.rule == "lion" and case not in LOW_PRECISION:
-            continue
+    # test_lion_takes_two_launches has those of Lion that are not of low precision.
+    for case, name, launch in kernels(target, [case for case in some if case.rule == "adamw" or case in LOW_PRECISION]):
         param, grad, moment = (dtype.itemsize for dtype in DTYPES[case.dtypes])
         written = param + MOMENTS[case.rule] * moment + case.extra // 2
         elements = BLOCK // THREADS

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import os
+from pathlib import Path
 
 # Before torch is imported, here and in every process that a test starts: tests run side by side, one per core, and
 # threads that wait for each other by spinning make that many times slower.
@@ -61,6 +62,38 @@ def capture(monkeypatch: pytest.MonkeyPatch):
     from helpers.kernels import captures
 
     return captures(monkeypatch)
+
+
+@pytest.fixture
+def one_thread():
+    """In the demo's small models threads only wait for each other, the longer the more tests run at the same time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """Settings of a demo that takes a tenth of a second, with its own text."""
+    from helpers.demo import TINY
+
+    text = tmp_path / "text.txt"
+    text.write_bytes(b"".join(b"%d green bottles hanging on the wall; " % (n % 7) for n in range(100)))
+    return dataclasses.replace(TINY, text=str(text), out=str(tmp_path / "out"))
+
+
+@pytest.fixture
+def example(monkeypatch, tmp_path):
+    """Imports an example script by name; files that it writes by default stay in the test's folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "examples")
+
+    def load(name, package):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+        return importlib.import_module(name)
+
+    return load
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,6 +1,7 @@
 """What each of four processes does in the tests of sharded parameters: every case, one after the other.
 
-`python sharded_on_four_processes.py RANK FOLDER` runs them; the test compares with the same optimizer of whole tensors.
+`python sharded_on_four_processes.py RANK FOLDER few` runs those of every test run, `others` in the place of `few` the
+rest; the test compares with the same optimizer of whole tensors.
 """
 
 import copy
@@ -9,6 +10,7 @@ import datetime
 import itertools
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,6 +96,17 @@ def cases():
     spared = {"last rows", "replicated", "rows twice", "Adafactor-skipping"}
     every = itertools.product(CASES, LAYOUTS, BACKENDS)
     return [case for case in every if case[2] == "eager" or not spared & set(case)]
+
+
+def is_spared(*key: str) -> bool:
+    """True if a case, or a precise one, repeats on other shards or in a kernel what others show."""
+    *kind, name, layout, backend = key
+    if backend == "eager":
+        of_all = (*OPTIMIZERS, "Adafactor-beta1")
+        return not (layout == "rows" or (layout in ("columns", "rows and columns") and (kind or name in of_all)))
+    both = {"AdamW-stochastic"} if kind else {"Adafactor-beta1"}
+    rows = set(POLICIES) if kind else {"AdamW", "AdamW-clipped", "Adafactor-beta1", "Lion-skipping"}
+    return not ((layout == "rows" and name in rows) or (layout == "rows and columns" and name in both))
 
 
 def tensors(seed: int) -> list[torch.Tensor]:
@@ -201,7 +214,9 @@ def run(name: str, params: list[torch.nn.Parameter], spread, backend: str):
 def statistics_cases():
     names = ("AdamW-clipped", "AdamWeightDecay-clipnorm", "Adafactor-skipping", "Lion-skipping")
     eager = [(name, layout, "eager") for name in names for layout in LAYOUTS]
-    return eager + [(name, "rows and columns", "triton") for name in names if "triton" in BACKENDS and "clip" not in name]
+    return eager + [
+        (name, "rows and columns", "triton") for name in names if "triton" in BACKENDS and "clip" not in name
+    ]
 
 
 def run_tracked(name: str, params: list[torch.nn.Parameter], spread, backend: str) -> list[torch.Tensor]:
@@ -357,7 +372,33 @@ def train_and_resume(how: str, name: str) -> dict:
     }
 
 
-def main(rank: int, folder: Path) -> None:
+def laid_out(t: torch.Tensor, meshes, layout_name: str) -> torch.Tensor:
+    """A whole tensor, sharded."""
+    layout = LAYOUTS[layout_name]
+    return distribute_tensor(t, meshes[layout.mesh], placements(layout, t))
+
+
+def whole_stories(rank: int, folder: Path, meshes) -> dict:
+    """What is not a case of an optimizer in a layout: loading, overflows, checkpoints, models."""
+    results = {}
+    plain = [torch.nn.Parameter(t) for t in tensors(0)]
+    saved = run("Adafactor-beta1", plain, lambda g: g, "eager").state_dict()
+    for layout_name in LAYOUTS:
+        params = [torch.nn.Parameter(laid_out(t, meshes, layout_name)) for t in plain]
+        optimizer = CASES["Adafactor-beta1"](params, backend="eager")
+        optimizer.load_state_dict(copy.deepcopy(saved))
+        states = [{key: whole(value) for key, value in optimizer.state[p].items()} for p in params]
+        results["loaded", layout_name] = states, placements_of(optimizer, params)
+    results["overflow in the last process"] = stopped(rank, meshes)
+    results["from one layout to another"] = laid_out_anew(meshes)
+    results["resharded"] = reshard(folder, meshes)
+    results["refused"] = refused(meshes)
+    for how, name in model_cases():
+        results[how, name] = train_and_resume(how, name)
+    return results
+
+
+def main(rank: int, folder: Path, share: str) -> None:
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",
@@ -372,53 +413,31 @@ def main(rank: int, folder: Path) -> None:
         # Without checks for overflow, which take the interpreter as long again: nothing here is that large.
         interpreter_builder.options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
     meshes = {shape: init_device_mesh("cpu", shape) for shape in {layout.mesh for layout in LAYOUTS.values()}}
+    spared = share == "others"
     results = {}
     for name, layout_name, backend in cases():
-        layout = LAYOUTS[layout_name]
-        mesh = meshes[layout.mesh]
-
-        def spread(t, mesh=mesh, layout=layout):
-            return distribute_tensor(t, mesh, placements(layout, t))
-
-        params = [torch.nn.Parameter(spread(t)) for t in tensors(0)]
+        if is_spared(name, layout_name, backend) != spared:
+            continue
+        params = [torch.nn.Parameter(laid_out(t, meshes, layout_name)) for t in tensors(0)]
         with counted() as calls:
-            optimizer = run(name, params, spread, backend)
+            optimizer = run(name, params, partial(laid_out, meshes=meshes, layout_name=layout_name), backend)
         results[name, layout_name, backend] = {**result(optimizer, params), "all_reduces": calls}
-    for name, layout_name, backend in statistics_cases():
-        layout = LAYOUTS[layout_name]
-
-        def spread(t, layout=layout):
-            return distribute_tensor(t, meshes[layout.mesh], placements(layout, t))
-
-        params = [torch.nn.Parameter(spread(t)) for t in tensors(0)]
-        results["statistics", name, layout_name, backend] = run_tracked(name, params, spread, backend)
-    plain = [torch.nn.Parameter(t) for t in tensors(0)]
-    saved = run("Adafactor-beta1", plain, lambda g: g, "eager").state_dict()
-    for layout_name, layout in LAYOUTS.items():
-        params = [torch.nn.Parameter(distribute_tensor(t, meshes[layout.mesh], placements(layout, t))) for t in plain]
-        optimizer = CASES["Adafactor-beta1"](params, backend="eager")
-        optimizer.load_state_dict(copy.deepcopy(saved))
-        states = [{key: whole(value) for key, value in optimizer.state[p].items()} for p in params]
-        results["loaded", layout_name] = states, placements_of(optimizer, params)
-    results["overflow in the last process"] = stopped(rank, meshes)
-    results["from one layout to another"] = laid_out_anew(meshes)
     for name, layout_name, backend in precise_cases():
-        layout = LAYOUTS[layout_name]
-        mesh = meshes[layout.mesh]
-
-        def spread(t, mesh=mesh, layout=layout):
-            return distribute_tensor(t, mesh, placements(layout, t))
-
-        results["precise", name, layout_name, backend] = precise_result(
-            *run_precisely(name, layout_name, spread, backend)
-        )
-    results["resharded"] = reshard(folder, meshes)
-    results["refused"] = refused(meshes)
-    for how, name in model_cases():
-        results[how, name] = train_and_resume(how, name)
+        if is_spared("precise", name, layout_name, backend) == spared:
+            spread = partial(laid_out, meshes=meshes, layout_name=layout_name)
+            results["precise", name, layout_name, backend] = precise_result(
+                *run_precisely(name, layout_name, spread, backend)
+            )
+    for name, layout_name, backend in statistics_cases():
+        if is_spared("statistics", name, layout_name, backend) == spared:
+            spread = partial(laid_out, meshes=meshes, layout_name=layout_name)
+            params = [torch.nn.Parameter(spread(t)) for t in tensors(0)]
+            results["statistics", name, layout_name, backend] = run_tracked(name, params, spread, backend)
+    if not spared:
+        results.update(whole_stories(rank, folder, meshes))
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

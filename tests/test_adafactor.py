@@ -64,7 +64,9 @@ def test_golden(case, backend):
             assert rates == [None if e is None else pytest.approx(e, rel=1e-5) for e in expected]
 
 
-@every_path
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=[pytest.mark.slow] * (path == "tiles_of_1")) for path in PATHS], indirect=True
+)
 @pytest.mark.parametrize("case", GOLDEN, ids=str)
 def test_golden_on_every_path_of_the_eager_backend(case, path):
     assert_close(case, replay(case, Adafactor), skip_state=() if uses_rms(case) else ("RMS",))

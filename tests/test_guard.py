@@ -183,7 +183,8 @@ def test_the_norm_is_right_at_every_magnitude(backend, dtype, device):
     # Triton's interpreter reads a bfloat16 below 1e-38 as another number.
     magnitudes = [size for size in MAGNITUDES[dtype] if backend == "eager" or dtype != torch.bfloat16 or size > 1e-38]
     for size in magnitudes:
-        for beside in (0.0, magnitudes[0], size, 1.0, magnitudes[-1]):
+        others = (0.0, magnitudes[0], size, magnitudes[-1], 1.0)
+        for beside in others if backend == "eager" else others[::3]:
             grads = [(size * unit).to(dtype), (beside * unit[:5]).to(dtype)]
             exact = np.concatenate([g.double().numpy() for g in grads]).astype(np.longdouble)
             optimizer.apply_gradients((g.to(device), p) for g, p in zip(grads, params))

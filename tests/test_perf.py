@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.comparing import assert_near
+from helpers.compiled import in_every_run
 
 import fusedopt
 from fusedopt.reference import ReferenceAdamW
@@ -328,7 +329,17 @@ def test_the_roofline_of_every_update(rule, dtype, bytes_):
 @pytest.mark.skipif(
     torch.cuda.is_available(), reason="counted in Triton's interpreter, which is off where there is a GPU"
 )
-@pytest.mark.parametrize("case", static_report.of_one_dtype(cases.CASES), ids=lambda case: f"{case.rule}, {case.name}")
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(
+            case,
+            id=f"{case.rule}, {case.name}",
+            marks=[pytest.mark.slow] * (case.name != "float32" and not in_every_run(case)),
+        )
+        for case in static_report.of_one_dtype(cases.CASES)
+    ],
+)
 def test_a_kernel_moves_no_more_than_it_must(case):
     row = static_report.count(case)
     assert row["ok"], f"moves {row['moved']:.2f} bytes per parameter where {row['floor']} are enough: {row['bytes']}"

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from functools import cache
 
 import pytest
 import sharded_on_four_processes as four
@@ -12,9 +13,12 @@ from helpers.loops import Net, sharded, train, whole
 from helpers.precision import joined
 from helpers.processes import run_together
 from torch.distributed.checkpoint import state_dict as dcp
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Shard, _utils
 
-from fusedopt import Adafactor, AdamW
+from fusedopt import Adafactor, AdamW, sharding
+from fusedopt.interface import ParamSet, ShardPosition
+from fusedopt.precision import Precision
 
 FINAL = ("params", "states")
 
@@ -30,32 +34,55 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def results(folder):
-    """What each of four processes has at the end of each case; they run once for all workers of a test run."""
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            folder.mkdir()
-            run_together(four.__file__, four.WORLD, folder, timeout=600, TRITON_INTERPRET="1")
-    return [torch.load(folder / f"{rank}.pt") for rank in range(four.WORLD)]
+    """A function from a case to what each of four processes has at its end.
+
+    They run once for all workers of a test run, and, if that tests spared cases, once more.
+    """
+
+    @cache
+    def all_of(share):
+        there = folder / share
+        with FileLock(f"{folder} {share}.lock"):
+            if not there.exists():
+                there.mkdir(parents=True)
+                run_together(four.__file__, four.WORLD, there, share, timeout=600, TRITON_INTERPRET="1")
+        return [torch.load(there / f"{rank}.pt") for rank in range(four.WORLD)]
+
+    def of(*key):
+        spared = key[-1] in four.BACKENDS and four.is_spared(*key)
+        return [each[key if len(key) > 1 else key[0]] for each in all_of("others" if spared else "few")]
+
+    return of
 
 
-@pytest.mark.parametrize("name, layout, backend", four.cases())
+def with_spared(cases, *kind):
+    """The cases as parameters, of which slow runs alone have those that are spared."""
+    return [
+        pytest.param(*case, marks=[pytest.mark.slow] * four.is_spared(*kind, *case), id="-".join(case))
+        for case in cases
+    ]
+
+
+@pytest.mark.parametrize("name, layout, backend", with_spared(four.cases()))
 def test_four_processes_have_the_numbers_of_one(results, name, layout, backend):
     params = [torch.nn.Parameter(t) for t in four.tensors(0)]
     expected = four.result(four.run(name, params, lambda g: g, "eager"), params)
-    for result in (each[name, layout, backend] for each in results):
+    first, *_ = each = results(name, layout, backend)
+    for result in each:
         assert result["skipped_steps"] == expected["skipped_steps"]
         for key in ("params", "states", "grad_norm"):
             assert_near(result[key], expected[key], rtol=1e-5, atol=1e-6, equal_nan=True)
         # To the bit, also where each process has worked it out by itself.
-        assert_same([result["params"], result["states"]], [results[0][name, layout, backend][k] for k in FINAL])
+        assert_same([result["params"], result["states"]], [first[k] for k in FINAL])
 
 
-@pytest.mark.parametrize("name, layout, backend", four.statistics_cases())
+@pytest.mark.parametrize("name, layout, backend", with_spared(four.statistics_cases(), "statistics"))
 def test_statistics_are_those_of_whole_tensors(results, name, layout, backend):
     expected = four.run_tracked(name, [torch.nn.Parameter(t) for t in four.tensors(0)], lambda g: g, "eager")
-    for found in (each["statistics", name, layout, backend] for each in results):
+    first, *_ = each = results("statistics", name, layout, backend)
+    for found in each:
         assert_near(found, expected, STATISTICS, equal_nan=True)
-        assert_same(found, results[0]["statistics", name, layout, backend], equal_nan=True)
+        assert_same(found, first, equal_nan=True)
 
 
 def assert_states(actual, expected, to_the_bit):
@@ -69,11 +96,11 @@ def assert_states(actual, expected, to_the_bit):
             assert_near(mine[key], state[key], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name, layout, backend", four.precise_cases())
+@pytest.mark.parametrize("name, layout, backend", with_spared(four.precise_cases(), "precise"))
 def test_four_processes_round_16_bits_as_one(results, name, layout, backend):
     """To the bit, where no sum is spread over them."""
     expected = four.precise_result(*four.run_precisely(name, layout, lambda t: t, backend))
-    for result in (each["precise", name, layout, backend] for each in results):
+    for result in results("precise", name, layout, backend):
         if "Adafactor" not in name:
             assert_states(result, expected, to_the_bit=(name, backend) != ("AdamW-master", "eager"))
             continue
@@ -90,7 +117,7 @@ def test_a_checkpoint_of_four_processes_is_one_of_two_and_of_one(results, name, 
 
     shapes, expected = four.SHAPES[:4], None
     to_the_bit = name != "AdamW-master"
-    for saved, went_on, resharded in (each["resharded"][name] for each in results):
+    for saved, went_on, resharded in (each[name] for each in results("resharded")):
         assert_states(resharded, went_on, to_the_bit)
         wanted = ("remainder", torch.int16) if name == "AdamW-master" else ("number", torch.int64)
         assert all(state[wanted[0]].dtype == wanted[1] for state in saved["states"])
@@ -100,7 +127,7 @@ def test_a_checkpoint_of_four_processes_is_one_of_two_and_of_one(results, name, 
         setattr(model, f"p{i}", torch.nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16)))
     optimizer = four.POLICIES[name](model.parameters(), backend="eager")
     into = dict(zip(("model", "optimizer"), dcp.get_state_dict(model, optimizer)))
-    distributed.checkpoint.load(into, checkpoint_id=folder / f"second checkpoint of {name}", no_dist=True)
+    distributed.checkpoint.load(into, checkpoint_id=folder / "few" / f"second checkpoint of {name}", no_dist=True)
     dcp.set_model_state_dict(model, into["model"])
     dcp.set_optimizer_state_dict(model, optimizer, into["optimizer"])
     assert_same(four.precise_result(optimizer, list(model.parameters())), expected[0])
@@ -111,20 +138,22 @@ def test_a_checkpoint_of_four_processes_is_one_of_two_and_of_one(results, name, 
 
 
 def test_a_shard_whose_elements_cannot_be_numbered_is_refused_where_rounding_is_random(results):
-    for result in (each["refused"] for each in results):
+    for result in results("refused"):
         for policy, message in result.items():
             assert (message is None) == (policy == "master_weights"), policy
             assert message is None or "shard it along one dimension" in message
 
 
-@pytest.mark.parametrize("backend", four.BACKENDS)
+COLLECTIVES = {"AdamW": 0, "AdamW-clipped": 1, "Adafactor": 3, "Adafactor-beta1": 3 + 1}
+
+
 @pytest.mark.parametrize(
-    "name, expected", [("AdamW", 0), ("AdamW-clipped", 1), ("Adafactor", 3), ("Adafactor-beta1", 3 + 1)]
+    "name, layout, backend", with_spared((name, "rows", b) for name in COLLECTIVES for b in four.BACKENDS)
 )
-def test_collective_operations_of_a_step(results, name, expected, backend):
+def test_collective_operations_of_a_step(results, name, layout, backend):
     """On a mesh of one dimension, for seven parameters as for one; the norm is one number."""
-    for result in (each[name, "rows", backend] for each in results):
-        assert len(result["all_reduces"]) == four.STEPS * expected
+    for result in results(name, layout, backend):
+        assert len(result["all_reduces"]) == four.STEPS * COLLECTIVES[name]
         assert name != "AdamW-clipped" or set(result["all_reduces"]) == {1}
 
 
@@ -136,8 +165,8 @@ def test_a_sharded_model_trains_saves_and_resumes(results, how, name):
     train(model, optimizer, 2)
     saved = copy.deepcopy(dcp.get_optimizer_state_dict(model, optimizer)["state"])
     train(model, optimizer, 2, seed=2)
-    assert ("_StridedShard" in results[0][how, name]["placements"]) == (how != "fully_shard")
-    for rank, result in enumerate(each[how, name] for each in results):
+    assert ("_StridedShard" in results(how, name)[0]["placements"]) == (how != "fully_shard")
+    for rank, result in enumerate(results(how, name)):
         assert_same(result["resumed"], result["params"])
         if "bfloat16" in name:  # gradients are added up in bfloat16, in another order
             assert_near(result["params"], [p.detach() for p in model.parameters()], atol=0.2)
@@ -160,13 +189,15 @@ def test_a_sharded_model_trains_like_a_whole_one(backend, convention):
         assert all(hasattr(state["exp_avg"], "placements") for state in optimizer.state.values())
 
 
-@pytest.mark.parametrize("layout", four.LAYOUTS)
-def test_a_checkpoint_of_whole_tensors_loads_into_a_sharded_optimizer(results, layout):
+@pytest.mark.parametrize(
+    "name, layout, backend", with_spared(("Adafactor-beta1", layout, "eager") for layout in four.LAYOUTS)
+)
+def test_a_checkpoint_of_whole_tensors_loads_into_a_sharded_optimizer(results, name, layout, backend):
     params = [torch.nn.Parameter(t) for t in four.tensors(0)]
-    optimizer = four.run("Adafactor-beta1", params, lambda g: g, "eager")
-    for loaded, placements in (each["loaded", layout] for each in results):
+    optimizer = four.run(name, params, lambda g: g, backend)
+    for loaded, placements in results("loaded", layout):
         assert_same(loaded, [optimizer.state[p] for p in params])
-        assert placements == results[0]["Adafactor-beta1", layout, "eager"]["placements"]
+        assert placements == results(name, layout, backend)[0]["placements"]
 
 
 def test_a_checkpoint_of_shards_is_refused_by_an_unsharded_optimizer():
@@ -200,6 +231,35 @@ def test_states_of_another_dtype_go_on(backend):
             assert_near(p.full_tensor(), q, rtol=1e-5, atol=1e-6)
 
 
+def test_torch_is_asked_for_the_position_of_a_shard_once(monkeypatch):
+    """As the second of four processes, which never talk to each other here."""
+    asked = []
+    of_torch = _utils._compute_local_shape_and_global_offset
+    monkeypatch.setattr(
+        _utils, "_compute_local_shape_and_global_offset", lambda *args: asked.append(args) or of_torch(*args)
+    )
+    sharding._position_of.cache_clear()
+    torch.distributed.init_process_group("fake", rank=1, world_size=4)
+    try:
+        mesh = init_device_mesh("cpu", (4,))
+        layouts = [((8, 6), (2, 6), Shard(0)), ((8, 8), (8, 2), Shard(1)), ((8, 6), (2, 6), Shard(0))]
+        expected = [ShardPosition(12, 36, 12), ShardPosition(2, 6, 2), ShardPosition(12, 36, 12)]
+        for _ in range(2):
+            params = [
+                torch.nn.Parameter(
+                    DTensor.from_local(torch.ones(own), mesh, [place], shape=torch.Size(shape), stride=(shape[1], 1))
+                )
+                for shape, own, place in layouts
+            ]
+            states = [{} for _ in params]
+            param_set = ParamSet("lion", None, params, params, states, precision=Precision(stochastic_rounding=True))
+            infos = sharding.local(param_set).shard_infos
+            assert [info and info.position for info in infos] == expected
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(asked) == 2
+
+
 def test_scaled_gradients_of_shards():
     with sharded(Net()) as model:
         params = list(model.parameters())
@@ -211,13 +271,13 @@ def test_scaled_gradients_of_shards():
 
 def test_what_an_overflow_in_one_process_stops_in_all(results):
     """Whatever meshes the gradients are on: processes that go on would wait for the others for ever."""
-    for result in (each["overflow in the last process"] for each in results):
+    for result in results("overflow in the last process"):
         for name, (before, after) in result.items():
             assert_same(before, after, name)
 
 
 def test_states_of_another_layout_are_laid_out_anew(results):
-    for result in (each["from one layout to another"] for each in results):
+    for result in results("from one layout to another"):
         for names, (loaded, expected, placements, expected_placements) in result.items():
             assert_same(loaded, expected, names)
             assert placements == expected_placements, names

@@ -44,8 +44,8 @@ every_policy = pytest.mark.parametrize(
         ({}, [1.67, 4.04]),
         ({"state_dtype": torch.bfloat16}, [1.00, 1.00]),
         ({"stochastic_rounding": True}, [1.00, 1.00]),
-        ({"master_weights": True}, [1.00, 1.00]),
-        ({"master_weights": True, "state_dtype": torch.bfloat16}, [1.00, 1.00]),
+        pytest.param({"master_weights": True}, [1.00, 1.00], marks=pytest.mark.slow),
+        pytest.param({"master_weights": True, "state_dtype": torch.bfloat16}, [1.00, 1.00], marks=pytest.mark.slow),
     ],
     ids=["nearest", "bfloat16 moments", "stochastic", "master", "master-bfloat16"],
 )

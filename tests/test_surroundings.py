@@ -7,7 +7,7 @@ import threading
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,11 @@ MAKE: dict[str, Callable[..., Any]] = {
 every_optimizer = pytest.mark.parametrize("name", MAKE)
 both_backends = pytest.mark.parametrize("backend", ["eager", "triton"])
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPES = ((4, 3), (7,), (190, 200), (2, 3, 5), (), (0, 3))
+SHAPES = {
+    backend: ((4, 3), (7,), large, (2, 3, 5), (), (0, 3))
+    # Eagerly, what is larger than 2^15 elements goes another way; the interpreter takes as long as there are elements.
+    for backend, large in {"eager": (190, 200), "triton": (40, 30)}.items()
+}
 
 
 def drawn(seed: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -45,8 +49,8 @@ def drawn(seed: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32)
     return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(DEVICE, dtype)
 
 
-def parameters(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
-    return [torch.nn.Parameter(drawn(seed, shape, dtype)) for seed, shape in enumerate(SHAPES)]
+def parameters(backend: str = "eager", dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(drawn(seed, shape, dtype)) for seed, shape in enumerate(SHAPES[backend])]
 
 
 def step(optimizer: Any, number: int, dtype: torch.dtype = torch.float32) -> None:
@@ -142,17 +146,15 @@ def foreign(default: str | torch.dtype) -> Iterator[None]:
         torch.set_default_device(None)
 
 
-every_foreign_default = pytest.mark.parametrize(
-    "default", ["meta", torch.float64, torch.bfloat16, torch.float16], ids=lambda d: str(d).removeprefix("torch.")
-)
+DEFAULTS = ("meta", torch.float64, torch.bfloat16, torch.float16)
 
 
 def steps_and_checkpoint(name: str, backend: str) -> list[Any]:
-    optimizer = MAKE[name](parameters(), backend=backend)
+    optimizer = MAKE[name](parameters(backend), backend=backend)
     step(optimizer, 1)
     saved = copy.deepcopy(optimizer.state_dict())
     optimizer.load_state_dict(saved)
-    resumed = MAKE[name](parameters(), backend=backend)
+    resumed = MAKE[name](parameters(backend), backend=backend)
     resumed.load_state_dict(saved)
     (group,) = optimizer.param_groups
     optimizer.apply_gradients([(drawn(9, tuple(p.shape)), p) for p in group["params"]], scale=0.5)
@@ -251,15 +253,36 @@ ENTRIES: dict[str, Callable[[], list[Any]]] = {
 }
 
 
-@every_foreign_default
-@pytest.mark.parametrize("entry", ENTRIES)
+@cache
+def usual(entry: str) -> list[Any]:
+    return in_a_thread(ENTRIES[entry])
+
+
+def is_slow(entry: str, default: str | torch.dtype) -> bool:
+    """True but for a device and a dtype; where the interpreter runs, but for the device."""
+    return default != "meta" and (default is not torch.bfloat16 or entry.endswith("triton"))
+
+
+@pytest.mark.parametrize(
+    "entry, default",
+    [
+        pytest.param(
+            entry,
+            default,
+            id=f"{entry}-{str(default).removeprefix('torch.')}",
+            marks=[pytest.mark.slow] * is_slow(entry, default),
+        )
+        for entry in ENTRIES
+        for default in DEFAULTS
+    ],
+)
 @pytest.mark.filterwarnings("ignore")
 def test_another_default_device_or_dtype_changes_no_bit(entry, default):
     def under_it() -> list[Any]:
         with foreign(default):
             return ENTRIES[entry]()
 
-    assert_same(in_a_thread(under_it), in_a_thread(ENTRIES[entry]))
+    assert_same(in_a_thread(under_it), usual(entry))
 
 
 def test_pinned_memory_is_asked_for_on_the_host_whatever_the_default_device(monkeypatch):
@@ -300,10 +323,14 @@ def reachable(*roots: Any) -> list[Tensor]:
 
 @every_optimizer
 @both_backends
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)],
+    ids=["float32", "bfloat16"],
+)
 def test_steps_in_inference_mode_and_outside_of_it_follow_each_other(name, backend, dtype):
     def run(modes: list[bool]) -> list[Tensor]:
-        optimizer = MAKE[name](parameters(dtype), backend=backend)
+        optimizer = MAKE[name](parameters(backend, dtype), backend=backend)
         for number, mode in enumerate(modes):
             with torch.inference_mode(mode):
                 step(optimizer, number, dtype)
@@ -327,7 +354,7 @@ def test_sums_that_began_in_inference_mode_go_on_outside_of_it(backend):
 
 @both_backends
 def test_a_state_loaded_in_inference_mode_can_be_updated_outside_of_it(backend):
-    optimizer = AdamW(parameters(), backend=backend)
+    optimizer = AdamW(parameters(backend), backend=backend)
     step(optimizer, 1)
     with torch.inference_mode():
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -339,9 +366,9 @@ def test_a_state_loaded_in_inference_mode_can_be_updated_outside_of_it(backend):
 @both_backends
 def test_parameters_made_in_inference_mode_are_updated_there_and_refused_elsewhere(name, backend):
     with torch.inference_mode():
-        optimizer = MAKE[name](parameters(), backend=backend)
+        optimizer = MAKE[name](parameters(backend), backend=backend)
         step(optimizer, 1)
-    expected = MAKE[name](parameters(), backend=backend)
+    expected = MAKE[name](parameters(backend), backend=backend)
     step(expected, 1)
     assert_same(outcome(optimizer), outcome(expected))
     for _ in range(2):
@@ -355,11 +382,11 @@ def test_scratch_memory_made_under_a_mode_of_fake_tensors_is_not_kept():
         with FakeTensorMode():
             scratch.scratch.like(torch.empty(3, dtype=torch.float32, device="cpu"), "gradient", torch.float32)
         assert not scratch.scratch._flat
-        optimizer = AdamW(parameters(torch.bfloat16), lr=0.1, max_grad_norm=0.1, backend="eager")
+        optimizer = AdamW(parameters(dtype=torch.bfloat16), lr=0.1, max_grad_norm=0.1, backend="eager")
         step(optimizer, 1, torch.bfloat16)
         return outcome(optimizer)
 
-    expected = AdamW(parameters(torch.bfloat16), lr=0.1, max_grad_norm=0.1, backend="eager")
+    expected = AdamW(parameters(dtype=torch.bfloat16), lr=0.1, max_grad_norm=0.1, backend="eager")
     step(expected, 1, torch.bfloat16)
     assert_same(in_a_thread(work), outcome(expected))
 
@@ -440,15 +467,17 @@ def test_a_step_without_data_makes_the_state_and_nothing_else(name, backend, kin
 @both_backends
 def test_parameters_beside_one_on_meta_are_updated(name, backend):
     beside = torch.nn.Parameter(torch.empty(3, 4, device="meta"))
-    optimizer = MAKE[name]([beside, *parameters()], backend=backend)
-    expected = MAKE[name](parameters(), backend=backend)
+    optimizer = MAKE[name]([beside, *parameters(backend)], backend=backend)
+    expected = MAKE[name](parameters(backend), backend=backend)
     for number in (1, 2):
         for seed, (p, q) in enumerate(zip(optimizer.param_groups[0]["params"][1:], expected.param_groups[0]["params"])):
             p.grad, q.grad = drawn(seed + number, tuple(p.shape)), drawn(seed + number, tuple(p.shape))
         beside.grad = torch.empty_like(beside)
         optimizer.step()
         expected.step()
-    assert_same([p.detach() for p in optimizer.param_groups[0]["params"][1:]], outcome(expected)[: len(SHAPES)])
+    assert_same(
+        [p.detach() for p in optimizer.param_groups[0]["params"][1:]], outcome(expected)[: len(SHAPES[backend])]
+    )
     assert optimizer.state[beside]["step"].is_meta
 
 
@@ -466,7 +495,7 @@ def test_a_rate_in_a_tensor_is_the_number_that_it_holds_whatever_its_dtype(name,
     options = {"relative_step": False} if row.cls is Adafactor else {}
     updated = []
     for rate in (lr, lr.item()):
-        optimizer = row(parameters(), **{row.rate: rate}, backend=backend, **options)
+        optimizer = row(parameters(backend), **{row.rate: rate}, backend=backend, **options)
         for number in range(3):
             step(optimizer, number)
         shown = [optimizer.effective_lr(p) for p in optimizer.param_groups[0]["params"]] if options else []

@@ -1,17 +1,14 @@
-"""Real trainers train a tiny model on the CPU and go on, bit for bit, from their own checkpoint."""
+"""The Trainer of transformers and a plain loop train a tiny model and go on, bit for bit, from their own checkpoint."""
 
-import copy
 import importlib
 import importlib.metadata
-import itertools
-import math
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.comparing import assert_near, assert_same, same
-from helpers.loops import Net
+from helpers.comparing import assert_near, assert_same
 from helpers.optimizers import VARIANTS
+from helpers.trainers import QUIET
 
 from fusedopt import (
     Adafactor,
@@ -22,33 +19,12 @@ from fusedopt import (
     LRRecorder,
     create_optimizer,
     get_scheduler,
-    plot_schedule,
-    plot_verification,
     register_step_in_backward,
-    verify_schedule,
 )
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated"),
-    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists:UserWarning"),
-    pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers:UserWarning"),
-]
+pytestmark = QUIET
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-
-
-@pytest.fixture
-def example(monkeypatch, tmp_path):
-    """Imports an example script by name; files that it writes by default stay in the test's folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(EXAMPLES)
-
-    def load(name, package):
-        pytest.importorskip(package, reason=f"{package} is not installed")
-        return importlib.import_module(name)
-
-    return load
 
 
 def test_every_example_is_run_here():
@@ -171,51 +147,6 @@ def test_accumulation_with_a_step_in_backward_is_refused_in_the_transformers_tra
         trainer.train()
 
 
-def batches(number):
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(number, 4, 5, generator=generator)
-
-
-def loss_of(model, x):
-    return model(x).square().mean()
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_accelerate_does_what_a_plain_loop_does(name):
-    """Two micro-batches per step, clipped by their common norm."""
-    accelerate = pytest.importorskip("accelerate")
-    plain = Net()
-    optimizer = VARIANTS[name](plain)
-    for pair in batches(6).split(2):
-        for x in pair:
-            (loss_of(plain, x) / 2).backward()
-        torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
-    net = Net()
-    other = VARIANTS[name](net)
-    model, wrapped = accelerator.prepare(net, other)
-    for x in batches(6):
-        with accelerator.accumulate(model):
-            accelerator.backward(loss_of(model, x))
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(model.parameters(), 0.1)
-            wrapped.step()
-            wrapped.zero_grad()
-    assert_same(plain, net)
-    assert_same(optimizer.state_dict(), other.state_dict())
-
-
-def test_accelerate(example):
-    main = example("accelerate_loop", "accelerate").main
-    model, losses = main([])
-    assert losses[-1] < losses[0] / 5
-    resumed, _ = main(["--resume", "runs/accelerate/epoch_2"])
-    assert_same(model, resumed)
-
-
 @pytest.mark.parametrize("wrapper", ["accelerate", "lightning"])
 def test_wrapped_optimizers_are_unwrapped_for_a_step_in_backward(wrapper):
     model = torch.nn.Linear(2, 1)
@@ -230,149 +161,6 @@ def test_wrapped_optimizers_are_unwrapped_for_a_step_in_backward(wrapper):
     register_step_in_backward(wrapped, model)
     model(torch.ones(2)).sum().backward()
     assert model.weight.grad is None and optimizer.state[model.weight]["step"] == 1
-
-
-@pytest.mark.parametrize("manual", [[], ["--manual"]], ids=["automatic", "manual"])
-def test_lightning(example, manual):
-    main = example("lightning_module", "pytorch_lightning").main
-    model, losses = main(manual)
-    assert losses[-1] < losses[0] / 2
-    checkpoint = "runs/lightning/epoch=1.ckpt"
-    assert torch.load(checkpoint, weights_only=True)["optimizer_states"]
-    resumed, _ = main([*manual, "--resume", checkpoint])
-    assert_same(model, resumed)
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_lightning_does_what_a_plain_loop_does(name, tmp_path):
-    """Clipped by value; its closure computes the gradients inside of step()."""
-    pl = pytest.importorskip("pytorch_lightning")
-    plain = Net()
-    optimizer = VARIANTS[name](plain)
-    for x in batches(4):
-        loss_of(plain, x).backward()
-        torch.nn.utils.clip_grad_value_(plain.parameters(), 0.01)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    class Module(pl.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.net = Net()
-
-        def training_step(self, x, index):
-            return loss_of(self.net, x)
-
-        def configure_optimizers(self):
-            return VARIANTS[name](self.net)
-
-    module = Module()
-    trainer = pl.Trainer(
-        default_root_dir=tmp_path,
-        accelerator="cpu",
-        max_epochs=1,
-        gradient_clip_val=0.01,
-        gradient_clip_algorithm="value",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, torch.utils.data.DataLoader(batches(4), batch_size=None))
-    assert_same(plain, module.net)
-    assert_same(optimizer.state_dict(), trainer.optimizers[0].state_dict())
-
-
-# AdamWeightDecay without Keras' clippings, which `max_grad_norm` excludes.
-CLIPPING_BY_ITSELF = ["AdamW", "AdamW-torch-amsgrad", "AdamWeightDecay-function", "Adafactor", "Adafactor-lr-beta1"]
-BOUND = 0.01
-
-
-def loss_of_batch(index, model, x):
-    """Infinite in the second batch; others differ in size, as Adam forgives a constant factor, one is not clipped."""
-    return loss_of(model, x).float() * [1.0, math.inf, 10.0, 1e-3, 3.0][index]
-
-
-def scaler_of_the_cpu():
-    return torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
-
-
-def lightning_in_16_bits(folder, name, **options):
-    """A Trainer of Lightning and a module. `precision="16-mixed"` makes this plugin on a GPU; a CPU has to be asked."""
-    pl = pytest.importorskip("pytorch_lightning")
-
-    class Module(pl.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.net = Net()
-            self.seen = []  # after each batch: weights, state, scale and norm
-
-        def training_step(self, x, index):
-            return loss_of_batch(index, self.net, x)
-
-        def configure_optimizers(self):
-            return VARIANTS[name](self.net, max_grad_norm=BOUND)
-
-        def on_train_batch_end(self, *_):
-            optimizer, scaler = self.optimizers().optimizer, self.trainer.precision_plugin.scaler
-            now = self.net.state_dict(), optimizer.state_dict()["state"], scaler.get_scale(), optimizer.grad_norm
-            self.seen.append(copy.deepcopy(now))
-
-    trainer = pl.Trainer(
-        default_root_dir=folder,
-        accelerator="cpu",
-        plugins=[pl.plugins.MixedPrecision("16-mixed", "cpu", scaler=scaler_of_the_cpu())],
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )
-    return trainer, Module()
-
-
-@pytest.mark.parametrize("name", CLIPPING_BY_ITSELF)
-def test_lightning_in_16_bits_does_what_a_plain_loop_does(name, tmp_path):
-    """Unscaled and clipped inside the step; an overflow in the second of five batches changes nothing but the scale."""
-    trainer, module = lightning_in_16_bits(tmp_path, name)
-    trainer.fit(module, torch.utils.data.DataLoader(batches(5), batch_size=None))
-
-    plain, outside = Net(), Net()
-    optimizer = VARIANTS[name](plain, max_grad_norm=BOUND)
-    unclipped = VARIANTS[name](outside)
-    expected_norms = []
-    for model, stepping in ((plain, optimizer), (outside, unclipped)):
-        scaler = scaler_of_the_cpu()
-        for index, x in enumerate(batches(5)):
-            with torch.autocast("cpu", torch.half):
-                loss = loss_of_batch(index, model, x)
-            scaler.scale(loss).backward()
-            if stepping is unclipped:
-                scaler.unscale_(stepping)
-                expected_norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), BOUND))
-            scaler.step(stepping)
-            scaler.update()
-            stepping.zero_grad()
-
-    weights, states, scales, norms = zip(*module.seen)
-    assert_same(plain, module.net)
-    assert_same(optimizer.state_dict(), trainer.optimizers[0].state_dict())
-    assert_near(module.net, outside, rtol=1e-4, atol=1e-5)  # 5e-8 apart; without clipping more than 5e-4
-    assert [same(*pair) for pair in itertools.pairwise(weights)] == [True, False, False, False]
-    assert [same(*pair) for pair in itertools.pairwise(states)] == [True, False, False, False]
-    assert scales == (1024.0, 512.0, 512.0, 1024.0, 1024.0)
-    assert [bool(norm > BOUND) for norm in norms] == [True, False, True, False, True]
-    assert_near(torch.stack(norms).float(), torch.stack(expected_norms), rtol=1.3e-6, atol=1e-5, equal_nan=True)
-
-
-@pytest.mark.parametrize("algorithm", ["norm", "value"])
-@pytest.mark.parametrize("name", CLIPPING_BY_ITSELF)
-def test_lightning_in_16_bits_refuses_to_clip_for_optimizers_that_unscale_by_themselves(name, algorithm, tmp_path):
-    trainer, module = lightning_in_16_bits(tmp_path, name, gradient_clip_val=BOUND, gradient_clip_algorithm=algorithm)
-    with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
-        trainer.fit(module, torch.utils.data.DataLoader(batches(1), batch_size=None))
-    assert_same(module.net, Net())
 
 
 def test_a_rate_that_is_a_function_of_the_step_and_the_trainers_schedule_exclude_each_other(example, tmp_path):
@@ -446,96 +234,3 @@ def test_create_optimizers_pair_in_the_transformers_trainer(example, tmp_path):
     resumed, again = run(str(tmp_path / "checkpoint-3"))
     assert_same(model, resumed)
     assert_same(optimizer.state_dict(), again.state_dict())
-
-
-@pytest.mark.parametrize("in_epochs", [False, True], ids=["per step", "per epoch"])
-def test_greedy_in_lightning_is_stepped_with_the_metric_it_monitors(in_epochs, tmp_path):
-    pl = pytest.importorskip("pytorch_lightning")
-
-    class Module(pl.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.net = Net()
-
-        def training_step(self, x, index):
-            loss = loss_of(self.net, x)
-            self.log("train_loss", loss)
-            return loss
-
-        def configure_optimizers(self):
-            optimizer = AdamW(self.net.parameters(), lr=0.01)
-            self.recorder = LRRecorder(optimizer)
-            self.scheduler = get_scheduler(
-                "greedy", optimizer, scheduler_specific_kwargs={"patience": 0, "factor": 0.5}
-            )
-            interval = "epoch" if in_epochs else "step"
-            return {
-                "optimizer": optimizer,
-                "lr_scheduler": {"scheduler": self.scheduler, "monitor": "train_loss", "interval": interval},
-            }
-
-        def on_train_start(self):
-            self.prepared = self.optimizers()
-            self.outer = LRRecorder(self.prepared)
-            assert self.lr_schedulers() is self.scheduler
-
-    module = Module()
-    trainer = pl.Trainer(
-        default_root_dir=tmp_path,
-        accelerator="cpu",
-        max_epochs=2,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, torch.utils.data.DataLoader(batches(4), batch_size=None))
-    assert module.scheduler.last_epoch == (2 if in_epochs else 8)
-    assert {*module.scheduler.get_last_lr(), *module.outer.rates[:, 0].tolist()} != {0.01}
-    assert module.outer.rates.tolist() == module.recorder.rates.tolist() and len(module.outer) == 8
-
-
-def test_what_accelerate_prepared_is_taken_wherever_the_thing_itself_is():
-    accelerate = pytest.importorskip("accelerate")
-    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
-    net = Net()
-    optimizer = AdamW(net.parameters(), lr=0.01)
-    scheduler = get_scheduler("cosine", optimizer, 2, 10)
-    model, wrapped, wrapped_scheduler = accelerator.prepare(net, optimizer, scheduler)
-    recorder = LRRecorder(wrapped)
-    for x in batches(8):
-        with accelerator.accumulate(model):
-            accelerator.backward(loss_of(model, x))
-            wrapped.step()
-            wrapped_scheduler.step()
-            wrapped.zero_grad()
-    assert len(recorder) == 4 and verify_schedule(recorder, wrapped_scheduler).ok
-    figures = [plot_schedule(wrapped_scheduler), plot_schedule([wrapped_scheduler, "inverse_sqrt"], num_warmup_steps=2)]
-    figures.append(plot_verification(recorder, wrapped_scheduler))
-    assert all(figure.axes for figure in figures)
-    again = get_scheduler("linear", wrapped, 2, 20)
-    again.load_state_dict(get_scheduler("linear", wrapped, 2, 10).state_dict())
-    assert again.lr_lambdas[0].num_training_steps == 20
-    adafactor = Adafactor(Net().parameters())
-    assert AdafactorSchedule(accelerator.prepare(adafactor)).optimizer is adafactor
-
-
-def test_a_scheduler_prepared_by_accelerate_resumes_with_more_steps(tmp_path):
-    accelerate = pytest.importorskip("accelerate")
-    for steps in (4, 8):
-        accelerator = accelerate.Accelerator(cpu=True)
-        net = Net()
-        optimizer = AdamW(net.parameters(), lr=0.01)
-        scheduler = get_scheduler("linear", optimizer, 0, steps)
-        model, wrapped, wrapped_scheduler = accelerator.prepare(net, optimizer, scheduler)
-        if steps == 8:
-            accelerator.load_state(str(tmp_path / "state"))
-        for x in batches(4):
-            accelerator.backward(loss_of(model, x))
-            wrapped.step()
-            wrapped_scheduler.step()
-            wrapped.zero_grad()
-            if steps == 8 and scheduler.last_epoch == 5:
-                assert scheduler.get_last_lr() == [pytest.approx(0.01 * 3 / 8)]
-        accelerator.save_state(str(tmp_path / "state"))
-    assert scheduler.last_epoch == 8

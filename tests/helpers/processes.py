@@ -10,12 +10,14 @@ from typing import Any
 ROOT = Path(__file__).parent.parent.parent
 
 
-def run_together(script: str, number: int, folder: Path, timeout: float, **environment: str) -> None:
-    """Runs `script RANK FOLDER` as so many processes, and fails with what the first one that failed has to say."""
+def run_together(script: str, number: int, folder: Path, *words: str, timeout: float, **environment: str) -> None:
+    """Runs `script RANK FOLDER WORDS` as so many processes, and fails with what the first that failed has to say."""
     path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
     variables = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
     processes = [
-        subprocess.Popen([sys.executable, script, str(rank), str(folder)], env=variables, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [sys.executable, script, str(rank), str(folder), *words], env=variables, stderr=subprocess.PIPE
+        )
         for rank in range(number)
     ]
     try:

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fusedopt.backends.triton.rounding import Rounding
 from fusedopt.backends.triton.rows import Rows
-from fusedopt.backends.triton.stepper import States, TritonStepper, gradients, masters, roundings, shard_infos
+from fusedopt.backends.triton.stepper import States, TritonStepper, gradients, masters, shard_infos
 from fusedopt.interface import AdafactorHyper, ParamSet, ShardInfo
 from fusedopt.sharding import all_reduce_in_place
 from fusedopt_kernels import rules
@@ -28,7 +29,9 @@ class TritonAdafactor(TritonStepper):
         super().__init__(device)
         self._plans = _PlanCache()
 
-    def refresh(self, rows: Rows, param_sets: Sequence[ParamSet], params: list[Tensor], states: States) -> None:
+    def refresh(
+        self, rows: Rows, param_sets: Sequence[ParamSet], params: list[Tensor], states: States, rounding: Rounding
+    ) -> None:
         infos = shard_infos(param_sets)
         exp_avg, exp_avg_sq = ([s.get(name) for s in states] for name in ("exp_avg", "exp_avg_sq"))
         averages = [param_set.hyper.beta1 is not None for param_set in param_sets for _ in param_set.params]
@@ -40,7 +43,7 @@ class TritonAdafactor(TritonStepper):
             exp_avg_sq,
             like=lambda i: _like(params[i], infos[i]),
         )
-        self._keys = rows.update_classes(*roundings(param_sets))
+        self._keys = rows.update_classes(rounding)
 
     def fill_rows(self, rows: np.ndarray, param_sets: Sequence[ParamSet], params: list[Tensor], states: States) -> None:
         shapes, self._plan = self._plans.of(params, self._keys, shard_infos(param_sets))

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fusedopt.backends.triton.rounding import Rounding
 from fusedopt.backends.triton.rows import Rows, without_gaps
-from fusedopt.backends.triton.stepper import States, TritonStepper, gradients, masters, roundings
+from fusedopt.backends.triton.stepper import States, TritonStepper, gradients, masters
 from fusedopt.interface import ParamSet
 from fusedopt_kernels.elementwise import Elementwise, pieces_of
 from fusedopt_kernels.table import LaunchTable
@@ -21,7 +22,9 @@ class ElementwiseStepper(TritonStepper):
         super().__init__(device)
         self.row, self.hyper, self._kernels = kernels.row, kernels.hyper, kernels
 
-    def refresh(self, rows: Rows, param_sets: Sequence[ParamSet], params: list[Tensor], states: States) -> None:
+    def refresh(
+        self, rows: Rows, param_sets: Sequence[ParamSet], params: list[Tensor], states: States, rounding: Rounding
+    ) -> None:
         names = self.row.tensors[2:-1]
         columns: list[list[Tensor | None]] = [[] for _ in names]
         for param_set in param_sets:
@@ -33,15 +36,14 @@ class ElementwiseStepper(TritonStepper):
                     column += [s[name] if s else p for s, p in zip(param_set.states, param_set.params)]
                 else:
                     column += [None] * len(param_set.params)
-        rounding, positions = roundings(param_sets)
 
         def like(i: int) -> Tensor:
             p = params[i]
             # For random bits, elements are numbered in the order of contiguous tensors.
-            return torch.empty(p.shape, dtype=p.dtype, device=p.device) if rounding[i] else without_gaps(p)
+            return torch.empty(p.shape, dtype=p.dtype, device=p.device) if rounding.kinds[i] else without_gaps(p)
 
         grads, master = gradients(param_sets), masters(param_sets)
-        rows.refresh(params, grads, *columns, master, like=like, rounding=rounding, positions=positions)
+        rows.refresh(params, grads, *columns, master, like=like, rounding=rounding)
         self._missing = [] if all(states) else [i for i, state in enumerate(states) if not state]
 
     def used_states(self, hyper: Any) -> Collection[str]:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fusedopt.backends.triton.rounding import Rounding
 from fusedopt_kernels.layout import is_dense, same_layout
 from fusedopt_kernels.table import addresses, are_aligned, dtype_codes, launch_keys
 
@@ -60,8 +61,7 @@ class Rows:
         grads: Column,
         *states: Column,
         like: Callable[[int], Tensor] | None = None,
-        rounding: np.ndarray | int = 0,
-        positions: np.ndarray | int = 0,
+        rounding: Rounding | None = None,
     ) -> None:
         """Takes the tensors of this step.
 
@@ -69,7 +69,7 @@ class Rows:
         possible. Default: without gaps.
 
         Where a tensor does not lie in memory as its parameter does, or the parameter has gaps, the kernel gets a copy.
-        `rounding`, `positions`: int64 [rows], as `roundings` returns them.
+        `rounding`: of the rows. Default: to nearest.
 
         In the place of states that do not exist yet there may be any tensor of their dtype, such as the parameter.
 
@@ -99,12 +99,13 @@ class Rows:
             like_row = like(i) if like else without_gaps(params[i])
             at[:, i] = addresses(self._laid_out(like_row, [column[i] for column in columns]))
         self.addresses = at.T
-        positions = np.broadcast_to(positions, self.numel.shape)
-        aligned = are_aligned(np.vstack([at, self.numel, positions]).T)
-        self.keys = launch_keys(self._codes, aligned, rounding, positions != 0)
+        rounding = rounding or Rounding.to_nearest(len(params))
+        position_bits = rounding.position_bits()
+        aligned = are_aligned(np.vstack([at, self.numel, position_bits]).T)
+        self.keys = launch_keys(self._codes, aligned, rounding.kinds, position_bits != 0)
         self._refuse_shared_memory()
 
-    def update_classes(self, rounding: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    def update_classes(self, rounding: Rounding) -> np.ndarray:
         """As `keys`, whatever the alignment is: of parameters, gradients, and the first two columns of states.
 
         A missing second one counts as having the dtype of the arithmetic.
@@ -112,7 +113,9 @@ class Rows:
         param, grad, master, average = self._codes[:4]
         narrow, wide = dtype_codes([torch.float32, torch.float64])
         average = np.where(average == 0, np.where(param == wide, wide, narrow), average)
-        return launch_keys([param, grad, master, average], np.zeros(len(self.numel), bool), rounding, positions != 0)
+        unaligned = np.zeros(len(self.numel), bool)
+        sharded = rounding.position_bits() != 0
+        return launch_keys([param, grad, master, average], unaligned, rounding.kinds, sharded)
 
     def counts(self, steps: Column) -> list[int]:
         """Addresses of step counts, one per row.

@@ -9,15 +9,15 @@ from torch import Tensor
 
 from fusedopt.backends.graphs import on_device
 from fusedopt.backends.triton.capture import Tables as CapturableTables
+from fusedopt.backends.triton.rounding import Rounding
 from fusedopt.backends.triton.rows import Column, Rows
 from fusedopt.backends.triton.scalars import DeviceScalars
 from fusedopt.interface import Measurement, ParamSet, ShardInfo, StepArgs
-from fusedopt.precision import NUMBER, Precision, master_state
+from fusedopt.precision import master_state
 from fusedopt_kernels.measures import PLACES
 from fusedopt_kernels.record import Record, Tables
 from fusedopt_kernels.statistics import finish_measures
-from fusedopt_kernels.storage import EVERYTHING, MOMENTS, NEAREST
-from fusedopt_kernels.table import LaunchTable, addresses
+from fusedopt_kernels.table import LaunchTable
 
 States = Sequence[dict[str, Tensor]]
 
@@ -51,7 +51,8 @@ class TritonStepper:
         params = [p for param_set in param_sets for p in param_set.params]
         states = [s for param_set in param_sets for s in param_set.states]
         with on_device(self._device):
-            self.refresh(self._rows, param_sets, params, states)
+            rounding = Rounding.of(param_sets)
+            self.refresh(self._rows, param_sets, params, states, rounding)
             rows = self.row.rows(len(params))
             for name, column in zip(self.row.tensors, self._rows.addresses.T):
                 rows[name] = column
@@ -60,7 +61,8 @@ class TritonStepper:
             rows["hyper_index"] = np.repeat(
                 np.arange(len(param_sets)), [len(param_set.params) for param_set in param_sets]
             )
-            self._fill_in_rounding(rows, param_sets, states)
+            rows["number"] = rounding.numbers
+            rows["shard_length"], rows["shard_gap"], rows["shard_offset"] = rounding.positions.T
             self.fill_rows(rows, param_sets, params, states)
             scalars = DeviceScalars(self._device)
             hyper = self._hyper(param_sets, args, scalars)
@@ -92,15 +94,6 @@ class TritonStepper:
                 hyper[name][i] = value
         return hyper
 
-    def _fill_in_rounding(self, rows: np.ndarray, param_sets: Sequence[ParamSet], states: States) -> None:
-        """Fills in the fields that random bits depend on."""
-        if all(param_set.precision.is_plain for param_set in param_sets):
-            return
-        rows["number"] = addresses([s.get(NUMBER) for s in states])
-        for row, info in zip(rows, shard_infos(param_sets)):
-            if info is not None and info.position is not None:
-                row["shard_length"], row["shard_gap"], row["shard_offset"] = info.position
-
     def _fill_in_measures(
         self,
         rows: np.ndarray,
@@ -122,7 +115,9 @@ class TritonStepper:
 
     # What a subclass fills in.
 
-    def refresh(self, rows: Rows, param_sets: Sequence[ParamSet], params: list[Tensor], states: States) -> None:
+    def refresh(
+        self, rows: Rows, param_sets: Sequence[ParamSet], params: list[Tensor], states: States, rounding: Rounding
+    ) -> None:
         """Hands the tensors of this step to `rows`, those of `row.tensors` in their order."""
         raise NotImplementedError
 
@@ -159,25 +154,6 @@ def masters(param_sets: Sequence[ParamSet]) -> Column:
         else:
             column += [None] * len(param_set.params)
     return column
-
-
-def roundings(param_sets: Sequence[ParamSet]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns what is rounded stochastically, as `storage` numbers it, and the numbers of a shard's position by "or", 0
-    where it does not matter; per row."""
-    if all(param_set.precision.is_plain for param_set in param_sets):
-        none = np.zeros(sum(len(param_set.params) for param_set in param_sets), np.int64)
-        return none, none
-    rows = [(p, s, param_set.precision) for param_set in param_sets for p, s in zip(param_set.params, param_set.states)]
-    rounding = np.array([_rounding(*row) for row in rows], np.int64)
-    at = [None if info is None else info.position for info in shard_infos(param_sets)]
-    positions = np.array([0 if p is None else p.length | p.gap | p.offset for p in at], np.int64)
-    return rounding, np.where(rounding, positions, 0)
-
-
-def _rounding(p: Tensor, state: dict[str, Tensor], precision: Precision) -> int:
-    if precision.is_plain or NUMBER not in state:
-        return NEAREST
-    return EVERYTHING if precision.rounds_stochastically(p.dtype) else MOMENTS
 
 
 def _has_work(param_set: ParamSet) -> bool:
