@@ -22,6 +22,24 @@ def master_state(dtype: torch.dtype) -> str | None:
     return _MASTER_STATES.get(dtype)
 
 
+_STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def name_of_dtype(value: Any) -> Any:
+    """The name of a dtype, which is what configs and checkpoints hold, since JSON has no dtypes; else the value."""
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+
+
+def named_dtype(value: Any) -> Any:
+    """The dtype for the name of one that a moment may have, with or without "torch."; else the value.
+
+    Example:
+        >>> named_dtype(name_of_dtype(torch.bfloat16))
+        torch.bfloat16
+    """
+    return _STATE_DTYPES.get(value.removeprefix("torch."), value) if isinstance(value, str) else value
+
+
 NUMBER = "number"
 """State of a parameter whose rounding is random: an int64 that tells it from the optimizer's other parameters."""
 
@@ -69,7 +87,7 @@ class Precision(NamedTuple):
                 "master_weights=True and stochastic_rounding=True exclude each other: the first keeps float32 weights, "
                 "the second does without them; pass one of the two"
             )
-        if self.state_dtype not in (None, torch.float32, torch.bfloat16):
+        if self.state_dtype not in (None, *_STATE_DTYPES.values()):
             raise ValueError(f"state_dtype must be None, torch.float32 or torch.bfloat16, got {self.state_dtype!r}")
 
     def rounds_stochastically(self, dtype: torch.dtype) -> bool:

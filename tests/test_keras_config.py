@@ -1,6 +1,7 @@
 """AdamWeightDecay's configs, signature and refusals."""
 
 import inspect
+import json
 import re
 import warnings
 
@@ -73,6 +74,21 @@ def test_options_of_our_own_survive_the_config(options):
     config = AdamWeightDecay([parameter()], **options).get_config()
     assert AdamWeightDecay.from_config(config, [parameter()]).get_config() == config
     assert options.items() <= config.items()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_options_of_low_precision_survive_json(dtype):
+    options = {"master_weights": True, "state_dtype": dtype, "seed": 3}
+    config = json.loads(json.dumps(AdamWeightDecay([parameter()], **options).get_config()))
+    again = AdamWeightDecay.from_config(config, [parameter()])
+    assert (again.seed, again.param_groups[0]["state_dtype"]) == (3, dtype)
+    assert again.get_config() == config
+
+
+def test_a_dtype_that_no_moment_has_is_refused_in_a_config_too():
+    config = {**AdamWeightDecay([parameter()]).get_config(), "state_dtype": "float16"}
+    with pytest.raises(ValueError, match=r"torch\.bfloat16, got 'float16'"):
+        AdamWeightDecay.from_config(config, [parameter()])
 
 
 def test_epsilon_zero_in_a_config_is_zero():

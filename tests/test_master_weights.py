@@ -318,6 +318,35 @@ def test_a_parameter_that_was_written_to_is_updated_from_what_was_written(half, 
     assert ((new - (written - 2.0**-14)).abs() <= written.abs() * 2.0**-8 + 2.0**-126).all()
 
 
+def test_zeros_and_infinities_that_were_written_are_updated_as_in_a_float32_run_from_there():
+    """torch's kernel makes NaN of what the remainders that are left over make of them."""
+    written = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1.0, -1e-40, 3e38]).repeat(257)
+    p = torch.nn.Parameter(torch.randn(len(written)).bfloat16())
+    optimizer = AdamW([p], lr=1e-2, weight_decay=0.1, amsgrad=True, master_weights=True, backend="eager")
+    for number in range(2):
+        step(optimizer, normal([p.shape], number, torch.bfloat16))
+    state = {name: value.clone() for name, value in optimizer.state[p].items()}
+    remainder = state.pop("remainder")
+    assert (remainder < 0).any() and (remainder > 0).any()
+    with torch.no_grad():
+        p.copy_(written)
+    q = torch.nn.Parameter(p.detach().float())
+    float32 = AdamW([q], lr=1e-2, weight_decay=0.1, amsgrad=True, backend="eager")
+    float32.init_state()
+    for name, value in state.items():
+        float32.state[q][name].copy_(value)
+    (g,) = normal([p.shape], 2, torch.bfloat16)
+    step(optimizer, [g])
+    step(float32, [g.float()])
+    assert_same({n: optimizer.state[p][n] for n in state}, dict(float32.state[q]))
+    weight = float32_weight(optimizer, p)
+    assert_same(weight.isnan(), q.detach().isnan())
+    finite = written.isfinite()
+    off = (weight - q.detach())[finite].abs()
+    assert (off <= written[finite].abs() * 2.0**-8 + 1e-8).all()  # what is left over is half a unit
+    assert (weight[written.isinf()].abs() > 3.38e38).all()
+
+
 def test_the_state_of_a_fresh_model_is_no_remainder():
     for half in HALVES:
         params = parameters([(33, 5)], half)

@@ -61,7 +61,7 @@ def carried(saved, how):
 
 
 def as_json(value):
-    return str(value) if isinstance(value, torch.dtype) else value.tolist()
+    return value.tolist()
 
 
 @every_policy
@@ -91,11 +91,22 @@ def test_resuming_from_json(policy):
     optimizer = AdamW(params, **options)
     step(optimizer, normal(SHAPES, 1, torch.bfloat16))
     saved = carried(optimizer.state_dict(), "json")
-    for group in saved["param_groups"]:
-        del group["state_dtype"]  # JSON has no dtypes
-    other = AdamW(new, **options)
+    other = AdamW(new)
     other.load_state_dict(saved)
+    assert {name: other.param_groups[0][name] for name in options} == options
     assert_same([dict(other.state[p]) for p in new], [dict(optimizer.state[p]) for p in params])
+
+
+def test_a_checkpoint_names_the_dtype_of_the_moments_and_is_read_with_a_dtype_too():
+    optimizer = AdamW(parameters(SHAPES, torch.bfloat16), state_dtype=torch.bfloat16)
+    saved = optimizer.state_dict()
+    assert saved["param_groups"][0]["state_dtype"] == "bfloat16"
+    for dtype in ("bfloat16", "torch.bfloat16", torch.bfloat16):
+        other = AdamW(parameters(SHAPES, torch.bfloat16))
+        other.load_state_dict({**saved, "param_groups": [{**saved["param_groups"][0], "state_dtype": dtype}]})
+        assert other.param_groups[0]["state_dtype"] is torch.bfloat16
+    with pytest.raises(ValueError, match=r"torch\.bfloat16, got 'int8'"):
+        other.load_state_dict({**saved, "param_groups": [{**saved["param_groups"][0], "state_dtype": "int8"}]})
 
 
 def test_checkpoints_hold_remainders_as_int16_and_every_tensor_alone(tmp_path):

@@ -19,7 +19,7 @@ from fusedopt.optimizer.base import refuse_unknown
 from fusedopt.optimizer.clipping import Clipping
 from fusedopt.optimizer.distributed_checkpoint import torch_looks_at_state
 from fusedopt.optimizer.engine import Part
-from fusedopt.precision import PLAIN, Precision
+from fusedopt.precision import PLAIN, Precision, name_of_dtype
 
 _KERAS_EPSILON = 1e-7
 """The epsilon of Keras' Adam where 0 was given."""
@@ -448,7 +448,7 @@ def _patterns(name: str, patterns: Sequence[str] | None) -> list[str] | None:
 def _config_of(precision: Precision) -> dict[str, Any]:
     """The options that are not the default ones; a dtype by its name."""
     options = {name: value for name, value in precision._asdict().items() if value != getattr(PLAIN, name)}
-    return {name: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else v for name, v in options.items()}
+    return {name: name_of_dtype(value) for name, value in options.items()}
 
 
 def _follow(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

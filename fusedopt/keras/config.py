@@ -2,9 +2,8 @@
 
 from typing import Any
 
-import torch
-
 from fusedopt.keras.schedules import revive
+from fusedopt.precision import named_dtype
 
 _OPTIMIZERS = ("AdamWeightDecay", "Adam", "AdamW")
 
@@ -50,8 +49,8 @@ def from_keras(config: dict[str, Any]) -> dict[str, Any]:
         given = arguments.setdefault("weight_decay_rate", decay)
         if given != decay:
             raise ValueError(f"the config has weight_decay={decay!r} and weight_decay_rate={given!r}: leave out one")
-    if isinstance(arguments.get("state_dtype"), str):
-        arguments["state_dtype"] = getattr(torch, arguments["state_dtype"], arguments["state_dtype"])
+    if "state_dtype" in arguments:
+        arguments["state_dtype"] = named_dtype(arguments["state_dtype"])
     if "lr" in arguments:
         arguments["learning_rate"] = arguments.pop("lr")
     if "learning_rate" in arguments:

@@ -13,7 +13,7 @@ from fusedopt.backends.eager.storage import remainder_beside
 from fusedopt.checks import FLOATS
 from fusedopt.optimizer import whose
 from fusedopt.optimizer.state import new_tensor
-from fusedopt.precision import FLOAT32_COPIES, WEIGHT_STATES, StateSpec, master_state
+from fusedopt.precision import FLOAT32_COPIES, WEIGHT_STATES, StateSpec, master_state, named_dtype
 from fusedopt.without_data import is_lazy
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def _merged(optimizer: "FusedOptimizer", number: int, group: dict[str, Any], sav
     options = {name: copy.deepcopy(checks.plain(v, tensors=False)) for name, v in saved.items() if name not in left_out}
     # Of what is known here only rates may be tensors.
     known = (optimizer.defaults.keys() | optimizer.counters) - {"lr"}
-    options.update({name: _number(options[name]) for name in known & options.keys()})
+    options.update({name: named_dtype(_number(options[name])) for name in known & options.keys()})
     if isinstance(options.get("lr"), np.ndarray):
         options["lr"] = _number(options["lr"])
     if saved.get("decoupled_weight_decay") is False and options.get("weight_decay"):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fusedopt import checks, sharding
 from fusedopt.optimizer.distributed_checkpoint import torch_gathers_state
-from fusedopt.precision import NUMBER
+from fusedopt.precision import NUMBER, name_of_dtype
 
 if TYPE_CHECKING:
     from fusedopt.optimizer.base import FusedOptimizer
@@ -16,14 +16,17 @@ if TYPE_CHECKING:
 def packed(optimizer: "FusedOptimizer") -> dict[str, Any]:
     """The state dict in torch's layout: parameters are numbered, tensors but for counts are the optimizer's own.
 
-    The states of tensors that are in no group any more are left out. Remainders that torch gathers are int32.
+    The states of tensors that are in no group any more are left out. Dtypes in the groups become names, and remainders
+    that torch gathers int32.
     """
     numbers: dict[Any, int] = {}
     groups = []
     for group in optimizer.param_groups:
         for p in group["params"]:
             numbers.setdefault(p, len(numbers))
-        options = {name: checks.plain(value, tensors=False) for name, value in group.items() if name != "params"}
+        options = {
+            name: name_of_dtype(checks.plain(value, tensors=False)) for name, value in group.items() if name != "params"
+        }
         groups.append({**options, "params": [numbers[p] for p in group["params"]]})
     states = {}
     gathers = torch_gathers_state()

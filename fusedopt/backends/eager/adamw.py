@@ -1,14 +1,16 @@
 """AdamW on the eager backend: torch's own fused CPU kernel wherever it can serve, the rules on tensors elsewhere."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fusedopt.backends.eager.elementwise import apply, joined, pieces
+from fusedopt.backends.eager.elementwise import apply, apply_in_place
 from fusedopt.backends.eager.measures import Measure, at, copy_of
+from fusedopt.backends.eager.pieces import alike, joined, pieces
 from fusedopt.backends.eager.stepper import Bucket, EagerStepper
 from fusedopt.backends.eager.storage import Storage
 from fusedopt.backends.scratch import scratch
@@ -40,6 +42,8 @@ class _Columns(NamedTuple):
     h: list[Tensor]  # the largest v so far; empty without amsgrad
 
     def only(self, which: Sequence[int]) -> "_Columns":
+        if len(which) == len(self.p):
+            return self
         return _Columns(*([column[i] for i in which] if column else [] for column in self))
 
 
@@ -58,10 +62,9 @@ class EagerAdamW(EagerStepper):
         scalars = _scalars(hyper, bucket.step)
         # torch's kernel gets an lr to divide by.
         may_fuse = self._on_cpu and scalars[1] > 0.0
-        pairs = zip(columns.p, columns.m)
-        stored = [] if bucket.precision.is_plain else [i for i, two in enumerate(pairs) if any(map(_is_short, two))]
+        stored = [] if bucket.precision.is_plain else _short(columns)
         if stored:
-            fused_as_float32 = _of_one_layout(columns) if may_fuse and bucket.precision.master_weights else set()
+            fused_as_float32 = _of_one_layout(columns) if may_fuse and bucket.precision.master_weights else ()
             for step in (bucket.step, None):
                 which = [i for i in stored if (i in fused_as_float32) == (step is not None)]
                 if which:
@@ -72,21 +75,23 @@ class EagerAdamW(EagerStepper):
         # Our factor comes through a copy, which would round 16 bits once more.
         served = _fused_serves(columns, bucket.factor) if may_fuse else ()
         if served:
-            fused = columns if len(served) == len(columns.p) else columns.only(served)
+            fused = columns.only(served)
             update = _fused(hyper, bucket.step, *scalars)
             if measure is not None:
                 _measured_update(update, fused, bucket.factor, measure.at(served))
             else:
                 for each in [fused] if bucket.factor == 1.0 else _scaled_pieces(fused, bucket.factor):
-                    update(each)
+                    update(*each)
         if len(served) < len(columns.p):
             rest = sorted(set(range(len(columns.p))).difference(served))
             plain = Storage([None] * len(rest), False, None, None)
             _stored_update(hyper, columns.only(rest), bucket.factor, plain, at(measure, rest), None, *scalars)
 
 
-def _is_short(t: Tensor) -> bool:
-    return t.dtype.itemsize == 2
+def _short(columns: _Columns) -> list[int]:
+    """Those with a parameter or moments of 16 bits."""
+    dtypes = enumerate(zip(map(attrgetter("dtype"), columns.p), map(attrgetter("dtype"), columns.m)))
+    return [i for i, (p, m) in dtypes if p.itemsize == 2 or m.itemsize == 2]
 
 
 def _scalars(hyper: AdamWHyper, step: float) -> tuple[float, float, float]:
@@ -120,8 +125,11 @@ def _fused_serves(columns: _Columns, factor: float) -> Sequence[int]:
     ]
 
 
-def _of_one_layout(columns: _Columns) -> set[int]:
+def _of_one_layout(columns: _Columns) -> Collection[int]:
     """Those that torch's kernel would serve in float32."""
+    tensors = [t for column in columns for t in column]
+    if all(map(Tensor.is_contiguous, tensors)) and torch.float64 not in map(attrgetter("dtype"), columns.g):
+        return range(len(columns.p))
     rows = enumerate(zip(*(column for column in columns if column)))
     return {
         i
@@ -146,24 +154,21 @@ def _scaled(grads: list[Tensor], factor: float) -> list[Tensor]:
     return list(torch._foreach_mul(grads, factor))
 
 
-def _measured_update(update: Callable[[_Columns], None], columns: _Columns, factor: float, measure: Measure) -> None:
+def _measured_update(update: Callable[..., None], columns: _Columns, factor: float, measure: Measure) -> None:
     """The same update, a cache-sized piece at a time, with what is measured before and after."""
-    alike: dict[torch.dtype, list[int]] = {}
-    for i, p in enumerate(columns.p):
-        alike.setdefault(p.dtype, []).append(i)
-    for which in alike.values():
+    for which in alike(columns):
         for piece in pieces(columns, which, _MEASURED_PIECE):
             some = _Columns._make(piece.columns)
             raw, p = joined(some.g), joined(some.p)
             if p.dtype in _WIDE:
                 old = copy_of(p)
-                update(some._replace(g=_scaled(some.g, factor)))
+                update(*some._replace(g=_scaled(some.g, factor)))
                 measure.add(piece.which, piece.sizes, raw, old, joined(some.p))
             else:  # torch's kernel keeps to itself what it rounds
                 unrounded = _Columns._make([[t.to(torch.float32) for t in column] for column in some])
                 old = joined(unrounded.p).clone()
-                update(unrounded)
-                update(some)
+                update(*unrounded)
+                update(*some)
                 measure.add(piece.which, piece.sizes, raw, old, joined(unrounded.p), joined(some.p).to(torch.float32))
 
 
@@ -171,19 +176,21 @@ def _is_like(t: Tensor, p: Tensor) -> bool:
     return t.dtype == p.dtype and same_layout(t, p)
 
 
-def _fused(
-    hyper: AdamWHyper, step: float, decay_step: float, step_size: float, eps_hat: float
-) -> Callable[[_Columns], None]:
+def _fused(hyper: AdamWHyper, step: float, decay_step: float, step_size: float, eps_hat: float) -> Callable[..., None]:
     """torch's kernel computes torch's convention, so it gets the lr, decay and eps that turn it into our scalars."""
     correction1 = 1.0 - hyper.beta1**step
     root2 = math.sqrt(1.0 - hyper.beta2**step)
     lr = step_size * correction1 / root2
     count = torch.tensor(step, dtype=torch.float32, device="cpu")
 
-    def update(columns: _Columns) -> None:
+    def update(p: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor], *h: list[Tensor]) -> None:
         torch._fused_adamw_(
-            *columns,
-            [count] * len(columns.p),
+            p,
+            g,
+            m,
+            v,
+            h[0] if h else [],
+            [count] * len(p),
             lr=lr,
             beta1=hyper.beta1,
             beta2=hyper.beta2,
@@ -210,22 +217,25 @@ def _stored_update(
     """The update of tensors of any layout and dtype, in at least float32.
 
     With a `fused_step`, by torch's kernel, which would serve for float32 tensors laid out like these: master weights
-    are those of a float32 run. Its bits depend on where a tensor ends, so it gets them one by one.
+    are those of a float32 run.
     """
-    weight1, weight2 = 1.0 - hyper.beta1, 1.0 - hyper.beta2
-    ascending = hyper._replace(maximize=False)  # the sign is in the factor
-    fused = None if fused_step is None else _fused(ascending, fused_step, decay_step, step_size, eps_hat)
+    signed = -factor if hyper.maximize else factor
+    stochastic = (False, True, False)
 
-    def rule(sizes: list[int], p: Tensor, g: Tensor, m: Tensor, v: Tensor, h: Tensor | None = None) -> list[Tensor]:
-        if fused is not None:
-            tensors = [p, g, m, v] if h is None else [p, g, m, v, h]
-            alone = [list(t.split(sizes)) if len(sizes) > 1 else [t] for t in tensors]
-            fused(_Columns(*alone, *[[]] * (h is None)))
-            return [p, *tensors[2:]]
+    if fused_step is not None:
+        fused = _fused(hyper._replace(maximize=False), fused_step, decay_step, step_size, eps_hat)
+
+        def once_more(p: Tensor, m: Tensor, *v: Tensor) -> Tensor:
+            return p * (1.0 - decay_step) - step_size * m / (v[-1].sqrt() + eps_hat)
+
+        apply_in_place(fused, once_more, columns, signed, storage, stochastic, measure)
+        return
+    weight1, weight2 = 1.0 - hyper.beta1, 1.0 - hyper.beta2
+
+    def rule(p: Tensor, g: Tensor, m: Tensor, v: Tensor, h: Tensor | None = None) -> list[Tensor]:
         m, v = rules.adam_moments(g, m, v, hyper.beta1, weight1, hyper.beta2, weight2)
         largest = v if h is None else torch.maximum(h, v)
         p = rules.adamw_update(p, m, largest, decay_step, step_size, eps_hat, sqrt=torch.sqrt, div=torch.div)
         return [p, m, v] if h is None else [p, m, v, largest]
 
-    signed = -factor if hyper.maximize else factor
-    apply(rule, columns, signed, storage, (False, True, False), measure, lean=fused is not None)
+    apply(rule, columns, signed, storage, stochastic, measure)

@@ -2,34 +2,40 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from fusedopt.backends.eager.measures import Measure, copy_of
-from fusedopt.backends.eager.rounding import rounded
+from fusedopt.backends.eager.pieces import Columns, Joined, Piece, alike, pieces
+from fusedopt.backends.eager.rounding import is_finite, rounded
 from fusedopt.backends.eager.stepper import Bucket, EagerStepper
-from fusedopt.backends.eager.storage import Storage, as_cached, moment_bits, read_weight, weight_bits, write_weight
-from fusedopt.backends.scratch import scratch
+from fusedopt.backends.eager.storage import (
+    Storage,
+    as_cached,
+    join_weight,
+    moment_bits,
+    read_weight,
+    weight_bits,
+    write_weight,
+)
+from fusedopt.backends.scratch import Row, scratch
 from fusedopt.precision import FREEZING
-from fusedopt_kernels.layout import is_dense, same_layout
 
 _PIECE = 1 << 18
-"""Elements that a rule is given at a time: many small tensors joined, or a piece of a large one."""
+"""Elements that a rule is given at a time."""
 
 _LEAN_PIECE = 1 << 19
-"""The same for a rule without temporaries, such as torch's kernel. With pieces of 2^18, 2^19 and 2^20, the operations
-that 50M master weights need took 1.29, 1.19 and 1.28 times as long as float32 weights that are copied, on two
-threads."""
-
-Columns = Sequence[list[Tensor]]
-"""Parameters, gradients, and a list for each state; a state that is not used has an empty one."""
+"""The same for what works in place. With pieces of 2^18, 2^19 and 2^20, the operations that 50M master weights need
+took 1.29, 1.19 and 1.28 times as long as float32 weights that are copied, on two threads."""
 
 Rule = Callable[..., Sequence[Tensor]]
-"""Takes the size of each parameter, then parameters, gradients and states, joined if there are several, at least in
-float32; returns new parameters and states, which may be in the memory of the old ones."""
+"""Takes parameters, gradients and states, several of each joined, at least in float32; returns new parameters and
+states, which may be in the memory of the old ones."""
+
+InPlace = Callable[..., object]
+"""Takes a list of parameters, one of gradients and one for each state, in one dtype; updates them in place."""
 
 
 class ElementwiseStepper(EagerStepper):
@@ -47,7 +53,7 @@ class ElementwiseStepper(EagerStepper):
         storage = Storage.of(bucket)
         stochastic = [name in FREEZING for name in self.states]
         rule = self.rule
-        apply(lambda _, *t: rule(bucket.hyper, *t), columns, factor, storage, stochastic, bucket.measure)
+        apply(lambda *t: rule(bucket.hyper, *t), columns, factor, storage, stochastic, bucket.measure)
 
 
 def apply(
@@ -57,8 +63,6 @@ def apply(
     storage: Storage,
     stochastic_states: Sequence[bool],
     measure: Measure | None = None,
-    *,
-    lean: bool = False,
 ) -> None:
     """Updates parameters and states by a rule, whatever their layout, in at least float32, rounded once.
 
@@ -69,117 +73,132 @@ def apply(
         storage: of the parameters.
         stochastic_states: for each state, whether one of 16 bits is rounded stochastically where anything is.
         measure: adds up their measures; None if there are to be none.
-        lean: whether the rule works in place, in the order of memory: it gets longer pieces, and alone, as they are,
-            tensors that are not contiguous.
     """
-    alike: dict[tuple[torch.dtype, ...], list[int]] = {}
-    for i in range(len(columns[0])):
-        alike.setdefault(tuple([column[i].dtype for column in columns if column]), []).append(i)
-    in_order = lean or storage.keys is not None
-    for which in alike.values():
-        masters = storage.masters if storage.masters[which[0]] is not None else []
-        everything: Any = [*columns, masters]
-        kept = [column[which[0]] for column in (columns[0], *columns[2:]) if column]
-        numbered = storage.keys is not None and any(t.dtype.itemsize == 2 for t in kept)
-        for piece in pieces(everything, which, _LEAN_PIECE if lean else _PIECE, in_order=in_order):
-            params, grads, *states, completing = piece.columns
-            narrow, master = joined(params), joined(completing) if completing else None
-            p = _read(narrow, master)
-            raw = joined(grads)
-            old = copy_of(p) if lean and measure is not None else p
-            g = as_cached(raw, p.dtype, factor)
-            new = rule(piece.sizes, p, g, *[joined(column).to(p.dtype) for column in states if column])
-            words = storage.words(piece.which, piece.sizes, piece.start, p.device) if numbered else None
-            bits = weight_bits(words) if words is not None and storage.stochastic else None
-            write = partial(write_weight, narrow, master, new[0], _like(bits, narrow))
-            if measure is None:
-                write()
-            else:
-                target = narrow if narrow.dtype.itemsize == 2 and master is None else None
-                measure.around(write, piece.which, piece.sizes, raw, old, new[0], target)
-            _spread(narrow, params)
-            if master is not None:
-                _spread(master, completing)
-            for targets, values, stochastic in zip(filter(None, states), new[1:], stochastic_states):
-                bits = moment_bits(words, targets[0].dtype) if words is not None and stochastic else None
-                _spread(rounded(values, targets[0].dtype, _like(bits, values)), targets)
+    for piece in _stored_pieces(columns, storage, _PIECE, in_order=storage.keys is not None):
+        params, grads, completing, *states = piece.columns
+        narrow, master = Joined.of(params, "p"), Joined.of(completing, "master") if completing else None
+        p = _read(narrow, master)
+        raw = Joined.of(grads, "g").whole
+        g = as_cached(raw, p.dtype, factor)
+        kept = [Joined.of(column, f"state {k}") for k, column in enumerate(states)]
+        new = rule(p, g, *[state.whole.to(p.dtype) for state in kept])
+        measured = None if measure is None else partial(measure.around, g=raw, old=p)
+        _write(piece, storage, narrow, master, new[0], list(zip(kept, new[1:], stochastic_states)), measured)
 
 
-class Piece(NamedTuple):
-    """Tensors that are updated together.
+def apply_in_place(
+    update: InPlace,
+    once_more: Callable[..., Tensor],
+    columns: Columns,
+    factor: float,
+    storage: Storage,
+    stochastic_states: Sequence[bool],
+    measure: Measure | None = None,
+) -> None:
+    """The same, on a CPU, for tensors of one layout, by what works in place and in the order of memory: torch's kernel.
 
-    Attributes:
-        which: the rows.
-        start: the first element, of a flat piece of a tensor; else 0.
-        columns: the tensors.
+    Its bits depend on where a tensor ends, so it gets those that are joined one by one, and those that are not
+    contiguous as they are.
+
+    Args:
+        update: the kernel; what it makes of the states does not depend on the parameter.
+        once_more: the same on a parameter and its new states; returns the new parameter.
+        columns: of what the kernel takes.
+        factor: on the gradients.
+        storage: of the parameters.
+        stochastic_states, measure: as for `apply`.
     """
-
-    which: list[int]
-    start: int
-    columns: list[list[Tensor]]
-
-    @property
-    def sizes(self) -> list[int]:
-        """Elements of each row."""
-        return [t.numel() for t in self.columns[0]]
-
-
-def pieces(columns: Columns, which: Sequence[int], size: int, *, in_order: bool = False) -> Iterator[Piece]:
-    """These rows of the columns, up to `size` elements at a time; those without elements are left out.
-
-    Small tensors come together, as they are; of large ones of one layout come flat pieces, in which a step may not
-    know them; of other large ones whole tensors. With `in_order`, tensors that are not contiguous come alone and whole.
-    """
-    some: list[int] = []
-    elements = 0
-    for i in which:
-        p = columns[0][i]
-        numel = p.numel()
-        alone = in_order and not all(column[i].is_contiguous() for column in columns if column)
-        if 2 * numel >= size or (alone and numel):
-            one = [column[i : i + 1] for column in columns]
-            yield from [Piece([i], 0, one)] if alone else _flat_pieces(i, one, size)
-            continue
-        if elements + numel > size:
-            yield _together(columns, some)
-            some, elements = [], 0
-        if numel:
-            some.append(i)
-        elements += numel
-    if some:
-        yield _together(columns, some)
+    for piece in _stored_pieces(columns, storage, _LEAN_PIECE, in_order=True):
+        params, grads, completing, *states = piece.columns
+        narrow, master = Joined.of(params, "p"), Joined.of(completing, "master") if completing else None
+        dtype = torch.promote_types(params[0].dtype, torch.float32)
+        p = _room(narrow, "weight", dtype)
+        raw = Joined.of(grads, "g")
+        measured = None
+        if measure is None:
+            join_weight(narrow.whole, master and master.whole, p.whole)
+        else:
+            read_weight(narrow.whole, master and master.whole, p.whole)
+            measured = partial(measure.around, g=raw.whole, old=copy_of(p.whole))
+        g = _widened(raw, "wide", dtype, factor)
+        # States in that dtype are updated where they are.
+        kept = {k: Joined.of(column, f"state {k}") for k, column in enumerate(states) if column[0].dtype != dtype}
+        wide = {k: _widened(state, f"wide state {k}", dtype) for k, state in kept.items()}
+        moments = [wide[k].each if k in wide else column for k, column in enumerate(states)]
+        update(p.each, g.each, *moments)
+        finite = None
+        if master is not None and master.whole.dtype == torch.int16:
+            # The check of `read_weight` comes after the update, where it is needed anyway: one pass less over a piece.
+            finite = is_finite(p.whole)
+            for new, old, remainder, *own in zip(p.each, params, completing, *moments) if not finite else ():
+                new.copy_(torch.where(new.isnan(), once_more(read_weight(old, remainder), *own), new))
+        stored = [(kept[k], row.whole, stochastic_states[k]) for k, row in wide.items()]
+        _write(piece, storage, narrow, master, p.whole, stored, measured, finite)
 
 
-def _together(columns: Columns, some: list[int]) -> Piece:
-    return Piece(some, 0, [[column[j] for j in some] if column else [] for column in columns])
+def _stored_pieces(columns: Columns, storage: Storage, size: int, *, in_order: bool) -> Iterator[Piece]:
+    """Pieces of parameters, gradients, what completes the parameters, if anything does, and states that are used."""
+    params, grads, *states = columns
+    for which in alike(columns):
+        masters: Any = storage.masters if storage.masters[which[0]] is not None else []
+        yield from pieces([params, grads, masters, *filter(None, states)], which, size, in_order=in_order)
 
 
-def _flat_pieces(i: int, one: list[list[Tensor]], size: int) -> Iterator[Piece]:
-    (p,), *others = one
-    if not is_dense(p) or not all(same_layout(t, p) for column in others for t in column):
-        yield Piece([i], 0, one)
-        return
-    cut = [[t.as_strided((t.numel(),), (1,)).split(size) for t in column] for column in one]
-    for k in range(len(cut[0][0])):
-        yield Piece([i], k * size, [[pieces[k] for pieces in column] for column in cut])
-
-
-def _read(p: Tensor, master: Tensor | None) -> Tensor:
+def _read(narrow: Joined, master: Joined | None) -> Tensor:
+    p = narrow.whole
     on_cpu = p.device.type == "cpu" and p.is_contiguous() and p.dtype.itemsize == 2
-    return read_weight(p, master, scratch.like(p, "weight", torch.float32) if on_cpu else None)
+    return read_weight(p, master and master.whole, scratch.like(p, "weight", torch.float32) if on_cpu else None)
 
 
-def joined(tensors: list[Tensor]) -> Tensor:
-    """A copy of several tensors; one is returned itself."""
-    return tensors[0] if len(tensors) == 1 else _flatten_dense_tensors(tensors)
+def _room(narrow: Joined, use: str, dtype: torch.dtype, *, other: bool = False) -> Row:
+    """Memory for tensors in this dtype, laid out like them: their own, if they have it, unless it is to be another."""
+    if narrow.whole.dtype == dtype and not other:
+        return Row(narrow.whole, narrow.each)
+    if narrow.whole.is_contiguous():
+        return scratch.row(narrow.tensors, use, dtype)
+    wide = torch.empty_like(narrow.whole, dtype=dtype)
+    return Row(wide, [wide])
 
 
-def _spread(values: Tensor, targets: list[Tensor]) -> None:
-    """Writes what `joined` made of tensors, or new values of it, back."""
-    if len(targets) > 1:
-        torch._foreach_copy_(targets, _unflatten_dense_tensors(values, targets))
-    elif values.data_ptr() != targets[0].data_ptr():  # else they are there
-        targets[0].copy_(values)
+def _widened(narrow: Joined, use: str, dtype: torch.dtype, factor: float = 1.0) -> Row:
+    """Tensors in this dtype, times a factor: themselves, if they are that."""
+    row = _room(narrow, use, dtype, other=factor != 1.0)
+    if row.whole is not narrow.whole:
+        row.whole.copy_(narrow.whole)
+        if factor != 1.0:
+            row.whole.mul_(factor)
+    return row
+
+
+def _write(
+    piece: Piece,
+    storage: Storage,
+    narrow: Joined,
+    master: Joined | None,
+    p: Tensor,
+    states: Sequence[tuple[Joined, Tensor, bool]],
+    measured: Callable[..., None] | None,
+    finite: bool | None = None,
+) -> None:
+    """Rounds new parameters and states, of which some may be rounded stochastically, and writes them back."""
+    words = None
+    kept = [narrow, *(state for state, *_ in states)]
+    if storage.keys is not None and any(t.whole.dtype.itemsize == 2 for t in kept):
+        words = storage.words(piece.which, piece.sizes, piece.start, p.device)
+    bits = weight_bits(words) if words is not None and storage.stochastic else None
+    write = partial(write_weight, narrow.whole, master and master.whole, p, _like(bits, p), finite)
+    if measured is None:
+        write()
+    else:
+        target = narrow.whole if narrow.whole.dtype.itemsize == 2 and master is None else None
+        measured(write, piece.which, piece.sizes, new=p, target=target)
+    narrow.write(narrow.whole)
+    if master is not None:
+        master.write(master.whole)
+    for state, values, stochastic in states:
+        dtype = state.whole.dtype
+        bits = moment_bits(words, dtype) if words is not None and stochastic else None
+        state.write(rounded(values, dtype, _like(bits, values)))
 
 
 def _like(bits: Tensor | None, t: Tensor) -> Tensor | None:

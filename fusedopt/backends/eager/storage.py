@@ -24,23 +24,31 @@ def read_weight(p: Tensor, master: Tensor | None, out: Tensor | None = None) -> 
     Args:
         p: the parameter.
         master: what completes it, laid out alike: an int16 remainder, a float32 copy, or None.
-        out: memory that may be used for the weight of a 16-bit parameter.
+        out: memory for the weight of a 16-bit parameter.
     """
+    weight = join_weight(p, master, out)
+    # Zeros and infinities have remainders of one sign only: with one that is left over they would become NaN.
+    if weight is not p and master is not None and not is_finite(weight):
+        weight.copy_(torch.where(weight.isnan(), p, weight))
+    return weight
+
+
+def join_weight(p: Tensor, master: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """The same, where a remainder that others left over may make a NaN of a zero or an infinity."""
     if p.dtype.itemsize > 2:
         return p
     weight = p.to(torch.float32) if out is None else out.copy_(p)
     if master is None:
         return weight
     if master.dtype == torch.float32:
-        return torch.where(master.to(p.dtype) == p, master, weight)
+        return torch.where(master.to(p.dtype) == p, master, weight, out=weight)
     weight.view(torch.int32).add_(as_cached(master, torch.int32))
-    # Zeros and infinities have remainders of one sign only: with one that is left over they would become NaN.
-    if not is_finite(weight):
-        weight = torch.where(weight.isnan(), p.to(torch.float32), weight)
     return weight
 
 
-def write_weight(p: Tensor, master: Tensor | None, weight: Tensor, bits: Tensor | None) -> None:
+def write_weight(
+    p: Tensor, master: Tensor | None, weight: Tensor, bits: Tensor | None, finite: bool | None = None
+) -> None:
     """Writes a weight, whose memory may be used up, into a parameter and what completes it.
 
     Args:
@@ -48,6 +56,7 @@ def write_weight(p: Tensor, master: Tensor | None, weight: Tensor, bits: Tensor 
         master: as in `read_weight`.
         weight: of the shape of `p`, in the dtype that `read_weight` returned.
         bits: for stochastic rounding, see `round_into`; None to round to nearest.
+        finite: what `is_finite` says of the weight, if that is known.
     """
     if master is None:
         if weight.data_ptr() != p.data_ptr() or weight.dtype != p.dtype:
@@ -55,7 +64,7 @@ def write_weight(p: Tensor, master: Tensor | None, weight: Tensor, bits: Tensor 
     elif master.dtype == torch.float32:
         master.copy_(weight)
         p.copy_(weight)
-    elif is_finite(weight):
+    elif is_finite(weight) if finite is None else finite:
         words = weight.view(torch.int32)
         master.copy_(words)  # the lower half
         # Now no weight is on a tie, where bfloat16 would go to the even neighbour, and the remainder always up.
