@@ -78,7 +78,7 @@ class Adafactor(FusedOptimizer):
         backend: "auto" (Triton for CUDA and ROCm tensors, eager for the others), "triton" or "eager".
         max_grad_norm: clip the norm of all gradients together to it, as in `AdamW`. The paper's authors leave it out:
             `clip_threshold` does that job here, after the second moment.
-        skip_nonfinite: skip steps whose gradients' norm is not finite, as a whole; `optimizer.skipped_steps` counts.
+        skip_nonfinite, skip_grad_norm_above, skip_outliers: skip steps by that norm, as in `AdamW`.
         master_weights, stochastic_rounding, seed: as in `AdamW`.
         state_dtype: of the average of updates, as in `AdamW`; the averages of squares, which are small, stay float32.
 
@@ -143,6 +143,8 @@ class Adafactor(FusedOptimizer):
         backend: str = "auto",
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        skip_grad_norm_above: float | None = None,
+        skip_outliers: float | None = None,
         master_weights: bool = False,
         stochastic_rounding: bool = False,
         state_dtype: torch.dtype | None = None,
@@ -166,8 +168,8 @@ class Adafactor(FusedOptimizer):
         # Each group may bring the lr that the constructor lacks.
         self.check_group({**defaults, "lr": 0.0} if lr is None else defaults)
         precision = Precision(master_weights, stochastic_rounding, state_dtype, seed)
-        guard, tracker = Guard(max_grad_norm, skip_nonfinite), Tracker(track_statistics)
-        super().__init__(params, defaults, backend, unknown, guard, precision, tracker)
+        guard = Guard(max_grad_norm, skip_nonfinite, skip_grad_norm_above, skip_outliers)
+        super().__init__(params, defaults, backend, unknown, guard, precision, Tracker(track_statistics))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):

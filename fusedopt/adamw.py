@@ -51,6 +51,12 @@ class AdamW(ElementwiseOptimizer):
         max_grad_norm: clip the norm of all gradients together to it, as `torch.nn.utils.clip_grad_norm_` does but on
             the way into the update; `math.inf` only measures. The norm is `optimizer.grad_norm` afterwards.
         skip_nonfinite: skip steps whose gradients' norm is not finite, as a whole; `optimizer.skipped_steps` counts.
+        skip_grad_norm_above: skip steps with a larger norm than this, too, > 0. As in the next option, the norm is that
+            of `max_grad_norm`, and steps whose norm is not finite are skipped as well.
+        skip_outliers: skip steps whose norm is more than so many standard deviations, > 1, above the mean of the norms
+            before it. From 100 norms on; older ones count for less, 1 % with every step. A skipped norm enters the
+            mean as the largest that is not skipped, so that a lasting change of level is soon met. Checkpoints have
+            mean and deviation, `grad_norm_average` of every group.
         master_weights: update 16-bit parameters in float32 and keep what rounding cuts off: two more bytes per
             bfloat16 parameter (state `remainder`, int16), a float32 copy of a float16 one (`master_weight`). The
             float32 weights are those of a float32 run; `fusedopt.float32_parameters` reads them.
@@ -114,6 +120,8 @@ class AdamW(ElementwiseOptimizer):
         backend: str = "auto",
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        skip_grad_norm_above: float | None = None,
+        skip_outliers: float | None = None,
         master_weights: bool = False,
         stochastic_rounding: bool = False,
         state_dtype: torch.dtype | None = None,
@@ -135,8 +143,8 @@ class AdamW(ElementwiseOptimizer):
         }
         self.check_group(defaults)
         precision = Precision(master_weights, stochastic_rounding, state_dtype, seed)
-        guard, tracker = Guard(max_grad_norm, skip_nonfinite), Tracker(track_statistics)
-        super().__init__(params, defaults, backend, unknown, guard, precision, tracker)
+        guard = Guard(max_grad_norm, skip_nonfinite, skip_grad_norm_above, skip_outliers)
+        super().__init__(params, defaults, backend, unknown, guard, precision, Tracker(track_statistics))
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)

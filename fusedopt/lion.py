@@ -39,7 +39,8 @@ class Lion(ElementwiseOptimizer):
         betas: weights in [0, 1) of m where its sign is taken, and in the next m.
         weight_decay: decoupled weight decay, >= 0, in units of lr.
         maximize: ascend instead of descend.
-        backend, max_grad_norm, skip_nonfinite, master_weights, stochastic_rounding, state_dtype, seed: as in `AdamW`.
+        backend, max_grad_norm, skip_nonfinite, skip_grad_norm_above, skip_outliers: as in `AdamW`.
+        master_weights, stochastic_rounding, state_dtype, seed: as in `AdamW`.
 
     Raises:
         ValueError: an option is out of range, for the constructor or for a group, or a parameter cannot be updated.
@@ -78,6 +79,8 @@ class Lion(ElementwiseOptimizer):
         backend: str = "auto",
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        skip_grad_norm_above: float | None = None,
+        skip_outliers: float | None = None,
         master_weights: bool = False,
         stochastic_rounding: bool = False,
         state_dtype: torch.dtype | None = None,
@@ -88,8 +91,8 @@ class Lion(ElementwiseOptimizer):
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
         self.check_group(defaults)
         precision = Precision(master_weights, stochastic_rounding, state_dtype, seed)
-        guard, tracker = Guard(max_grad_norm, skip_nonfinite), Tracker(track_statistics)
-        super().__init__(params, defaults, backend, unknown, guard, precision, tracker)
+        guard = Guard(max_grad_norm, skip_nonfinite, skip_grad_norm_above, skip_outliers)
+        super().__init__(params, defaults, backend, unknown, guard, precision, Tracker(track_statistics))
 
     def hyper(self, group: dict[str, Any]) -> LionHyper:
         beta1, beta2 = group["betas"]

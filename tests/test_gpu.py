@@ -37,7 +37,7 @@ def matrices(params):
     return [torch.nn.Parameter(p.detach().reshape(shape)) for p, shape in zip(params, shapes, strict=True)]
 
 
-GUARD = {"max_grad_norm": 0.5, "skip_nonfinite": True}
+GUARD = {"max_grad_norm": 0.5, "skip_nonfinite": True, "skip_grad_norm_above": 1e3, "skip_outliers": 6.0}
 MAKERS = {
     **{name: row.at for name, row in OPTIMIZERS.items()},
     "AdamW-amsgrad": partial(OPTIMIZERS["AdamW"].at, **OPTIONS),

@@ -55,7 +55,8 @@ class AdamWeightDecay(AdamW):
             without any match decay, so the first list on its own changes nothing.
         name: an entry of the config.
         backend: "auto" (Triton for CUDA and ROCm tensors, eager for the others), "triton" or "eager".
-        max_grad_norm, skip_nonfinite: as in `AdamW`; the first excludes Keras' clippings.
+        max_grad_norm: as in `AdamW`; excludes Keras' clippings.
+        skip_nonfinite, skip_grad_norm_above, skip_outliers: as in `AdamW`, by the norm before any clipping.
         master_weights, stochastic_rounding, state_dtype, seed: as in `AdamW`.
         **kwargs: Keras' `clipvalue`, `clipnorm`, `global_clipnorm` (the last two exclude each other), `decay` (the rate
             is divided by 1 + decay * iterations) and `lr` (instead of `learning_rate`, with a warning). With `betas`,
@@ -67,8 +68,8 @@ class AdamWeightDecay(AdamW):
 
     `group["lr"]` is the rate in use (before `decay`), so torch's schedulers work with a number. With a function of the
     step, the optimizer sets it, and refuses any other value that it finds there. It is a float, unless only the device
-    knows which steps were skipped (Triton with a GradScaler, with `skip_nonfinite` or in a CUDA graph): then schedules
-    of this package are evaluated there, and it is a float64 tensor.
+    knows which steps were skipped (Triton with a GradScaler, with `skip_...` options or in a CUDA graph): then
+    schedules of this package are evaluated there, and it is a float64 tensor.
 
     Sources: transformers 4.34, `optimization_tf.py`; Keras 2.14, `optimizers/legacy/adam.py`.
 
@@ -110,6 +111,8 @@ class AdamWeightDecay(AdamW):
         backend: str = "auto",
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        skip_grad_norm_above: float | None = None,
+        skip_outliers: float | None = None,
         master_weights: bool = False,
         stochastic_rounding: bool = False,
         state_dtype: torch.dtype | None = None,
@@ -167,6 +170,8 @@ class AdamWeightDecay(AdamW):
             backend=backend,
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
+            skip_grad_norm_above=skip_grad_norm_above,
+            skip_outliers=skip_outliers,
             master_weights=master_weights,
             stochastic_rounding=stochastic_rounding,
             state_dtype=state_dtype,
@@ -180,7 +185,7 @@ class AdamWeightDecay(AdamW):
 
     @property
     def iterations(self) -> int:
-        """Number of steps so far, without those that a GradScaler or `skip_nonfinite` skipped; may wait for a device.
+        """Number of steps so far, without those that a GradScaler or an option skipped; may wait for a device.
 
         If the rate is a function other than a schedule of this package, all calls of `step()` count: it gets their
         number.
@@ -377,8 +382,7 @@ class AdamWeightDecay(AdamW):
         config: dict[str, Any] = {
             "name": self.name,
             **{field: bound for field, bound in self.clipping._asdict().items() if bound is not None},
-            **({} if self.guard.max_grad_norm is None else {"max_grad_norm": self.guard.max_grad_norm}),
-            **({"skip_nonfinite": True} if self.guard.skip_nonfinite else {}),
+            **{name: value for name, value in self.guard.options().items() if value not in (None, False)},
             **_config_of(Precision.of(self.defaults, self.seed)),
             "learning_rate": describe(rate),
             "decay": self.decay,

@@ -10,12 +10,13 @@ from torch import Tensor
 from fusedopt import backends, checks
 from fusedopt.interface import StepArgs
 from fusedopt.optimizer import compile, loading
-from fusedopt.optimizer.clipping import Clipping, Guard
+from fusedopt.optimizer.clipping import Clipping, Guard, check_average
 from fusedopt.optimizer.described import described
 from fusedopt.optimizer.distributed_checkpoint import torch_looks_at_state
 from fusedopt.optimizer.engine import Engine, Part
 from fusedopt.optimizer.numbering import Numbers
 from fusedopt.optimizer.saving import packed, through_hooks
+from fusedopt.optimizer.skipped import SkippedSteps
 from fusedopt.optimizer.state import make_states
 from fusedopt.optimizer.tracking import Tracker
 from fusedopt.precision import NUMBER, PLAIN, Precision, StateSpec
@@ -114,8 +115,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The constructor's options that go for the whole optimizer. `defaults` has them, groups have none of them."""
         return {
             "backend": self.backend,
-            "max_grad_norm": self.guard.max_grad_norm,
-            "skip_nonfinite": self.guard.skip_nonfinite,
+            **self.guard.options(),
             "track_statistics": self.tracker.every,
             "seed": self.seed,
         }
@@ -128,16 +128,15 @@ class FusedOptimizer(torch.optim.Optimizer):
     def grad_norm(self) -> Tensor | None:
         """Norm of all gradients of the last step, unscaled and before clipping: a 0-d float64 tensor on their device.
 
-        None before the first step, and without `max_grad_norm` and `skip_nonfinite`.
+        None before the first step, and without an option that needs it.
         """
         return self.guard.grad_norm
 
     @property
-    def skipped_steps(self) -> Tensor | None:
-        """Number of steps that `skip_nonfinite` skipped in this process: a 0-d tensor; None before the first step.
+    def skipped_steps(self) -> SkippedSteps | None:
+        """How many steps the options `skip_...` skipped in this process, and why; None before the first step.
 
-        The tensor goes on counting; clone it to keep a number. Checkpoints hold what an update needs, and so leave
-        it out.
+        Checkpoints hold what an update needs, and so leave it out.
         """
         return self.guard.skipped_steps
 
@@ -151,6 +150,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for name, check in self.checks.items():
             check(name, group[name])
         Precision.of(group, self.seed).check()
+        check_average(group)
 
     def before_step(self) -> None:
         """Called before each step, and before each update of a step in backward."""
@@ -196,6 +196,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
+        self.guard.save(self.param_groups)
         self._forget()
 
     # The step.
@@ -351,6 +352,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
+        self.guard.save(self.param_groups)
         saved = packed(self)
         passed: dict[str, Any] = through_hooks(self._optimizer_state_dict_post_hooks.values(), self, saved)
         return passed
@@ -369,11 +371,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         hooks = self._optimizer_load_state_dict_pre_hooks.values()
         passed = through_hooks(hooks, self, copy.copy(state_dict))
+        self.guard.save(self.param_groups)
         self.__setstate__(loading.loaded(self, passed))
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
+        self.guard.save(self.param_groups)
         return {**super().__getstate__(), **{name: getattr(self, name) for name in self.constructor_options}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -385,6 +389,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             for name, value in PLAIN.options().items():
                 options.setdefault(name, value)
         separate_rates(self.param_groups)
+        self.guard.load(self.param_groups)
         compile.exclude_step(type(self))
         self._forget()
 

@@ -112,7 +112,8 @@ class Engine:
 
         # 4. Clipping and skipping. Norms come first: by value, an infinite gradient would become a finite one.
         if flat and optimizer.guard:
-            args = optimizer.guard(self._squares(flat, optimizer.backend, sharded), args)
+            squares = self._squares(flat, optimizer.backend, sharded)
+            args = optimizer.guard(squares, args, lambda home: self._stepper((home, "verdict"), optimizer.backend))
         clipped, args = optimizer.clipping.clip(grads, args)
         if not flat:
             return args
