@@ -132,7 +132,9 @@ def test_capture_eager_step_with_other_gradients_replay(two):
 def test_two_graphs_in_turn_and_one_that_lacks_a_gradient(two):
     (ours, params, _), (theirs, expected, _) = two
     grads = [gradients(params, 1), [None, *gradients(params, 2)[1:]]]
-    graphs = [capture(ours, params, some) for some in grads]
+    graphs = [capture(ours, params, grads[0])]
+    params[0].requires_grad_(False)
+    graphs.append(capture(ours, params, grads[1]))
     for turn in (0, 1, 1, 0):
         graphs[turn].replay()
         step(theirs, expected, grads[turn])

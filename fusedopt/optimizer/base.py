@@ -1,7 +1,7 @@
 """The base class of all optimizers: declarations, param groups, and the only `step()` of the package."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from typing import Any, ClassVar
 
 import torch
@@ -60,6 +60,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     """A GradScaler hands its scale to `step` as the attributes `grad_scale` and `found_inf`."""
 
     seed: int = 0
+
+    updated_in_backward: Set[Tensor] = frozenset()
+    """The parameters that the open step has updated already, of a step in backward."""
 
     def __init__(
         self,
@@ -216,7 +219,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             ValueError: an option of a group was set to a value that the constructor refuses, or a parameter comes
                 twice; nothing was changed.
             RuntimeError: a gradient is sparse, or a gradient or a state does not fit its parameter, which has been
-                given another size or an expanded tensor, for instance; nothing was changed.
+                given another size or an expanded tensor, for instance; nothing was changed. Or a CUDA graph is being
+                captured, and a parameter that requires a gradient has none.
         """
         loss = None
         if closure is not None:

@@ -91,6 +91,8 @@ class Engine:
         params = [p for group in groups for p in group["params"]]
         updated = [p for p, g in zip(params, chain.from_iterable(grads)) if g is not None]
         shapes = _check_gradients(updated, flat)
+        if len(updated) < len(params):
+            _refuse_untrained(optimizer, params, grads)
         self._states.check(optimizer, groups, grads, shapes if len(updated) == len(params) else None)
         sharded = sharding.check(groups, grads)
         if self._states.regrouped:
@@ -199,6 +201,19 @@ class Engine:
 
 def _present(grads: Gradients) -> list[Tensor]:
     return [g for row in grads for g in row if g is not None]
+
+
+def _refuse_untrained(optimizer: "FusedOptimizer", params: list[Tensor], grads: Gradients) -> None:
+    """Raises in a capture for a parameter whose gradient is missing by mistake: no replay would update it."""
+    if not any(map(capturing, {p.device for p in params})):
+        return
+    for p, g in zip(params, chain.from_iterable(grads)):
+        if g is None and p.requires_grad and p not in optimizer.updated_in_backward:
+            raise RuntimeError(
+                f"a parameter of shape {tuple(p.shape)} requires a gradient and has none in the step that is being "
+                "captured, so that no replay would train it: run backward() in the capture too, or before it, or set "
+                "requires_grad=False"
+            )
 
 
 def _leave_out(optimizer: "FusedOptimizer", groups: Groups, grads: Gradients) -> Gradients:
