@@ -38,7 +38,8 @@ class AdamW(ElementwiseOptimizer):
         params: parameters (float16, bfloat16, float32 or float64; any strides), named parameters, or param groups
             with options of their own.
         lr: learning rate; a float, or a tensor of one element that is read on its device at every step.
-        betas: decay rates of the averages of g and g², each in [0, 1).
+        betas: decay rates of the averages of g and g², each in [0, 1). Each of them, eps and the weight decay may be a
+            tensor like lr; best in float64: 1 - beta of a float32 0.999 is off by 1e-5.
         eps: added to the root of v; >= 0.
         weight_decay: decoupled weight decay, >= 0, in units of lr.
         correct_bias: whether to correct the bias of the averages; False (as in the original BERT code) only with
@@ -96,8 +97,8 @@ class AdamW(ElementwiseOptimizer):
     checks = {
         "lr": checks.learning_rate,
         "betas": checks.betas,
-        "eps": checks.finite_non_negative,
-        "weight_decay": checks.finite_non_negative,
+        "eps": checks.non_negative_option,
+        "weight_decay": checks.non_negative_option,
         "correct_bias": checks.flag,
         "amsgrad": checks.flag,
         "maximize": checks.flag,
@@ -108,9 +109,9 @@ class AdamW(ElementwiseOptimizer):
         self,
         params: Any,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float | Tensor = 1e-6,
+        weight_decay: float | Tensor = 0.0,
         correct_bias: bool = True,
         no_deprecation_warning: bool = False,
         *,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fusedopt import checks
 from fusedopt.elementwise import ElementwiseOptimizer
+from fusedopt.interface import Number
 from fusedopt.optimizer.clipping import Guard
 from fusedopt.optimizer.tracking import Tracker
 from fusedopt.precision import Precision
@@ -16,10 +17,10 @@ from fusedopt.precision import Precision
 class LionHyper(NamedTuple):
     """Hyper-parameters of one set of parameters, as the backends get them."""
 
-    lr: float | Tensor
-    beta1: float
-    beta2: float
-    weight_decay: float
+    lr: Number
+    beta1: Number
+    beta2: Number
+    weight_decay: Number
     maximize: bool
 
 
@@ -36,7 +37,8 @@ class Lion(ElementwiseOptimizer):
     Args:
         params: parameters (float16 to float64; any strides), named parameters, or param groups with their own options.
         lr: learning rate; a float, or a tensor of one element that is read on its device at every step.
-        betas: weights in [0, 1) of m where its sign is taken, and in the next m.
+        betas: weights in [0, 1) of m where its sign is taken, and in the next m. Each, as the weight decay, may be a
+            tensor as in `AdamW`.
         weight_decay: decoupled weight decay, >= 0, in units of lr.
         maximize: ascend instead of descend.
         backend, max_grad_norm, skip_nonfinite, skip_grad_norm_above, skip_outliers: as in `AdamW`.
@@ -64,7 +66,7 @@ class Lion(ElementwiseOptimizer):
     checks = {
         "lr": checks.learning_rate,
         "betas": checks.betas,
-        "weight_decay": checks.finite_non_negative,
+        "weight_decay": checks.non_negative_option,
         "maximize": checks.flag,
     }
 
@@ -72,8 +74,8 @@ class Lion(ElementwiseOptimizer):
         self,
         params: Any,
         lr: float | Tensor = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0.0,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.99),
+        weight_decay: float | Tensor = 0.0,
         *,
         maximize: bool = False,
         backend: str = "auto",

@@ -15,7 +15,7 @@ from fusedopt.keras.config import from_keras
 from fusedopt.keras.rate import ScheduledRate, rate_after
 from fusedopt.keras.schedules import RateFunction, check_function, describe, takes_tensors
 from fusedopt.keras.step_count import StepCount, capturing
-from fusedopt.optimizer.base import refuse_unknown
+from fusedopt.optimizer.base import refuse_unknown, separate_tensors
 from fusedopt.optimizer.clipping import Clipping
 from fusedopt.optimizer.distributed_checkpoint import torch_looks_at_state
 from fusedopt.optimizer.engine import Part
@@ -46,8 +46,9 @@ class AdamWeightDecay(AdamW):
         learning_rate: a float; a tensor of one element, read on its device at every step; or a function from the number
             of steps so far (0 at the first) to the rate. Skipped steps count only for functions that are not schedules
             of this package, such as `WarmUp`: those functions are called on the host.
-        beta_1, beta_2: decay rates of the averages of g and g², each in [0, 1).
-        epsilon: added to the root of v; 0 means 1e-7, as in Keras.
+        beta_1, beta_2: decay rates of the averages of g and g², each in [0, 1). Each of them, epsilon and the weight
+            decay may be a tensor as in `AdamW`.
+        epsilon: added to the root of v; 0 means 1e-7, as in Keras; in a tensor it is 0.
         amsgrad: divide by the largest v so far.
         weight_decay_rate: decoupled weight decay, >= 0, in units of the rate.
         include_in_weight_decay: regular expressions; a parameter decays if one of them matches in its name.
@@ -99,11 +100,11 @@ class AdamWeightDecay(AdamW):
         self,
         params: Any,
         learning_rate: float | Tensor | RateFunction = 0.001,
-        beta_1: float = 0.9,
-        beta_2: float = 0.999,
-        epsilon: float = 1e-7,
+        beta_1: float | Tensor = 0.9,
+        beta_2: float | Tensor = 0.999,
+        epsilon: float | Tensor = 1e-7,
         amsgrad: bool = False,
-        weight_decay_rate: float = 0.0,
+        weight_decay_rate: float | Tensor = 0.0,
         include_in_weight_decay: Sequence[str] | None = None,
         exclude_from_weight_decay: Sequence[str] | None = None,
         name: str = "AdamWeightDecay",
@@ -155,16 +156,16 @@ class AdamWeightDecay(AdamW):
             self.schedule, learning_rate = learning_rate, rate_after(learning_rate, 0)
         # AdamW's errors would name `lr` or `betas[0]`.
         checks.learning_rate("learning_rate", learning_rate)
-        checks.beta("beta_1", beta_1)
-        checks.beta("beta_2", beta_2)
-        checks.finite_non_negative("epsilon", epsilon)
-        checks.finite_non_negative("weight_decay_rate", weight_decay_rate)
+        checks.beta_option("beta_1", beta_1)
+        checks.beta_option("beta_2", beta_2)
+        checks.non_negative_option("epsilon", epsilon)
+        checks.non_negative_option("weight_decay_rate", weight_decay_rate)
         super().__init__(
             params,
             lr=learning_rate,
-            betas=checks.plain((beta_1, beta_2)),
-            eps=checks.plain(eps),
-            weight_decay=checks.plain(weight_decay_rate),
+            betas=checks.plain((beta_1, beta_2), tensors=False),
+            eps=checks.plain(eps, tensors=False),
+            weight_decay=checks.plain(weight_decay_rate, tensors=False),
             amsgrad=checks.plain(amsgrad),
             convention="keras",
             backend=backend,
@@ -427,13 +428,14 @@ class AdamWeightDecay(AdamW):
             optimizer.set_epsilon(0.0)
         return optimizer
 
-    def set_epsilon(self, epsilon: float) -> None:
+    def set_epsilon(self, epsilon: float | Tensor) -> None:
         """Sets epsilon for all groups. Other than in the constructor, 0 stays 0, as in newer Keras' Adam."""
-        checks.finite_non_negative("epsilon", epsilon)
-        epsilon = checks.plain(epsilon)
+        checks.non_negative_option("epsilon", epsilon)
+        epsilon = checks.plain(epsilon, tensors=False)
         self.defaults["eps"] = epsilon
         for group in self.param_groups:
             group["eps"] = epsilon
+        separate_tensors(self.param_groups, ["eps"])
 
 
 def _patterns(name: str, patterns: Sequence[str] | None) -> list[str] | None:
@@ -462,5 +464,5 @@ def _follow(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         optimizer.follow_schedule()
 
 
-def _keras_epsilon(epsilon: float) -> float:
-    return epsilon if epsilon != 0 else _KERAS_EPSILON
+def _keras_epsilon(epsilon: float | Tensor) -> float | Tensor:
+    return epsilon if isinstance(epsilon, Tensor) or epsilon != 0 else _KERAS_EPSILON

@@ -166,7 +166,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; options that it does not give are the constructor's.
 
-        A rate that is a tensor stays that tensor, unless another group has it already: then this one gets a copy.
+        An option that is a tensor, such as a rate, stays that tensor, unless another group has it already: then this
+        one gets a copy.
 
         Raises:
             ValueError: an option is out of range or a parameter cannot be updated; the optimizer is as before.
@@ -195,7 +196,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             for p in group["params"]:
                 checks.parameter(p)
             checks.no_parameter_twice([group])
-            separate_rates(self.param_groups)
+            separate_tensors(self.param_groups, self.checks.keys() | {"lr"})
         except Exception:
             self.param_groups.pop()
             raise
@@ -367,7 +368,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         Group options that the checkpoint lacks keep their present value; options of the whole optimizer stay the
         constructor's. States keep the dtype they were saved in and are laid out like their parameter. They may lack
         what `amsgrad` or `beta1` needs, which then starts from zero, or have it without need: both can be switched on
-        and off between steps. A rate that was a tensor becomes a tensor of this group's own.
+        and off between steps. A rate that was a tensor becomes a tensor of this group's own; another option does where
+        it is a tensor here, else a number.
 
         Raises:
             ValueError: the checkpoint does not fit the parameters, or is another optimizer's. After this, as after any
@@ -392,7 +394,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for options in (self.defaults, *self.param_groups):  # an older pickle lacks them
             for name, value in PLAIN.options().items():
                 options.setdefault(name, value)
-        separate_rates(self.param_groups)
+        separate_tensors(self.param_groups, self.checks.keys() | {"lr"})
         self.guard.load(self.param_groups)
         compile.exclude_step(type(self))
         self._forget()
@@ -409,14 +411,22 @@ def refuse_unknown(where: str, options: dict[str, Any]) -> None:
         raise TypeError(f"{where} got an unexpected argument {name}={value!r}")
 
 
-def separate_rates(groups: list[dict[str, Any]]) -> None:
-    """Gives a group whose rate is a tensor that an earlier group has, too, a tensor of its own."""
-    seen = set()
-    for group in groups:
-        lr = group.get("lr")
-        if isinstance(lr, Tensor):
-            # Two tensors may be views of one number.
-            where = lr.untyped_storage()._cdata, lr.storage_offset()
-            if where in seen:
-                group["lr"] = lr.detach().clone()
-            seen.add(where)
+def separate_tensors(groups: list[dict[str, Any]], options: Iterable[str]) -> None:
+    """Gives a group with an option that is a tensor that an earlier group has, too, a tensor of its own."""
+
+    def own(value: Any, seen: set[Any]) -> Any:
+        if isinstance(value, (tuple, list)) and any(isinstance(part, Tensor) for part in value):
+            return type(value)([own(part, seen) for part in value])
+        if not isinstance(value, Tensor) or value.is_meta:
+            return value
+        # Two tensors may be views of one number.
+        where = value.untyped_storage()._cdata, value.storage_offset()
+        seen_before = where in seen
+        seen.add(where)
+        return value.detach().clone() if seen_before else value
+
+    for name in options:
+        seen: set[Any] = set()
+        for group in groups:
+            if name in group:
+                group[name] = own(group[name], seen)

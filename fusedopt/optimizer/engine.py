@@ -82,7 +82,8 @@ class Engine:
         """
         # 1. Options, gradients, states and shards must fit.
         for group in groups:
-            optimizer.check_group({**group, "lr": checks.rate_in_use(group.get("lr"))})
+            options = {name: checks.in_use(group[name]) for name in optimizer.checks}
+            optimizer.check_group({**group, **options, "lr": checks.rate_in_use(group.get("lr"))})
         flat = _present(grads)
         if any(map(Tensor.is_neg, flat)):
             # Autograd of complex numbers makes them: in memory they have the other sign.
