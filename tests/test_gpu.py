@@ -141,6 +141,59 @@ def test_two_graphs_in_turn_and_one_that_lacks_a_gradient(two):
         assert_equal(two)
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_options_on_the_device_change_between_replays(device, name):
+    """And eager steps with the same values have the same bits; nothing waits."""
+    pairs = []
+    for _ in range(2):
+        params = matrices(parameters(device, SIZES))
+        decay = torch.tensor(0.1, dtype=torch.float64, device=device)
+        beta = torch.tensor(0.9, dtype=torch.float64, device=device)
+        options = {
+            "AdamWeightDecay": {"weight_decay_rate": decay, "beta_2": beta},
+            "Adafactor": {"weight_decay": decay, "beta1": beta},
+        }.get(name, {"weight_decay": decay, "betas": (0.8, beta)})
+        optimizer = OPTIMIZERS[name].at(0.1, params, backend="triton", **options)
+        step(optimizer, params, gradients(params, 0))
+        pairs.append((optimizer, params, (decay, beta)))
+    (ours, params, held), (theirs, expected, others) = pairs
+    grads = gradients(params, 1)
+    graph = capture(ours, params, grads)
+    for values in ((0.1, 0.9), (0.5, 0.25)):
+        for given in (held, others):
+            for t, value in zip(given, values):
+                t.fill_(value)
+        graph.replay()
+        with no_synchronisation():
+            step(theirs, expected, grads)
+        assert_equal(pairs)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_replay_whose_gradients_are_too_large_changes_nothing(device, name):
+    params = matrices(parameters(device, SIZES))
+    optimizer = OPTIMIZERS[name].at(0.1, params, backend="triton", skip_outliers=3.0)
+    static = gradients(params, 0)
+    step(optimizer, params, static)
+    norm = float(optimizer.grad_norm)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["grad_norm_average"] = (100.0, norm, (0.1 * norm) ** 2)
+    optimizer.load_state_dict(saved)
+    step(optimizer, params, static)
+    graph = capture(optimizer, params, static)
+    graph.replay()
+    before = [p.detach().clone() for p in params]
+    for g in static:
+        g.mul_(1024.0)
+    graph.replay()
+    assert_same(params, before)
+    assert dict(optimizer.skipped_steps) == {"nonfinite": 0, "grad_norm_above": 0, "outliers": 1}
+    for g in static:
+        g.div_(1024.0)
+    graph.replay()
+    assert optimizer.skipped_steps == 1 and not torch.equal(params[1], before[1])
+
+
 def test_a_learning_rate_on_the_device_changes_between_replays(two):
     (ours, params, rate), (theirs, expected, expected_rate) = two
     grads = gradients(params, 1)
