@@ -21,7 +21,7 @@ def _eps(name: str, value: Any) -> None:
             f"got {value!r}"
         )
     for i, one in enumerate(value):
-        checks.finite_non_negative(f"{name}[{i}]", one)
+        checks.non_negative_option(f"{name}[{i}]", one)
 
 
 def _clip_threshold(name: str, value: Any) -> None:
@@ -36,7 +36,7 @@ def _decay_rate(name: str, value: Any) -> None:
 
 def _beta1(name: str, value: Any) -> None:
     if value is not None:
-        checks.beta(name, value)
+        checks.beta_option(name, value)
 
 
 class Adafactor(FusedOptimizer):
@@ -65,7 +65,7 @@ class Adafactor(FusedOptimizer):
         lr: learning rate, a float or a tensor of one element; needs `relative_step=False`, which needs it. None:
             relative steps.
         eps: pair (added to the squared gradient; smallest root mean square of a parameter that `scale_parameter`
-            uses), both >= 0.
+            uses), both >= 0. Each of them, beta1 and the weight decay may be a tensor as in `AdamW`.
         clip_threshold: largest root mean square of an update before the rate; > 0, `math.inf` never clips.
         decay_rate: exponent <= 0 of the weight that a new square has in its average; 0 keeps no average.
         beta1: decay rate in [0, 1) of the average of updates, rate included, without bias correction; None: no
@@ -78,7 +78,7 @@ class Adafactor(FusedOptimizer):
         backend: "auto" (Triton for CUDA and ROCm tensors, eager for the others), "triton" or "eager".
         max_grad_norm: clip the norm of all gradients together to it, as in `AdamW`. The paper's authors leave it out:
             `clip_threshold` does that job here, after the second moment.
-        skip_nonfinite: skip steps whose gradients' norm is not finite, as a whole; `optimizer.skipped_steps` counts.
+        skip_nonfinite, skip_grad_norm_above, skip_outliers: skip steps by that norm, as in `AdamW`.
         master_weights, stochastic_rounding, seed: as in `AdamW`.
         state_dtype: of the average of updates, as in `AdamW`; the averages of squares, which are small, stay float32.
 
@@ -119,7 +119,7 @@ class Adafactor(FusedOptimizer):
         "clip_threshold": _clip_threshold,
         "decay_rate": _decay_rate,
         "beta1": _beta1,
-        "weight_decay": checks.finite_non_negative,
+        "weight_decay": checks.non_negative_option,
         "scale_parameter": checks.flag,
         "relative_step": checks.flag,
         "warmup_init": checks.flag,
@@ -130,11 +130,11 @@ class Adafactor(FusedOptimizer):
         self,
         params: Any,
         lr: float | Tensor | None = None,
-        eps: tuple[float, float] = (1e-30, 1e-3),
+        eps: tuple[float | Tensor, float | Tensor] = (1e-30, 1e-3),
         clip_threshold: float = 1.0,
         decay_rate: float = -0.8,
-        beta1: float | None = None,
-        weight_decay: float = 0.0,
+        beta1: float | Tensor | None = None,
+        weight_decay: float | Tensor = 0.0,
         scale_parameter: bool = True,
         relative_step: bool = True,
         warmup_init: bool = False,
@@ -143,6 +143,8 @@ class Adafactor(FusedOptimizer):
         backend: str = "auto",
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        skip_grad_norm_above: float | None = None,
+        skip_outliers: float | None = None,
         master_weights: bool = False,
         stochastic_rounding: bool = False,
         state_dtype: torch.dtype | None = None,
@@ -166,8 +168,8 @@ class Adafactor(FusedOptimizer):
         # Each group may bring the lr that the constructor lacks.
         self.check_group({**defaults, "lr": 0.0} if lr is None else defaults)
         precision = Precision(master_weights, stochastic_rounding, state_dtype, seed)
-        guard, tracker = Guard(max_grad_norm, skip_nonfinite), Tracker(track_statistics)
-        super().__init__(params, defaults, backend, unknown, guard, precision, tracker)
+        guard = Guard(max_grad_norm, skip_nonfinite, skip_grad_norm_above, skip_outliers)
+        super().__init__(params, defaults, backend, unknown, guard, precision, Tracker(track_statistics))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):

@@ -38,7 +38,8 @@ class AdamW(ElementwiseOptimizer):
         params: parameters (float16, bfloat16, float32 or float64; any strides), named parameters, or param groups
             with options of their own.
         lr: learning rate; a float, or a tensor of one element that is read on its device at every step.
-        betas: decay rates of the averages of g and g², each in [0, 1).
+        betas: decay rates of the averages of g and g², each in [0, 1). Each of them, eps and the weight decay may be a
+            tensor like lr; best in float64: 1 - beta of a float32 0.999 is off by 1e-5.
         eps: added to the root of v; >= 0.
         weight_decay: decoupled weight decay, >= 0, in units of lr.
         correct_bias: whether to correct the bias of the averages; False (as in the original BERT code) only with
@@ -51,6 +52,12 @@ class AdamW(ElementwiseOptimizer):
         max_grad_norm: clip the norm of all gradients together to it, as `torch.nn.utils.clip_grad_norm_` does but on
             the way into the update; `math.inf` only measures. The norm is `optimizer.grad_norm` afterwards.
         skip_nonfinite: skip steps whose gradients' norm is not finite, as a whole; `optimizer.skipped_steps` counts.
+        skip_grad_norm_above: skip steps with a larger norm than this, too, > 0. As in the next option, the norm is that
+            of `max_grad_norm`, and steps whose norm is not finite are skipped as well.
+        skip_outliers: skip steps whose norm is more than so many standard deviations, > 1, above the mean of the norms
+            before it. From 100 norms on; older ones count for less, 1 % with every step. A skipped norm enters the
+            mean as the largest that is not skipped, so that a lasting change of level is soon met. Checkpoints have
+            mean and deviation, `grad_norm_average` of every group.
         master_weights: update 16-bit parameters in float32 and keep what rounding cuts off: two more bytes per
             bfloat16 parameter (state `remainder`, int16), a float32 copy of a float16 one (`master_weight`). The
             float32 weights are those of a float32 run; `fusedopt.float32_parameters` reads them.
@@ -90,8 +97,8 @@ class AdamW(ElementwiseOptimizer):
     checks = {
         "lr": checks.learning_rate,
         "betas": checks.betas,
-        "eps": checks.finite_non_negative,
-        "weight_decay": checks.finite_non_negative,
+        "eps": checks.non_negative_option,
+        "weight_decay": checks.non_negative_option,
         "correct_bias": checks.flag,
         "amsgrad": checks.flag,
         "maximize": checks.flag,
@@ -102,9 +109,9 @@ class AdamW(ElementwiseOptimizer):
         self,
         params: Any,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float | Tensor = 1e-6,
+        weight_decay: float | Tensor = 0.0,
         correct_bias: bool = True,
         no_deprecation_warning: bool = False,
         *,
@@ -114,6 +121,8 @@ class AdamW(ElementwiseOptimizer):
         backend: str = "auto",
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        skip_grad_norm_above: float | None = None,
+        skip_outliers: float | None = None,
         master_weights: bool = False,
         stochastic_rounding: bool = False,
         state_dtype: torch.dtype | None = None,
@@ -135,8 +144,8 @@ class AdamW(ElementwiseOptimizer):
         }
         self.check_group(defaults)
         precision = Precision(master_weights, stochastic_rounding, state_dtype, seed)
-        guard, tracker = Guard(max_grad_norm, skip_nonfinite), Tracker(track_statistics)
-        super().__init__(params, defaults, backend, unknown, guard, precision, tracker)
+        guard = Guard(max_grad_norm, skip_nonfinite, skip_grad_norm_above, skip_outliers)
+        super().__init__(params, defaults, backend, unknown, guard, precision, Tracker(track_statistics))
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)

@@ -69,14 +69,36 @@ def finite_non_negative(name: str, value: Any) -> None:
 
 def learning_rate(name: str, value: Any) -> None:
     """A finite number >= 0, or a floating tensor of one element (read on its device at every step)."""
-    if isinstance(value, Tensor):
-        if value.numel() != 1 or not value.is_floating_point():
-            got = f"shape {tuple(value.shape)}, {value.dtype}"
-            raise ValueError(f"{name} as a tensor must hold one floating-point number, got {got}")
-        if value.is_meta:
-            raise ValueError(f"{name} is a tensor on the meta device, where it holds no number: make it on a real one")
-        value = value.item()
-    finite_non_negative(name, value)
+    finite_non_negative(name, _held(name, value))
+
+
+def _held(name: str, value: Any) -> Any:
+    """The number in a floating tensor of one element; anything else but tensors as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.numel() != 1 or not value.is_floating_point():
+        got = f"shape {tuple(value.shape)}, {value.dtype}"
+        raise ValueError(f"{name} as a tensor must hold one floating-point number, got {got}")
+    if value.is_meta:
+        raise ValueError(f"{name} is a tensor on the meta device, where it holds no number: make it on a real one")
+    return value.item()
+
+
+def non_negative_option(name: str, value: Any) -> None:
+    """A finite number >= 0, or a floating tensor of one element that requires no gradient, like a learning rate."""
+    _requires_none(name, value)
+    finite_non_negative(name, _held(name, value))
+
+
+def beta_option(name: str, value: Any) -> None:
+    """A decay rate of a running average, in [0, 1), or a tensor like that."""
+    _requires_none(name, value)
+    beta(name, _held(name, value))
+
+
+def _requires_none(name: str, value: Any) -> None:
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(f"{name} is a tensor that requires a gradient, which a step does not give it: detach it")
 
 
 _ROUNDING = 1e-12
@@ -88,9 +110,26 @@ def rate_in_use(rate: Any) -> Any:
 
     Of a tensor elsewhere than on the CPU, what it holds is not looked at.
     """
-    if isinstance(rate, Tensor) and rate.numel() == 1 and rate.is_floating_point() and not rate.is_meta:
-        rate = rate.item() if rate.device.type == "cpu" else 0.0
+    rate = in_use(rate.detach() if isinstance(rate, Tensor) else rate)
     return 0.0 if isinstance(rate, float) and -_ROUNDING < rate < 0.0 else rate
+
+
+def in_use(option: Any) -> Any:
+    """An option of a group, or a pair of them, for its check at a step, which waits for no device.
+
+    Of a tensor elsewhere than on the CPU, what it holds is not looked at.
+    """
+    if isinstance(option, (tuple, list)) and any(isinstance(part, Tensor) for part in option):
+        return tuple(map(in_use, option))
+    if (
+        isinstance(option, Tensor)
+        and option.numel() == 1
+        and option.is_floating_point()
+        and not option.is_meta
+        and not option.requires_grad
+    ):
+        return option.item() if option.device.type == "cpu" else 0.0
+    return option
 
 
 def count(name: str, value: Any) -> None:
@@ -118,7 +157,7 @@ def betas(name: str, value: Any) -> None:
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise ValueError(f"{name} must be a pair (beta1, beta2), got {value!r}")
     for i, one in enumerate(value):
-        beta(f"{name}[{i}]", one)
+        beta_option(f"{name}[{i}]", one)
 
 
 def flag(name: str, value: Any) -> None:

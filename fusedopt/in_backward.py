@@ -86,6 +86,7 @@ class StepInBackward:
         self._optimizer = optimizer
         self._names = names
         self._updated: set[Tensor] = set()
+        optimizer.updated_in_backward = self._updated
         self._count: Tensor | None = None  # what shared step counts will be when the open step is closed
         self._places: dict[Tensor, tuple[int, int]] | None = None  # those of the open step
         # An engine keeps tables for the parameters of its last step, so each parameter has its own.
@@ -105,6 +106,7 @@ class StepInBackward:
         self._close(self._optimizer, (), {})
         for handle in self._handles:
             handle.remove()
+        self._optimizer.updated_in_backward = frozenset()
 
     @torch.no_grad()
     def _update(self, p: Tensor) -> None:

@@ -13,15 +13,18 @@ from fusedopt.precision import PLAIN, Precision
 from fusedopt_kernels import rules
 from fusedopt_kernels.rules import Convention
 
+Number = Any
+"""A hyper-parameter: a float, or a tensor of one element, which is read on its device. Eager rules get floats."""
+
 
 class AdamWHyper(NamedTuple):
     """Hyper-parameters of one set of parameters, as the backends get them."""
 
-    lr: float | Tensor
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
+    lr: Number
+    beta1: Number
+    beta2: Number
+    eps: Number
+    weight_decay: Number
     correct_bias: bool
     amsgrad: bool
     maximize: bool
@@ -38,27 +41,28 @@ class AdafactorHyper(NamedTuple):
         beta1: None for no average of updates.
     """
 
-    lr: float | Tensor | None
-    square_eps: float
-    rms_floor: float
+    lr: Number | None
+    square_eps: Number
+    rms_floor: Number
     clip_threshold: float
     decay_rate: float
-    beta1: float | None
-    weight_decay: float
+    beta1: Number | None
+    weight_decay: Number
     scale_parameter: bool
     warmup_init: bool
     maximize: bool
 
     def rate(self, step: Any, rms: Any, sqrt: Any = math.sqrt, minimum: Any = min, fmax: Any = max) -> Any:
         """The rate of update number `step` of a parameter whose root mean square is `rms`."""
-        rate = self.lr.double() if isinstance(self.lr, Tensor) else self.lr  # whatever dtype it was given in
+        # Whatever dtype they were given in.
+        rate, floor = (x.double() if isinstance(x, Tensor) else x for x in (self.lr, self.rms_floor))
         if rate is None:
             constant, slope = rules.RELATIVE_STEP_CEILINGS[self.warmup_init]
             rate = rules.relative_step(step, constant, slope, sqrt, minimum)
-        return rules.scaled_rate(rate, rms, self.rms_floor, fmax) if self.scale_parameter else rate
+        return rules.scaled_rate(rate, rms, floor, fmax) if self.scale_parameter else rate
 
 
-def fmax(floor: float, rms: Tensor) -> Tensor:
+def fmax(floor: float | Tensor, rms: Tensor) -> Tensor:
     """The larger number, `floor` where `rms` is NaN; for `AdafactorHyper.rate` of a tensor."""
     return torch.where(rms > floor, rms, floor)
 

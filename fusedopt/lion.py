@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fusedopt import checks
 from fusedopt.elementwise import ElementwiseOptimizer
+from fusedopt.interface import Number
 from fusedopt.optimizer.clipping import Guard
 from fusedopt.optimizer.tracking import Tracker
 from fusedopt.precision import Precision
@@ -16,10 +17,10 @@ from fusedopt.precision import Precision
 class LionHyper(NamedTuple):
     """Hyper-parameters of one set of parameters, as the backends get them."""
 
-    lr: float | Tensor
-    beta1: float
-    beta2: float
-    weight_decay: float
+    lr: Number
+    beta1: Number
+    beta2: Number
+    weight_decay: Number
     maximize: bool
 
 
@@ -36,10 +37,12 @@ class Lion(ElementwiseOptimizer):
     Args:
         params: parameters (float16 to float64; any strides), named parameters, or param groups with their own options.
         lr: learning rate; a float, or a tensor of one element that is read on its device at every step.
-        betas: weights in [0, 1) of m where its sign is taken, and in the next m.
+        betas: weights in [0, 1) of m where its sign is taken, and in the next m. Each, as the weight decay, may be a
+            tensor as in `AdamW`.
         weight_decay: decoupled weight decay, >= 0, in units of lr.
         maximize: ascend instead of descend.
-        backend, max_grad_norm, skip_nonfinite, master_weights, stochastic_rounding, state_dtype, seed: as in `AdamW`.
+        backend, max_grad_norm, skip_nonfinite, skip_grad_norm_above, skip_outliers: as in `AdamW`.
+        master_weights, stochastic_rounding, state_dtype, seed: as in `AdamW`.
 
     Raises:
         ValueError: an option is out of range, for the constructor or for a group, or a parameter cannot be updated.
@@ -63,7 +66,7 @@ class Lion(ElementwiseOptimizer):
     checks = {
         "lr": checks.learning_rate,
         "betas": checks.betas,
-        "weight_decay": checks.finite_non_negative,
+        "weight_decay": checks.non_negative_option,
         "maximize": checks.flag,
     }
 
@@ -71,13 +74,15 @@ class Lion(ElementwiseOptimizer):
         self,
         params: Any,
         lr: float | Tensor = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0.0,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.99),
+        weight_decay: float | Tensor = 0.0,
         *,
         maximize: bool = False,
         backend: str = "auto",
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        skip_grad_norm_above: float | None = None,
+        skip_outliers: float | None = None,
         master_weights: bool = False,
         stochastic_rounding: bool = False,
         state_dtype: torch.dtype | None = None,
@@ -88,8 +93,8 @@ class Lion(ElementwiseOptimizer):
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
         self.check_group(defaults)
         precision = Precision(master_weights, stochastic_rounding, state_dtype, seed)
-        guard, tracker = Guard(max_grad_norm, skip_nonfinite), Tracker(track_statistics)
-        super().__init__(params, defaults, backend, unknown, guard, precision, tracker)
+        guard = Guard(max_grad_norm, skip_nonfinite, skip_grad_norm_above, skip_outliers)
+        super().__init__(params, defaults, backend, unknown, guard, precision, Tracker(track_statistics))
 
     def hyper(self, group: dict[str, Any]) -> LionHyper:
         beta1, beta2 = group["betas"]

@@ -56,6 +56,7 @@ CASES = {
     **OPTIMIZERS,
     "AdamW-clipped": lambda named, **kw: AdamW(named, lr=0.1, weight_decay=0.1, max_grad_norm=0.5, **kw),
     "AdamW-skipping": lambda named, **kw: AdamW(named, lr=0.1, skip_nonfinite=True, **kw),
+    "AdamW-limited": lambda named, **kw: AdamW(named, lr=0.1, skip_grad_norm_above=17.0, skip_outliers=3.0, **kw),
     "AdamWeightDecay-clipnorm": lambda named, **kw: AdamWeightDecay(named, 0.1, clipnorm=0.5, clipvalue=1.0, **kw),
     "AdamWeightDecay-global_clipnorm": lambda named, **kw: AdamWeightDecay(named, 0.1, global_clipnorm=0.5, **kw),
     "AdamWeightDecay-clipped-skipping": lambda named, **kw: AdamWeightDecay(
@@ -93,7 +94,7 @@ def precise_cases():
 
 def cases():
     """All of them, but for what kernels do not tell from other cases: the interpreter is slow."""
-    spared = {"last rows", "replicated", "rows twice", "Adafactor-skipping"}
+    spared = {"last rows", "replicated", "rows twice", "Adafactor-skipping", "AdamW-limited"}
     every = itertools.product(CASES, LAYOUTS, BACKENDS)
     return [case for case in every if case[2] == "eager" or not spared & set(case)]
 
@@ -262,7 +263,8 @@ def result(optimizer, params) -> dict:
         "states": [{key: whole(value) for key, value in optimizer.state[p].items()} for p in params],
         "placements": placements_of(optimizer, params),
         "grad_norm": optimizer.grad_norm,
-        "skipped_steps": optimizer.skipped_steps,
+        "average": optimizer.state_dict()["param_groups"][0].get("grad_norm_average", ()),
+        "skipped_steps": None if optimizer.skipped_steps is None else dict(optimizer.skipped_steps),
     }
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from helpers.adamw import gradients, parameters
 from helpers.comparing import assert_same
+from helpers.optimizers import OPTIMIZERS, every_optimizer
 
-from fusedopt import AdamW, Lion
+from fusedopt import AdamW, Lion, register_step_in_backward
 from fusedopt.backends.triton.adamw import TritonAdamW
 from fusedopt.backends.triton.scalars import DeviceScalars
 
@@ -73,6 +74,7 @@ def test_two_graphs_in_turn_and_one_that_lacks_a_gradient(capture, two):
     grads = [gradients(params, 1), [None, *gradients(params, 2)[1:]]]
     graphs = []
     for some in grads:
+        params[0].requires_grad_(some[0] is not None)
         with capture() as graph:
             step(ours, params, some)
         graphs.append(graph)
@@ -149,6 +151,42 @@ def test_capture_of_a_launch_that_never_ran(capture, two):
     optimizer, params, _ = two[0]
     params[0].data = params[0].data.double()
     refused(capture, optimizer, params, gradients(params, 1), "no step before it had tensors of these dtypes.*take one")
+
+
+UNTRAINED = r"a parameter of shape \(7,\) requires a gradient and has none in the step that is being captured"
+
+
+@every_optimizer
+def test_a_parameter_that_would_never_be_trained_is_refused(capture, name):
+    """Whether others have a gradient or not; one that requires none is left alone."""
+    params = parameters(CPU, SIZES)
+    optimizer = OPTIMIZERS[name](params, backend="triton")
+    step(optimizer, params, gradients(params, 0))
+    grads = [None, *gradients(params, 1)[1:]]
+    for some in (grads, [None] * len(params)):
+        refused(capture, optimizer, params, some, UNTRAINED)
+    step(optimizer, params, grads)  # which is none of its business
+    params[0].requires_grad_(False)
+    with capture():
+        step(optimizer, params, grads)
+
+
+def test_a_step_in_backward_knows_what_it_has_updated(capture):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    optimizer = AdamW(model.parameters(), backend="triton")
+    handle = register_step_in_backward(optimizer, model)
+    for _ in range(2):
+        model(torch.ones(3, 4)).sum().backward()
+        optimizer.step()
+    with capture():
+        model(torch.ones(3, 4)).sum().backward()
+        optimizer.step()
+    with capture(), pytest.raises(RuntimeError, match="requires a gradient and has none"):
+        model[0](torch.ones(3, 4)).sum().backward()
+        optimizer.step()
+    handle.remove()
+    with capture(), pytest.raises(RuntimeError, match="requires a gradient and has none"):
+        optimizer.step()
 
 
 def test_a_number_on_the_cpu_is_refused(capture):

@@ -31,7 +31,7 @@ BAD = [
     ("AdamW", "eps", -1.0),
     ("AdamW", "weight_decay", None),
     ("AdamW", "weight_decay", math.nan),
-    ("AdamW", "weight_decay", torch.tensor(0.1)),
+    ("AdamW", "weight_decay", torch.tensor([0.1, 0.1])),
     ("AdamW", "betas", (0.9, 1.0)),
     ("AdamW", "betas", None),
     ("AdamW", "betas", (0.9,)),

@@ -37,7 +37,7 @@ def matrices(params):
     return [torch.nn.Parameter(p.detach().reshape(shape)) for p, shape in zip(params, shapes, strict=True)]
 
 
-GUARD = {"max_grad_norm": 0.5, "skip_nonfinite": True}
+GUARD = {"max_grad_norm": 0.5, "skip_nonfinite": True, "skip_grad_norm_above": 1e3, "skip_outliers": 6.0}
 MAKERS = {
     **{name: row.at for name, row in OPTIMIZERS.items()},
     "AdamW-amsgrad": partial(OPTIMIZERS["AdamW"].at, **OPTIONS),
@@ -132,11 +132,66 @@ def test_capture_eager_step_with_other_gradients_replay(two):
 def test_two_graphs_in_turn_and_one_that_lacks_a_gradient(two):
     (ours, params, _), (theirs, expected, _) = two
     grads = [gradients(params, 1), [None, *gradients(params, 2)[1:]]]
-    graphs = [capture(ours, params, some) for some in grads]
+    graphs = [capture(ours, params, grads[0])]
+    params[0].requires_grad_(False)
+    graphs.append(capture(ours, params, grads[1]))
     for turn in (0, 1, 1, 0):
         graphs[turn].replay()
         step(theirs, expected, grads[turn])
         assert_equal(two)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_options_on_the_device_change_between_replays(device, name):
+    """And eager steps with the same values have the same bits; nothing waits."""
+    pairs = []
+    for _ in range(2):
+        params = matrices(parameters(device, SIZES))
+        decay = torch.tensor(0.1, dtype=torch.float64, device=device)
+        beta = torch.tensor(0.9, dtype=torch.float64, device=device)
+        options = {
+            "AdamWeightDecay": {"weight_decay_rate": decay, "beta_2": beta},
+            "Adafactor": {"weight_decay": decay, "beta1": beta},
+        }.get(name, {"weight_decay": decay, "betas": (0.8, beta)})
+        optimizer = OPTIMIZERS[name].at(0.1, params, backend="triton", **options)
+        step(optimizer, params, gradients(params, 0))
+        pairs.append((optimizer, params, (decay, beta)))
+    (ours, params, held), (theirs, expected, others) = pairs
+    grads = gradients(params, 1)
+    graph = capture(ours, params, grads)
+    for values in ((0.1, 0.9), (0.5, 0.25)):
+        for given in (held, others):
+            for t, value in zip(given, values):
+                t.fill_(value)
+        graph.replay()
+        with no_synchronisation():
+            step(theirs, expected, grads)
+        assert_equal(pairs)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_replay_whose_gradients_are_too_large_changes_nothing(device, name):
+    params = matrices(parameters(device, SIZES))
+    optimizer = OPTIMIZERS[name].at(0.1, params, backend="triton", skip_outliers=3.0)
+    static = gradients(params, 0)
+    step(optimizer, params, static)
+    norm = float(optimizer.grad_norm)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["grad_norm_average"] = (100.0, norm, (0.1 * norm) ** 2)
+    optimizer.load_state_dict(saved)
+    step(optimizer, params, static)
+    graph = capture(optimizer, params, static)
+    graph.replay()
+    before = [p.detach().clone() for p in params]
+    for g in static:
+        g.mul_(1024.0)
+    graph.replay()
+    assert_same(params, before)
+    assert dict(optimizer.skipped_steps) == {"nonfinite": 0, "grad_norm_above": 0, "outliers": 1}
+    for g in static:
+        g.div_(1024.0)
+    graph.replay()
+    assert optimizer.skipped_steps == 1 and not torch.equal(params[1], before[1])
 
 
 def test_a_learning_rate_on_the_device_changes_between_replays(two):

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import state_dict as dcp
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 
-from fusedopt import Adafactor, AdamW, AdamWeightDecay, register_step_in_backward
+from fusedopt import Adafactor, AdamW, AdamWeightDecay, Lion, register_step_in_backward
 
 
 def run(name, backend, device, steps=6, in_backward=True, dtype=torch.float32):
@@ -219,6 +219,8 @@ def refusal(error, sentence):
         (AdamWeightDecay, {"global_clipnorm": 1.0}),
         (AdamW, {"max_grad_norm": 1.0}),
         (AdamW, {"skip_nonfinite": True}),
+        (AdamW, {"skip_grad_norm_above": 1.0}),
+        (Lion, {"skip_outliers": 3.0}),
         (Adafactor, {"max_grad_norm": 1.0}),
     ],
     ids=str,

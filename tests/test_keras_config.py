@@ -69,7 +69,9 @@ def test_patterns_survive_the_config():
     assert_close(case, replay(case, again), parameters=TOLERANCES[case.dtype])
 
 
-@pytest.mark.parametrize("options", [{"max_grad_norm": 2.0}, {"skip_nonfinite": True}], ids=lambda o: next(iter(o)))
+@pytest.mark.parametrize(
+    "options", [{"max_grad_norm": 2.0}, {"skip_nonfinite": True}, {"skip_outliers": 3.0}], ids=lambda o: next(iter(o))
+)
 def test_options_of_our_own_survive_the_config(options):
     config = AdamWeightDecay([parameter()], **options).get_config()
     assert AdamWeightDecay.from_config(config, [parameter()]).get_config() == config

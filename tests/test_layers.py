@@ -44,6 +44,7 @@ LAYERS = [
     {
         "fusedopt.optimizer.described",
         "fusedopt.optimizer.compile",
+        "fusedopt.optimizer.skipped",
         "fusedopt.optimizer.whose",
         "fusedopt.optimizer.clipping",
     },

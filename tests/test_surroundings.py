@@ -27,7 +27,7 @@ from fusedopt.in_backward import register_step_in_backward
 from fusedopt.schedules import SchedulerType, example_arguments, get_scheduler
 from fusedopt.schedules.metric import ReduceLROnPlateau
 
-GUARD = {"max_grad_norm": 0.5, "skip_nonfinite": True}
+GUARD = {"max_grad_norm": 0.5, "skip_nonfinite": True, "skip_grad_norm_above": 1e6, "skip_outliers": 6.0}
 MAKE: dict[str, Callable[..., Any]] = {
     **OPTIMIZERS,
     "AdamW guarded": partial(OPTIMIZERS["AdamW"], amsgrad=True, **GUARD),

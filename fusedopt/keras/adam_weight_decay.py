@@ -15,7 +15,7 @@ from fusedopt.keras.config import from_keras
 from fusedopt.keras.rate import ScheduledRate, rate_after
 from fusedopt.keras.schedules import RateFunction, check_function, describe, takes_tensors
 from fusedopt.keras.step_count import StepCount, capturing
-from fusedopt.optimizer.base import refuse_unknown
+from fusedopt.optimizer.base import refuse_unknown, separate_tensors
 from fusedopt.optimizer.clipping import Clipping
 from fusedopt.optimizer.distributed_checkpoint import torch_looks_at_state
 from fusedopt.optimizer.engine import Part
@@ -46,8 +46,9 @@ class AdamWeightDecay(AdamW):
         learning_rate: a float; a tensor of one element, read on its device at every step; or a function from the number
             of steps so far (0 at the first) to the rate. Skipped steps count only for functions that are not schedules
             of this package, such as `WarmUp`: those functions are called on the host.
-        beta_1, beta_2: decay rates of the averages of g and g², each in [0, 1).
-        epsilon: added to the root of v; 0 means 1e-7, as in Keras.
+        beta_1, beta_2: decay rates of the averages of g and g², each in [0, 1). Each of them, epsilon and the weight
+            decay may be a tensor as in `AdamW`.
+        epsilon: added to the root of v; 0 means 1e-7, as in Keras; in a tensor it is 0.
         amsgrad: divide by the largest v so far.
         weight_decay_rate: decoupled weight decay, >= 0, in units of the rate.
         include_in_weight_decay: regular expressions; a parameter decays if one of them matches in its name.
@@ -55,7 +56,8 @@ class AdamWeightDecay(AdamW):
             without any match decay, so the first list on its own changes nothing.
         name: an entry of the config.
         backend: "auto" (Triton for CUDA and ROCm tensors, eager for the others), "triton" or "eager".
-        max_grad_norm, skip_nonfinite: as in `AdamW`; the first excludes Keras' clippings.
+        max_grad_norm: as in `AdamW`; excludes Keras' clippings.
+        skip_nonfinite, skip_grad_norm_above, skip_outliers: as in `AdamW`, by the norm before any clipping.
         master_weights, stochastic_rounding, state_dtype, seed: as in `AdamW`.
         **kwargs: Keras' `clipvalue`, `clipnorm`, `global_clipnorm` (the last two exclude each other), `decay` (the rate
             is divided by 1 + decay * iterations) and `lr` (instead of `learning_rate`, with a warning). With `betas`,
@@ -67,8 +69,8 @@ class AdamWeightDecay(AdamW):
 
     `group["lr"]` is the rate in use (before `decay`), so torch's schedulers work with a number. With a function of the
     step, the optimizer sets it, and refuses any other value that it finds there. It is a float, unless only the device
-    knows which steps were skipped (Triton with a GradScaler, with `skip_nonfinite` or in a CUDA graph): then schedules
-    of this package are evaluated there, and it is a float64 tensor.
+    knows which steps were skipped (Triton with a GradScaler, with `skip_...` options or in a CUDA graph): then
+    schedules of this package are evaluated there, and it is a float64 tensor.
 
     Sources: transformers 4.34, `optimization_tf.py`; Keras 2.14, `optimizers/legacy/adam.py`.
 
@@ -98,11 +100,11 @@ class AdamWeightDecay(AdamW):
         self,
         params: Any,
         learning_rate: float | Tensor | RateFunction = 0.001,
-        beta_1: float = 0.9,
-        beta_2: float = 0.999,
-        epsilon: float = 1e-7,
+        beta_1: float | Tensor = 0.9,
+        beta_2: float | Tensor = 0.999,
+        epsilon: float | Tensor = 1e-7,
         amsgrad: bool = False,
-        weight_decay_rate: float = 0.0,
+        weight_decay_rate: float | Tensor = 0.0,
         include_in_weight_decay: Sequence[str] | None = None,
         exclude_from_weight_decay: Sequence[str] | None = None,
         name: str = "AdamWeightDecay",
@@ -110,6 +112,8 @@ class AdamWeightDecay(AdamW):
         backend: str = "auto",
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        skip_grad_norm_above: float | None = None,
+        skip_outliers: float | None = None,
         master_weights: bool = False,
         stochastic_rounding: bool = False,
         state_dtype: torch.dtype | None = None,
@@ -152,21 +156,23 @@ class AdamWeightDecay(AdamW):
             self.schedule, learning_rate = learning_rate, rate_after(learning_rate, 0)
         # AdamW's errors would name `lr` or `betas[0]`.
         checks.learning_rate("learning_rate", learning_rate)
-        checks.beta("beta_1", beta_1)
-        checks.beta("beta_2", beta_2)
-        checks.finite_non_negative("epsilon", epsilon)
-        checks.finite_non_negative("weight_decay_rate", weight_decay_rate)
+        checks.beta_option("beta_1", beta_1)
+        checks.beta_option("beta_2", beta_2)
+        checks.non_negative_option("epsilon", epsilon)
+        checks.non_negative_option("weight_decay_rate", weight_decay_rate)
         super().__init__(
             params,
             lr=learning_rate,
-            betas=checks.plain((beta_1, beta_2)),
-            eps=checks.plain(eps),
-            weight_decay=checks.plain(weight_decay_rate),
+            betas=checks.plain((beta_1, beta_2), tensors=False),
+            eps=checks.plain(eps, tensors=False),
+            weight_decay=checks.plain(weight_decay_rate, tensors=False),
             amsgrad=checks.plain(amsgrad),
             convention="keras",
             backend=backend,
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
+            skip_grad_norm_above=skip_grad_norm_above,
+            skip_outliers=skip_outliers,
             master_weights=master_weights,
             stochastic_rounding=stochastic_rounding,
             state_dtype=state_dtype,
@@ -180,7 +186,7 @@ class AdamWeightDecay(AdamW):
 
     @property
     def iterations(self) -> int:
-        """Number of steps so far, without those that a GradScaler or `skip_nonfinite` skipped; may wait for a device.
+        """Number of steps so far, without those that a GradScaler or an option skipped; may wait for a device.
 
         If the rate is a function other than a schedule of this package, all calls of `step()` count: it gets their
         number.
@@ -377,8 +383,7 @@ class AdamWeightDecay(AdamW):
         config: dict[str, Any] = {
             "name": self.name,
             **{field: bound for field, bound in self.clipping._asdict().items() if bound is not None},
-            **({} if self.guard.max_grad_norm is None else {"max_grad_norm": self.guard.max_grad_norm}),
-            **({"skip_nonfinite": True} if self.guard.skip_nonfinite else {}),
+            **{name: value for name, value in self.guard.options().items() if value not in (None, False)},
             **_config_of(Precision.of(self.defaults, self.seed)),
             "learning_rate": describe(rate),
             "decay": self.decay,
@@ -423,13 +428,14 @@ class AdamWeightDecay(AdamW):
             optimizer.set_epsilon(0.0)
         return optimizer
 
-    def set_epsilon(self, epsilon: float) -> None:
+    def set_epsilon(self, epsilon: float | Tensor) -> None:
         """Sets epsilon for all groups. Other than in the constructor, 0 stays 0, as in newer Keras' Adam."""
-        checks.finite_non_negative("epsilon", epsilon)
-        epsilon = checks.plain(epsilon)
+        checks.non_negative_option("epsilon", epsilon)
+        epsilon = checks.plain(epsilon, tensors=False)
         self.defaults["eps"] = epsilon
         for group in self.param_groups:
             group["eps"] = epsilon
+        separate_tensors(self.param_groups, ["eps"])
 
 
 def _patterns(name: str, patterns: Sequence[str] | None) -> list[str] | None:
@@ -458,5 +464,5 @@ def _follow(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         optimizer.follow_schedule()
 
 
-def _keras_epsilon(epsilon: float) -> float:
-    return epsilon if epsilon != 0 else _KERAS_EPSILON
+def _keras_epsilon(epsilon: float | Tensor) -> float | Tensor:
+    return epsilon if isinstance(epsilon, Tensor) or epsilon != 0 else _KERAS_EPSILON

@@ -1,7 +1,7 @@
 """The base class of all optimizers: declarations, param groups, and the only `step()` of the package."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from typing import Any, ClassVar
 
 import torch
@@ -10,12 +10,13 @@ from torch import Tensor
 from fusedopt import backends, checks
 from fusedopt.interface import StepArgs
 from fusedopt.optimizer import compile, loading
-from fusedopt.optimizer.clipping import Clipping, Guard
+from fusedopt.optimizer.clipping import Clipping, Guard, check_average
 from fusedopt.optimizer.described import described
 from fusedopt.optimizer.distributed_checkpoint import torch_looks_at_state
 from fusedopt.optimizer.engine import Engine, Part
 from fusedopt.optimizer.numbering import Numbers
 from fusedopt.optimizer.saving import packed, through_hooks
+from fusedopt.optimizer.skipped import SkippedSteps
 from fusedopt.optimizer.state import make_states
 from fusedopt.optimizer.tracking import Tracker
 from fusedopt.precision import NUMBER, PLAIN, Precision, StateSpec
@@ -59,6 +60,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     """A GradScaler hands its scale to `step` as the attributes `grad_scale` and `found_inf`."""
 
     seed: int = 0
+
+    updated_in_backward: Set[Tensor] = frozenset()
+    """The parameters that the open step has updated already, of a step in backward."""
 
     def __init__(
         self,
@@ -114,8 +118,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The constructor's options that go for the whole optimizer. `defaults` has them, groups have none of them."""
         return {
             "backend": self.backend,
-            "max_grad_norm": self.guard.max_grad_norm,
-            "skip_nonfinite": self.guard.skip_nonfinite,
+            **self.guard.options(),
             "track_statistics": self.tracker.every,
             "seed": self.seed,
         }
@@ -128,16 +131,15 @@ class FusedOptimizer(torch.optim.Optimizer):
     def grad_norm(self) -> Tensor | None:
         """Norm of all gradients of the last step, unscaled and before clipping: a 0-d float64 tensor on their device.
 
-        None before the first step, and without `max_grad_norm` and `skip_nonfinite`.
+        None before the first step, and without an option that needs it.
         """
         return self.guard.grad_norm
 
     @property
-    def skipped_steps(self) -> Tensor | None:
-        """Number of steps that `skip_nonfinite` skipped in this process: a 0-d tensor; None before the first step.
+    def skipped_steps(self) -> SkippedSteps | None:
+        """How many steps the options `skip_...` skipped in this process, and why; None before the first step.
 
-        The tensor goes on counting; clone it to keep a number. Checkpoints hold what an update needs, and so leave
-        it out.
+        Checkpoints hold what an update needs, and so leave it out.
         """
         return self.guard.skipped_steps
 
@@ -151,6 +153,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for name, check in self.checks.items():
             check(name, group[name])
         Precision.of(group, self.seed).check()
+        check_average(group)
 
     def before_step(self) -> None:
         """Called before each step, and before each update of a step in backward."""
@@ -163,7 +166,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; options that it does not give are the constructor's.
 
-        A rate that is a tensor stays that tensor, unless another group has it already: then this one gets a copy.
+        An option that is a tensor, such as a rate, stays that tensor, unless another group has it already: then this
+        one gets a copy.
 
         Raises:
             ValueError: an option is out of range or a parameter cannot be updated; the optimizer is as before.
@@ -192,10 +196,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             for p in group["params"]:
                 checks.parameter(p)
             checks.no_parameter_twice([group])
-            separate_rates(self.param_groups)
+            separate_tensors(self.param_groups, self.checks.keys() | {"lr"})
         except Exception:
             self.param_groups.pop()
             raise
+        self.guard.save(self.param_groups)
         self._forget()
 
     # The step.
@@ -215,7 +220,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             ValueError: an option of a group was set to a value that the constructor refuses, or a parameter comes
                 twice; nothing was changed.
             RuntimeError: a gradient is sparse, or a gradient or a state does not fit its parameter, which has been
-                given another size or an expanded tensor, for instance; nothing was changed.
+                given another size or an expanded tensor, for instance; nothing was changed. Or a CUDA graph is being
+                captured, and a parameter that requires a gradient has none.
         """
         loss = None
         if closure is not None:
@@ -351,6 +357,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
+        self.guard.save(self.param_groups)
         saved = packed(self)
         passed: dict[str, Any] = through_hooks(self._optimizer_state_dict_post_hooks.values(), self, saved)
         return passed
@@ -361,7 +368,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         Group options that the checkpoint lacks keep their present value; options of the whole optimizer stay the
         constructor's. States keep the dtype they were saved in and are laid out like their parameter. They may lack
         what `amsgrad` or `beta1` needs, which then starts from zero, or have it without need: both can be switched on
-        and off between steps. A rate that was a tensor becomes a tensor of this group's own.
+        and off between steps. A rate that was a tensor becomes a tensor of this group's own; another option does where
+        it is a tensor here, else a number.
 
         Raises:
             ValueError: the checkpoint does not fit the parameters, or is another optimizer's. After this, as after any
@@ -369,11 +377,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         hooks = self._optimizer_load_state_dict_pre_hooks.values()
         passed = through_hooks(hooks, self, copy.copy(state_dict))
+        self.guard.save(self.param_groups)
         self.__setstate__(loading.loaded(self, passed))
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
+        self.guard.save(self.param_groups)
         return {**super().__getstate__(), **{name: getattr(self, name) for name in self.constructor_options}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -384,7 +394,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         for options in (self.defaults, *self.param_groups):  # an older pickle lacks them
             for name, value in PLAIN.options().items():
                 options.setdefault(name, value)
-        separate_rates(self.param_groups)
+        separate_tensors(self.param_groups, self.checks.keys() | {"lr"})
+        self.guard.load(self.param_groups)
         compile.exclude_step(type(self))
         self._forget()
 
@@ -400,14 +411,22 @@ def refuse_unknown(where: str, options: dict[str, Any]) -> None:
         raise TypeError(f"{where} got an unexpected argument {name}={value!r}")
 
 
-def separate_rates(groups: list[dict[str, Any]]) -> None:
-    """Gives a group whose rate is a tensor that an earlier group has, too, a tensor of its own."""
-    seen = set()
-    for group in groups:
-        lr = group.get("lr")
-        if isinstance(lr, Tensor):
-            # Two tensors may be views of one number.
-            where = lr.untyped_storage()._cdata, lr.storage_offset()
-            if where in seen:
-                group["lr"] = lr.detach().clone()
-            seen.add(where)
+def separate_tensors(groups: list[dict[str, Any]], options: Iterable[str]) -> None:
+    """Gives a group with an option that is a tensor that an earlier group has, too, a tensor of its own."""
+
+    def own(value: Any, seen: set[Any]) -> Any:
+        if isinstance(value, (tuple, list)) and any(isinstance(part, Tensor) for part in value):
+            return type(value)([own(part, seen) for part in value])
+        if not isinstance(value, Tensor) or value.is_meta:
+            return value
+        # Two tensors may be views of one number.
+        where = value.untyped_storage()._cdata, value.storage_offset()
+        seen_before = where in seen
+        seen.add(where)
+        return value.detach().clone() if seen_before else value
+
+    for name in options:
+        seen: set[Any] = set()
+        for group in groups:
+            if name in group:
+                group[name] = own(group[name], seen)

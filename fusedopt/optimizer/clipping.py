@@ -4,16 +4,19 @@
 """
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusedopt import sharding
 from fusedopt.backends.eager.norms import norms
+from fusedopt.backends.graphs import capturing
 from fusedopt.checks import finite_non_negative, flag, number
 from fusedopt.interface import StepArgs
+from fusedopt.optimizer.skipped import SkippedSteps
+from fusedopt.without_data import has_data
 from fusedopt_kernels import rules
 from fusedopt_kernels.memory import outside_inference_mode
 
@@ -21,38 +24,85 @@ Gradients = list[list[Tensor | None]]
 """One row per param group, one place per parameter."""
 
 
+AVERAGE = "grad_norm_average"
+"""Where the groups of an optimizer with `skip_outliers` keep the count, mean and variance of norms for checkpoints."""
+
+_MOMENTS = 3
+"""Those are so many numbers."""
+
+_SKIPPING = {"skip_nonfinite": False, "skip_grad_norm_above": None, "skip_outliers": None}
+"""The options that skip steps, by name; their values that skip none."""
+
+Verdict = Callable[[Tensor, Tensor | None, Tensor, rules.Limits], Tensor]
+"""Whether a step is skipped: see `fusedopt_kernels.verdict`."""
+
+
 class Guard:
-    """Clipping by the common norm of all gradients, and skipping of steps whose gradients are not finite.
+    """Clipping by the common norm of all gradients, and skipping of steps by it.
 
     Everything stays on the device; nothing is written to the gradients.
 
     Attributes:
         max_grad_norm: bound on the norm; None: it is not computed for clipping.
         skip_nonfinite: whether a step with a norm that is not finite changes nothing.
+        skip_grad_norm_above: the same for a larger norm than this; None: for none.
+        skip_outliers: the same for a norm that is more than so many standard deviations above the mean; None: for none.
         grad_norm: norm of the last step's gradients before clipping, unscaled; 0-d float64. None before the first.
-        skipped_steps: how many steps were skipped by `skip_nonfinite`; 0-d float64. None before the first step.
     """
 
-    def __init__(self, max_grad_norm: float | None = None, skip_nonfinite: bool = False) -> None:
+    def __init__(
+        self,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        skip_grad_norm_above: float | None = None,
+        skip_outliers: float | None = None,
+    ) -> None:
         if max_grad_norm is not None and not number("max_grad_norm", max_grad_norm) > 0.0:
             raise ValueError(f"max_grad_norm must be > 0 or None, got {max_grad_norm!r}; math.inf only measures")
         flag("skip_nonfinite", skip_nonfinite)
+        if skip_grad_norm_above is not None:
+            _finite_above("skip_grad_norm_above", skip_grad_norm_above, 0)
+        if skip_outliers is not None:
+            _finite_above("skip_outliers", skip_outliers, 1)
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
+        self.skip_grad_norm_above = skip_grad_norm_above
+        self.skip_outliers = skip_outliers
         self.grad_norm: Tensor | None = None
-        self.skipped_steps: Tensor | None = None
+        self._ledger: Tensor | None = None  # see `fusedopt_kernels.verdict`
 
     def __bool__(self) -> bool:
-        return self.max_grad_norm is not None or self.skip_nonfinite
+        return self.option() is not None
+
+    @property
+    def skips(self) -> bool:
+        """True if there is a norm with which a step is skipped."""
+        return self.skip_nonfinite or self.skip_grad_norm_above is not None or self.skip_outliers is not None
+
+    @property
+    def skipped_steps(self) -> SkippedSteps | None:
+        """How many steps were skipped, and why; None before the first step."""
+        return None if self._ledger is None else SkippedSteps(self._ledger[: len(rules.REASONS)])
 
     def option(self) -> str | None:
         """Returns the option that needs all gradients at once, as `name=value`; None without one."""
-        if self.max_grad_norm is not None:
-            return f"max_grad_norm={self.max_grad_norm!r}"
-        return "skip_nonfinite=True" if self.skip_nonfinite else None
+        for name, off in (("max_grad_norm", None), *_SKIPPING.items()):
+            value = getattr(self, name)
+            if value is not off:
+                return f"{name}={value!r}"
+        return None
 
-    def __call__(self, squares: list[Tensor], args: StepArgs) -> StepArgs:
-        """Returns the arguments for a step whose gradients have these sums of squares, one tensor per device."""
+    def options(self) -> dict[str, Any]:
+        """Returns the constructor's arguments."""
+        return {name: getattr(self, name) for name in ("max_grad_norm", *_SKIPPING)}
+
+    def __call__(
+        self, squares: list[Tensor], args: StepArgs, verdict_on: Callable[[torch.device], Verdict]
+    ) -> StepArgs:
+        """Returns the arguments for a step whose gradients have these sums of squares, one tensor per device.
+
+        `verdict_on` returns what judges norms on a device.
+        """
         home = squares[0].device
         total = squares[0].sum() if len(squares) == 1 else torch.stack([s.sum().to(home) for s in squares]).sum()
         norm = total.sqrt()
@@ -63,21 +113,74 @@ class Guard:
                 norm = norm * abs(factor)
         with outside_inference_mode():
             self.grad_norm = norm.clone() if norm.is_inference() else norm
-        if self.skip_nonfinite:
-            args = args._replace(found_inf=self._skips(norm, args.found_inf))
+        if self.skips:
+            found = args.found_inf
+            found = None if found is None else found.to(home, torch.float32, non_blocking=True)
+            ledger = self._ledger_on(home)
+            args = args._replace(found_inf=verdict_on(home)(self.grad_norm, found, ledger, self._limits()))
         if self.max_grad_norm is not None and self.max_grad_norm < math.inf:
             factor = rules.clip_factor(norm, self.max_grad_norm, torch.clamp_max)
             scale = args.scale.to(home, non_blocking=True) if isinstance(args.scale, Tensor) else args.scale
             args = args._replace(scale=factor * scale)
         return args
 
-    def _skips(self, norm: Tensor, found_inf: Tensor | None) -> Tensor:
-        skips = (~norm.isfinite()).to(torch.float32)
-        if self.skipped_steps is None:
+    def _limits(self) -> rules.Limits:
+        above, deviations = (
+            math.inf if limit is None else float(limit) for limit in (self.skip_grad_norm_above, self.skip_outliers)
+        )
+        return rules.Limits(above, deviations)
+
+    def _ledger_on(self, device: torch.device) -> Tensor:
+        ledger = self._ledger
+        if ledger is None or ledger.device != device:
+            if capturing(device):
+                raise RuntimeError(
+                    "a CUDA graph is being captured before the optimizer counts skipped steps on its device, and every "
+                    "replay would begin anew: take one step before the capture"
+                )
             with outside_inference_mode():
-                self.skipped_steps = torch.zeros_like(norm)
-        self.skipped_steps += skips
-        return skips if found_inf is None else skips + found_inf.to(norm.device, torch.float32, non_blocking=True)
+                size = len(rules.REASONS) + _MOMENTS
+                new = torch.zeros(size, dtype=torch.float64, device=device)
+                self._ledger = ledger = new if ledger is None else new.copy_(ledger)
+        return ledger
+
+    # The averages of norms in checkpoints.
+
+    def save(self, groups: list[dict[str, Any]]) -> None:
+        """Brings the averages in the groups up to date, for `skip_outliers`; waits for the device."""
+        if self.skip_outliers is not None:
+            moments = [0.0] * _MOMENTS if self._ledger is None else self._ledger[-_MOMENTS:].tolist()
+            for group in groups:
+                group[AVERAGE] = tuple(moments)
+
+    def load(self, groups: list[dict[str, Any]]) -> None:
+        """Goes on from the averages in the groups, if there are any."""
+        saved = groups[0].get(AVERAGE) if groups else None
+        if saved is None or self.skip_outliers is None:
+            return
+        if self._ledger is None:
+            # Not later: a capture may come next.
+            params = [p for group in groups for p in group["params"]]
+            self._ledger_on(params[0].device if params and has_data(params[0]) else torch.device("cpu"))
+        assert self._ledger is not None
+        with torch.no_grad():
+            self._ledger[-_MOMENTS:].copy_(torch.tensor(saved, dtype=torch.float64, device="cpu"))
+
+
+def _finite_above(name: str, value: Any, least: int) -> None:
+    if not least < number(name, value) < math.inf:
+        raise ValueError(f"{name} must be finite and > {least}, or None, got {value!r}")
+
+
+def check_average(group: dict[str, Any]) -> None:
+    """Raises ValueError for averages of norms that no steps can have left in a group."""
+    saved = group.get(AVERAGE, (0.0,) * _MOMENTS)
+    if (
+        not isinstance(saved, (tuple, list))
+        or len(saved) != _MOMENTS
+        or any(type(x) not in (int, float) or not 0.0 <= x < math.inf for x in saved)
+    ):
+        raise ValueError(f"{AVERAGE} must be the count, mean and variance of norms, got {saved!r}")
 
 
 class Clipping(NamedTuple):

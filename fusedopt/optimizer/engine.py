@@ -82,7 +82,8 @@ class Engine:
         """
         # 1. Options, gradients, states and shards must fit.
         for group in groups:
-            optimizer.check_group({**group, "lr": checks.rate_in_use(group.get("lr"))})
+            options = {name: checks.in_use(group[name]) for name in optimizer.checks}
+            optimizer.check_group({**group, **options, "lr": checks.rate_in_use(group.get("lr"))})
         flat = _present(grads)
         if any(map(Tensor.is_neg, flat)):
             # Autograd of complex numbers makes them: in memory they have the other sign.
@@ -91,6 +92,8 @@ class Engine:
         params = [p for group in groups for p in group["params"]]
         updated = [p for p, g in zip(params, chain.from_iterable(grads)) if g is not None]
         shapes = _check_gradients(updated, flat)
+        if len(updated) < len(params):
+            _refuse_untrained(optimizer, params, grads)
         self._states.check(optimizer, groups, grads, shapes if len(updated) == len(params) else None)
         sharded = sharding.check(groups, grads)
         if self._states.regrouped:
@@ -112,7 +115,8 @@ class Engine:
 
         # 4. Clipping and skipping. Norms come first: by value, an infinite gradient would become a finite one.
         if flat and optimizer.guard:
-            args = optimizer.guard(self._squares(flat, optimizer.backend, sharded), args)
+            squares = self._squares(flat, optimizer.backend, sharded)
+            args = optimizer.guard(squares, args, lambda home: self._stepper((home, "verdict"), optimizer.backend))
         clipped, args = optimizer.clipping.clip(grads, args)
         if not flat:
             return args
@@ -198,6 +202,19 @@ class Engine:
 
 def _present(grads: Gradients) -> list[Tensor]:
     return [g for row in grads for g in row if g is not None]
+
+
+def _refuse_untrained(optimizer: "FusedOptimizer", params: list[Tensor], grads: Gradients) -> None:
+    """Raises in a capture for a parameter whose gradient is missing by mistake: no replay would update it."""
+    if not any(map(capturing, {p.device for p in params})):
+        return
+    for p, g in zip(params, chain.from_iterable(grads)):
+        if g is None and p.requires_grad and p not in optimizer.updated_in_backward:
+            raise RuntimeError(
+                f"a parameter of shape {tuple(p.shape)} requires a gradient and has none in the step that is being "
+                "captured, so that no replay would train it: run backward() in the capture too, or before it, or set "
+                "requires_grad=False"
+            )
 
 
 def _leave_out(optimizer: "FusedOptimizer", groups: Groups, grads: Gradients) -> Gradients:

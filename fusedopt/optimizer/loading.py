@@ -12,6 +12,7 @@ from fusedopt import checks, sharding
 from fusedopt.backends.eager.storage import remainder_beside
 from fusedopt.checks import FLOATS
 from fusedopt.optimizer import whose
+from fusedopt.optimizer.clipping import AVERAGE
 from fusedopt.optimizer.state import new_tensor
 from fusedopt.precision import FLOAT32_COPIES, WEIGHT_STATES, StateSpec, master_state, named_dtype
 from fusedopt.without_data import is_lazy
@@ -121,10 +122,11 @@ def _places(optimizer: "FusedOptimizer", saved_groups: list[dict[str, Any]]) -> 
 def _merged(optimizer: "FusedOptimizer", number: int, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
     """A param group with the saved options, as far as there are any; those of the whole optimizer stay its own."""
     left_out = {"params", *_FOREIGN_GROUP_KEYS, *optimizer.whole_options()}
+    if optimizer.guard.skip_outliers is None:
+        left_out.add(AVERAGE)
     options = {name: copy.deepcopy(checks.plain(v, tensors=False)) for name, v in saved.items() if name not in left_out}
-    # Of what is known here only rates may be tensors.
-    known = (optimizer.defaults.keys() | optimizer.counters) - {"lr"}
-    options.update({name: named_dtype(_number(options[name])) for name in known & options.keys()})
+    known = (optimizer.defaults.keys() | optimizer.counters | {AVERAGE}) - {"lr"}
+    options.update({name: named_dtype(_option(options[name], group.get(name))) for name in known & options.keys()})
     if isinstance(options.get("lr"), np.ndarray):
         options["lr"] = _number(options["lr"])
     if saved.get("decoupled_weight_decay") is False and options.get("weight_decay"):
@@ -147,6 +149,14 @@ def _merged(optimizer: "FusedOptimizer", number: int, group: dict[str, Any], sav
     is_number = isinstance(lr, (int, float, Tensor)) and not isinstance(lr, bool)
     optimizer.check_group({**merged, "lr": abs(lr)} if is_number else merged)
     return merged
+
+
+def _option(value: Any, present: Any) -> Any:
+    """A saved option: a tensor where this optimizer has one, on its device, else a number."""
+    if isinstance(present, (tuple, list)) and isinstance(value, (tuple, list)) and len(present) == len(value):
+        return type(value)(map(_option, value, present))
+    is_tensor = isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point() and not value.is_meta
+    return value.to(present.device) if is_tensor and isinstance(present, Tensor) else _number(value)
 
 
 def _number(value: Any) -> Any:

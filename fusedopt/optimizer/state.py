@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fusedopt import sharding
+from fusedopt import checks, sharding
 from fusedopt.backends.graphs import capturing
 from fusedopt.optimizer.state_check import Specs
 from fusedopt.precision import NUMBER, Precision, StateSpec
@@ -114,7 +114,7 @@ def _warn_of_frozen_moments(optimizer: "FusedOptimizer", entries: list[tuple[Ten
     """Warns once of moments that stay too large for a long time after gradients fall."""
     for p, group in entries:
         if p.dtype is torch.bfloat16 and Precision.of(group, 0).is_plain:
-            beta2 = group.get("betas", (0.0, 0.0))[1]
+            beta2 = checks.in_use(group.get("betas", (0.0, 0.0))[1])
             if beta2 >= _LONG_MEMORY and "exp_avg_sq" in optimizer.state_specs(p, group):
                 warn_once(
                     f"bfloat16 parameters and moments are rounded to nearest: with beta2={beta2!r}, exp_avg_sq hardly "

@@ -73,7 +73,11 @@ class States:
             params = [p for p, state in zip(params, states) if state]
             self.missing = any(g is not None and not s for g, s in zip(chain.from_iterable(grads), states))
         values = list(chain.from_iterable(map(dict.values, states)))
-        options = [[group[name] for name in optimizer.state_options] for group in groups]
+        # Of a tensor it matters that it is one.
+        options = [
+            [Tensor if isinstance(group[name], Tensor) else group[name] for name in optimizer.state_options]
+            for group in groups
+        ]
         if shapes is None:
             shapes = list(map(attrgetter("shape"), params))
         now = options, shapes, list(map(attrgetter("dtype"), params))

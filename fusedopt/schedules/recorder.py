@@ -108,9 +108,9 @@ class LRRecorder:
             self._skipped_before = self._skips_so_far()
 
     def _skips_so_far(self) -> Any:
-        """Returns the number of steps that `skip_nonfinite` has skipped, None if it is unknown."""
-        skips = getattr(self.optimizer, "skipped_steps", None)
-        return None if skips is None else _copied(skips)
+        """Returns the number of steps that the optimizer has skipped by itself, None if it is unknown."""
+        numbers = getattr(getattr(self.optimizer, "skipped_steps", None), "tensor", None)
+        return None if numbers is None else numbers.sum()
 
     def _after_step(self) -> None:
         if self._used is None:

@@ -12,6 +12,7 @@ from fusedopt_kernels.device import (
     exp,
     load_float64,
     load_number,
+    log,
     sqrt_rn,
 )
 from fusedopt_kernels.elementwise import (
@@ -21,19 +22,19 @@ from fusedopt_kernels.elementwise import (
     pointers_or_none,
     words_of_piece,
 )
-from fusedopt_kernels.record import FLOAT
+from fusedopt_kernels.record import FLOAT, NUMBER
 from fusedopt_kernels.statistics import measured, store_measures, where_active
 from fusedopt_kernels.step import begin_step, hyper_record, row_record, scalars_record
 from fusedopt_kernels.storage import load_moment, load_weight, store_moment, store_weight
 
 ROW = row_record("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 HYPER = hyper_record(
-    weight_decay=FLOAT,
-    eps=FLOAT,
-    log_beta1=FLOAT,
+    weight_decay=NUMBER,
+    eps=NUMBER,
+    log_beta1=FLOAT,  # NaN where the prologue works it out: beta is a tensor
     log_beta2=FLOAT,
-    beta1=FLOAT,
-    beta2=FLOAT,
+    beta1=NUMBER,
+    beta2=NUMBER,
     decays_update=FLOAT,
     corrects_eps=FLOAT,
 )
@@ -44,19 +45,27 @@ _adam_moments = device_function(rules.adam_moments)
 _adamw_update = device_function(rules.adamw_update)
 
 
+@device_function
+def _log_beta(given, beta):
+    """The logarithm that the host gives, or that of beta where it gives NaN."""
+    return tl.where(given == given, given, log(tl.where(given == given, 0.5, beta)))
+
+
 @triton.jit
 def prologue(rows, hyper, scalars, T: tl.constexpr):
     """Begins the step of each row and works out its scalars, in float64."""
     h, out, count = begin_step(rows, hyper, scalars, T)
-    tl.store(out + T.scalars.beta1, load_float64(h + T.hyper.beta1))
-    tl.store(out + T.scalars.beta2, load_float64(h + T.hyper.beta2))
+    beta1 = load_number(h + T.hyper.beta1)
+    beta2 = load_number(h + T.hyper.beta2)
+    tl.store(out + T.scalars.beta1, beta1)
+    tl.store(out + T.scalars.beta2, beta2)
     decay_step, step_size, eps_hat = _adamw_scalars(
         count,
         load_number(h + T.hyper.lr),
-        load_float64(h + T.hyper.weight_decay),
-        load_float64(h + T.hyper.eps),
-        load_float64(h + T.hyper.log_beta1),
-        load_float64(h + T.hyper.log_beta2),
+        load_number(h + T.hyper.weight_decay),
+        load_number(h + T.hyper.eps),
+        _log_beta(load_float64(h + T.hyper.log_beta1), beta1),
+        _log_beta(load_float64(h + T.hyper.log_beta2), beta2),
         load_float64(h + T.hyper.decays_update),
         load_float64(h + T.hyper.corrects_eps),
         exp,

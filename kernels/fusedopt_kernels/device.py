@@ -91,6 +91,16 @@ def minimum(x, y):
 
 
 @device_function
+def maximum(x, y):
+    return tl.maximum(x, y)
+
+
+@device_function
+def where(condition, x, y):
+    return tl.where(condition, x, y)
+
+
+@device_function
 def sqrt_rn(x):
     """The root, rounded to nearest; for float64 the plain one is."""
     return tl.sqrt_rn(x) if x.dtype == tl.float32 else tl.sqrt(x)

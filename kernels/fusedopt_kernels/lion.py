@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from fusedopt_kernels import rules
-from fusedopt_kernels.device import device_function, dtypes_of_names, load_float64, load_number, sign
+from fusedopt_kernels.device import device_function, dtypes_of_names, load_number, sign
 from fusedopt_kernels.elementwise import (
     Elementwise,
     open_piece,
@@ -13,7 +13,7 @@ from fusedopt_kernels.elementwise import (
     pointers_or_none,
     words_of_piece,
 )
-from fusedopt_kernels.record import FLOAT
+from fusedopt_kernels.record import NUMBER
 from fusedopt_kernels.statistics import measured, store_measures, where_active
 from fusedopt_kernels.step import begin_step, hyper_record, row_record, scalars_record
 from fusedopt_kernels.storage import load_moment, load_weight, store_moment, store_weight
@@ -27,9 +27,9 @@ def prologue(rows, hyper, scalars, T: tl.constexpr):
     """Begins the step of each row and brings it its hyper-parameters."""
     h, out, _ = begin_step(rows, hyper, scalars, T)
     tl.store(out + T.scalars.lr, load_number(h + T.hyper.lr))
-    tl.store(out + T.scalars.weight1, 1.0 - load_float64(h + T.hyper.beta1))
-    tl.store(out + T.scalars.weight2, 1.0 - load_float64(h + T.hyper.beta2))
-    tl.store(out + T.scalars.weight_decay, load_float64(h + T.hyper.weight_decay))
+    tl.store(out + T.scalars.weight1, 1.0 - load_number(h + T.hyper.beta1))
+    tl.store(out + T.scalars.weight2, 1.0 - load_number(h + T.hyper.beta2))
+    tl.store(out + T.scalars.weight_decay, load_number(h + T.hyper.weight_decay))
 
 
 @triton.jit
@@ -68,7 +68,7 @@ def update(chunks, rows, scalars, partials, T: tl.constexpr, A: tl.constexpr):
 
 LION = Elementwise(
     row_record("exp_avg"),
-    hyper_record(beta1=FLOAT, beta2=FLOAT, weight_decay=FLOAT),
+    hyper_record(beta1=NUMBER, beta2=NUMBER, weight_decay=NUMBER),
     scalars_record("lr", "weight1", "weight2", "weight_decay"),
     prologue,
     update,

@@ -157,6 +157,63 @@ def clip_factor(norm: Any, max_norm: Any, at_most: Any) -> Any:
     return at_most(max_norm / (norm + 1e-6), 1.0)
 
 
+REASONS = ("nonfinite", "grad_norm_above", "outliers")
+"""Why a step is skipped: for norms that are NaN or inf, for those above a bound, and for outliers."""
+
+
+class Limits(NamedTuple):
+    """What `skip_verdict` goes by; infinite where there is no such limit.
+
+    Attributes:
+        above: the largest norm that is not skipped.
+        deviations: how many standard deviations above the mean a norm is an outlier.
+        warm_up: how many norms are measured before one can be an outlier.
+        least_weight: of a new norm in the averages, which begin as plain ones. 1 / least_weight is their window.
+        least_spread: the least standard deviation, as a share of the mean: norms that hardly vary have no outliers.
+    """
+
+    above: float = math.inf
+    deviations: float = math.inf
+    warm_up: float = 100.0
+    least_weight: float = 0.01
+    least_spread: float = 0.01
+
+
+def skip_verdict(
+    norm: typing.Any,
+    takes_part: typing.Any,
+    count: typing.Any,
+    mean: typing.Any,
+    variance: typing.Any,
+    above: typing.Any,
+    deviations: typing.Any,
+    warm_up: typing.Any,
+    least_weight: typing.Any,
+    least_spread: typing.Any,
+    where: typing.Any,
+    sqrt: typing.Any,
+    minimum: typing.Any,
+    maximum: typing.Any,
+) -> Any:
+    """Why the step of a gradient norm is skipped, from 1 in the order of `REASONS`, 0.0: it is not. And the new count,
+    mean and variance of norms (West, "Updating mean and variance estimates", 1979).
+
+    A skipped norm enters the averages as the largest that would not have been skipped. So one spike hardly moves them,
+    and a lasting change of level does: the variance grows by a factor at each such step until it is met. A norm that is
+    0 or not finite, and one that does not take part, since something else skips its step, do not enter.
+    """
+    usual = mean + deviations * maximum(sqrt(variance), least_spread * mean)
+    warm = count >= warm_up
+    outlier = where(warm & (norm > usual), 3.0, 0.0)
+    reason = where(norm - norm == 0.0, where(norm > above, 2.0, outlier), 1.0)
+    new = minimum(minimum(norm, above), where(warm, usual, above))
+    enters = takes_part & (norm > 0.0) & (norm - norm == 0.0) & (new * new - new * new == 0.0)
+    weight = maximum(1.0 / (count + 1.0), least_weight)
+    delta = where(enters, new - mean, 0.0 * mean)
+    variance = where(enters, (1.0 - weight) * (variance + weight * delta * delta), variance)
+    return reason, where(enters, count + 1.0, count), mean + weight * delta, variance
+
+
 # Random bits for stochastic rounding. Unsigned 32-bit arithmetic that wraps: `shift(x, n)` fills up with zeros from the
 # left, `times(x, constant)` multiplies.
 

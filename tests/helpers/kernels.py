@@ -63,10 +63,12 @@ def captures(monkeypatch):
     capturing: list[Graph] = []
     for module in (
         "fusedopt.optimizer.engine",
+        "fusedopt.optimizer.clipping",
         "fusedopt.optimizer.state",
         "fusedopt.optimizer.tracking",
         "fusedopt.backends.graphs",
         "fusedopt.backends.triton.capture",
+        "fusedopt.backends.triton.verdict",
         "fusedopt.backends.triton.scalars",
         "fusedopt.keras.adam_weight_decay",
         "fusedopt.keras.step_count",

@@ -17,7 +17,7 @@ class Bucket(NamedTuple):
     """Parameters with a gradient that take the same update; lists of the same length.
 
     Attributes:
-        hyper: the hyper-parameters; a rate is a float, or None.
+        hyper: the hyper-parameters; those that are tensors as floats, whatever their dtype.
         step: number of the update, from 1.
         factor: what gradients are multiplied by; without the sign of `maximize`.
         shard_infos: None where all parameters are whole.
@@ -100,9 +100,8 @@ def _buckets(
     for i, step in zip(advanced, counts):
         if param_set.grads[i] is not None:
             alike.setdefault(step, []).append(i)
-    hyper = param_set.hyper
-    if isinstance(hyper.lr, Tensor):  # a number whatever its dtype, as on the other backend
-        hyper = hyper._replace(lr=float(hyper.lr))
+    tensors = {name: value for name, value in param_set.hyper._asdict().items() if isinstance(value, Tensor)}
+    hyper = param_set.hyper._replace(**{name: float(value) for name, value in tensors.items()})
     for step, which in alike.items():
         columns: Any = (param_set.params, param_set.grads, param_set.states, param_set.shard_infos)
         some: Any = [column and [column[i] for i in which] for column in columns]

@@ -6,6 +6,7 @@ from fusedopt.backends.triton.adafactor import TritonAdafactor
 from fusedopt.backends.triton.adamw import TritonAdamW
 from fusedopt.backends.triton.elementwise import ElementwiseStepper
 from fusedopt.backends.triton.grad_norm import GradNorm
+from fusedopt.backends.triton.verdict import Verdict
 from fusedopt_kernels.lion import LION
 
 STEPPERS = {
@@ -13,4 +14,5 @@ STEPPERS = {
     "adamw": TritonAdamW,
     "lion": partial(ElementwiseStepper, LION),
     "squares": GradNorm,
+    "verdict": Verdict,
 }

@@ -61,7 +61,7 @@ class TritonAdafactor(TritonStepper):
         rows["rms32"] = np.where(self._plan.in_float64, 0, rms)
         rows["rms64"] = np.where(self._plan.in_float64, rms, 0)
 
-    def hyper_values(self, hyper: AdafactorHyper) -> dict[str, float]:
+    def hyper_values(self, hyper: AdafactorHyper) -> dict[str, float | Tensor]:
         ceiling, slope = rules.RELATIVE_STEP_CEILINGS[hyper.warmup_init]
         return {
             "relative_step": hyper.lr is None,
@@ -72,7 +72,7 @@ class TritonAdafactor(TritonStepper):
             "square_eps": hyper.square_eps,
             "rms_eps": hyper.rms_floor,
             "clip_threshold": hyper.clip_threshold,
-            "one_minus_beta1": 1.0 if hyper.beta1 is None else 1.0 - hyper.beta1,
+            "beta1": 0.0 if hyper.beta1 is None else hyper.beta1,
             "weight_decay": hyper.weight_decay,
         }
 

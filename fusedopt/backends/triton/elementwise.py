@@ -50,7 +50,7 @@ class ElementwiseStepper(TritonStepper):
         """Names of the states that updates with these hyper-parameters read."""
         return self.row.tensors[2:-1]
 
-    def hyper_values(self, hyper: Any) -> dict[str, float]:
+    def hyper_values(self, hyper: Any) -> dict[str, float | Tensor]:
         return {name: value for name, value in hyper._asdict().items() if name in self.hyper.fields and name != "lr"}
 
     def fill_rows(self, rows: np.ndarray, param_sets: Sequence[ParamSet], params: list[Tensor], states: States) -> None:

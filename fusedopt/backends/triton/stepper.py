@@ -14,6 +14,7 @@ from fusedopt.backends.triton.rows import Column, Rows
 from fusedopt.backends.triton.scalars import DeviceScalars
 from fusedopt.interface import Measurement, ParamSet, ShardInfo, StepArgs
 from fusedopt.precision import master_state
+from fusedopt_kernels import record
 from fusedopt_kernels.measures import PLACES
 from fusedopt_kernels.record import Record, Tables
 from fusedopt_kernels.statistics import finish_measures
@@ -91,7 +92,8 @@ class TritonStepper:
             if param_set.hyper.lr is not None:
                 hyper["lr"][i] = scalars.number("lr", param_set.hyper.lr)
             for name, value in self.hyper_values(param_set.hyper).items():
-                hyper[name][i] = value
+                by_address_too = self.hyper.fields[name] is record.NUMBER
+                hyper[name][i] = scalars.number(name, value) if by_address_too else value
         return hyper
 
     def _fill_in_measures(
@@ -125,7 +127,7 @@ class TritonStepper:
         """Fills in `pieces`, and the fields of the rows that only this rule has."""
         raise NotImplementedError
 
-    def hyper_values(self, hyper: Any) -> dict[str, float]:
+    def hyper_values(self, hyper: Any) -> dict[str, float | Tensor]:
         """Returns the fields of a set of hyper-parameters that only this rule has."""
         raise NotImplementedError
 

@@ -24,7 +24,7 @@ For a whole tensor, `row_means` and `square_totals` are `row_mean_partials` and 
 
 import triton.language as tl
 
-from fusedopt_kernels.record import ADDRESS, FLOAT, INTEGER, Tables
+from fusedopt_kernels.record import ADDRESS, FLOAT, INTEGER, NUMBER, Tables
 from fusedopt_kernels.step import hyper_record, row_record, scalars_record
 
 VECTOR, MATRIX, SMALL = map(tl.constexpr, range(3))
@@ -70,11 +70,11 @@ HYPER = hyper_record(
     ceiling=FLOAT,  # a relative step is min(ceiling + slope * step, 1 / sqrt(step))
     slope=FLOAT,
     decay_rate=FLOAT,
-    square_eps=FLOAT,
-    rms_eps=FLOAT,
+    square_eps=NUMBER,
+    rms_eps=NUMBER,
     clip_threshold=FLOAT,
-    one_minus_beta1=FLOAT,  # 1 where there is no average of updates
-    weight_decay=FLOAT,
+    beta1=NUMBER,  # 0 where there is no average of updates
+    weight_decay=NUMBER,
 )
 
 SCALARS = scalars_record(

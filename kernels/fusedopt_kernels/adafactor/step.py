@@ -81,8 +81,8 @@ def prologue(rows, hyper, scalars, T: tl.constexpr):
     tl.store(out + T.scalars.rate, tl.where(tl.load(h + T.hyper.relative_step) != 0, relative, lr))
     square_weight = _square_weight(count, load_float64(h + T.hyper.decay_rate), exp, log)
     tl.store(out + T.scalars.square_weight, square_weight)
-    tl.store(out + T.scalars.square_eps, load_float64(h + T.hyper.square_eps))
-    tl.store(out + T.scalars.one_minus_beta1, load_float64(h + T.hyper.one_minus_beta1))
+    tl.store(out + T.scalars.square_eps, load_number(h + T.hyper.square_eps))
+    tl.store(out + T.scalars.one_minus_beta1, 1.0 - load_number(h + T.hyper.beta1))
     tl.store(out + T.scalars.scale_parameter, tl.load(h + T.hyper.scale_parameter).to(tl.float64))
 
 
@@ -166,14 +166,14 @@ def finish(chunks, rows, hyper, scalars, square_partials, T: tl.constexpr, BLOCK
     rate = tl.load(scalar + T.scalars.rate)
     if tl.load(scalar + T.scalars.scale_parameter) != 0.0:
         rms = sqrt_rn(sum_up(at + count, count, BLOCK) / numel)
-        rate = _scaled_rate(rate, rms, load_float64(h + T.hyper.rms_eps), _fmax)
+        rate = _scaled_rate(rate, rms, load_number(h + T.hyper.rms_eps), _fmax)
         at32 = tl.load(row + T.row.rms32)
         at64 = tl.load(row + T.row.rms64)
         tl.store(at32.to(tl.pointer_type(tl.float32)), rms.to(tl.float32), mask=at32 != 0)
         tl.store(at64.to(tl.pointer_type(tl.float64)), rms, mask=at64 != 0)
     divisor = _clip_divisor(update_rms, load_float64(h + T.hyper.clip_threshold), _maximum)
     tl.store(scalar + T.scalars.step_size, rate / divisor)
-    tl.store(scalar + T.scalars.decay_step, rate * load_float64(h + T.hyper.weight_decay))
+    tl.store(scalar + T.scalars.decay_step, rate * load_number(h + T.hyper.weight_decay))
 
 
 @triton.jit

@@ -1,0 +1,36 @@
+"""Whether a step is skipped, on the eager backend, whose steps have to know it in any case."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fusedopt_kernels import rules
+
+
+class Verdict:
+    """Judges the gradient norms of the steps on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def __call__(self, norm: Tensor, found_inf: Tensor | None, ledger: Tensor, limits: rules.Limits) -> Tensor:
+        """See `fusedopt_kernels.verdict`. Waits for the device."""
+        found = 0.0 if found_inf is None else float(found_inf)
+        *skipped, count, mean, variance = ledger.tolist()
+        reason, *moments = rules.skip_verdict(
+            float(norm),
+            found == 0.0,
+            count,
+            mean,
+            variance,
+            *limits,
+            where=lambda condition, x, y: x if condition else y,
+            sqrt=math.sqrt,
+            minimum=min,
+            maximum=max,
+        )
+        if reason:
+            skipped[int(reason) - 1] += 1.0
+        ledger.copy_(torch.tensor([*skipped, *moments], dtype=torch.float64, device="cpu"))
+        return torch.tensor(reason or found, dtype=torch.float32, device=self._device)

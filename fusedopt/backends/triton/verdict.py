@@ -1,0 +1,41 @@
+"""Whether a step is skipped, on the Triton backend."""
+
+import torch
+from torch import Tensor
+
+from fusedopt.backends.graphs import capturing, on_device
+from fusedopt_kernels import verdict as kernels
+from fusedopt_kernels.rules import Limits
+
+
+class Verdict:
+    """Judges the gradient norms of the steps on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._ran: set[tuple[bool, Limits]] = set()
+        self._kept: list[object] = []
+
+    @property
+    def captured(self) -> bool:
+        """True if there may be a CUDA graph that goes on reading what this holds."""
+        return bool(self._kept)
+
+    def __call__(self, norm: Tensor, found_inf: Tensor | None, ledger: Tensor, limits: Limits) -> Tensor:
+        """See `fusedopt_kernels.verdict`. Waits for nothing.
+
+        Raises:
+            RuntimeError: during a capture, limits that no step before it had: the kernel may not be compiled yet.
+        """
+        variant = found_inf is None, limits
+        if capturing(self._device) and variant not in self._ran:
+            raise RuntimeError(
+                "a CUDA graph is being captured, and no step before it had these limits for norms: take one step like "
+                "the captured one before the capture, so that its kernels are compiled"
+            )
+        self._ran.add(variant)
+        with on_device(self._device):
+            flag = kernels.verdict(norm, found_inf, ledger, limits)
+        if capturing(self._device):
+            self._kept.append((norm, found_inf, ledger, flag))
+        return flag
