@@ -15,7 +15,7 @@ from fusedopt.statistics.values import QUANTITIES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
     from fusedopt.statistics.recorder import StatisticsRecorder
 
@@ -46,7 +46,7 @@ class _Data:
 
     def __init__(self, recorder: StatisticsRecorder, sort: bool) -> None:
         history = recorder.history.astype(np.float64)
-        measured = ~np.isnan(history).all(axis=2)
+        measured: np.ndarray = ~np.isnan(history).all(axis=2)
         if not measured.any():
             raise ValueError("no step was measured; make the StatisticsRecorder before training, and train")
         kinds, numel, names = kinds_of(recorder.optimizer), numel_of(recorder.optimizer), recorder.names
@@ -120,24 +120,35 @@ def plot_statistics(recorder: StatisticsRecorder) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    few = len(recorder.names) <= MOST_LINES
-    data = _Data(recorder, sort=not few)
+    figure = Figure(figsize=(7.6 if _few(recorder) else 11.0, height_of(recorder)), dpi=110, layout="constrained")
+    draw_statistics(figure, recorder)
+    return figure
+
+
+def height_of(recorder: StatisticsRecorder) -> float:
+    """Returns how high a picture should be, in inches."""
+    return 6.6 if _few(recorder) else float(np.clip(2.2 + 0.135 * len(recorder.names), 4.5, 11.5))
+
+
+def draw_statistics(figure: Figure | SubFigure, recorder: StatisticsRecorder) -> None:
+    """Draws what `plot_statistics` does in a figure, or in a part of one, that has a constrained layout."""
+    data = _Data(recorder, sort=not _few(recorder))
     handles: dict[str, Any] = {}
-    if few:
-        figure = Figure(figsize=(7.6, 6.6), dpi=110, layout="constrained")
+    if _few(recorder):
         panels = figure.subplots(2, 1, sharex=True)
         for ax, (quantity, title) in zip(panels, PANELS.items()):
-            handles |= draw_lines(ax, data, quantity, title)
+            handles |= _draw_lines(ax, data, quantity, title)
         panels[0].set_xlabel("")
     else:
-        height = float(np.clip(2.2 + 0.135 * len(data.names), 4.5, 11.5))
-        figure = Figure(figsize=(11.0, height), dpi=110, layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
         for ax, (quantity, title) in zip(panels, PANELS.items()):
-            handles |= draw_heat_map(ax, data, quantity, title, height=72 * height - 150)
+            handles |= _draw_heat_map(ax, data, quantity, title, height=72 * height_of(recorder) - 150)
     _legend_below(figure, handles)
     figure.suptitle(_summary(data), x=0.012, ha="left", fontsize=9.5, color=NEUTRAL, parse_math=False)
-    return figure
+
+
+def _few(recorder: StatisticsRecorder) -> bool:
+    return len(recorder.names) <= MOST_LINES
 
 
 def _summary(data: _Data) -> str:
@@ -153,7 +164,7 @@ def _summary(data: _Data) -> str:
     return "\n".join(lines)
 
 
-def draw_lines(ax: Axes, data: _Data, quantity: str, title: str) -> dict[str, Any]:
+def _draw_lines(ax: Axes, data: _Data, quantity: str, title: str) -> dict[str, Any]:
     """Draws a line per parameter, and returns the entries of a legend by their labels."""
     values, broken = data.values(quantity), data.broken(quantity)
     worst = {row for row, _ in data.worst[:_NAMED_WORST]}
@@ -168,9 +179,9 @@ def draw_lines(ax: Axes, data: _Data, quantity: str, title: str) -> dict[str, An
         low, high = np.nanmin(drawable), np.nanmax(drawable)
         ax.set_ylim(low / 1.6, high * 2.0)
         if quantity == "update_to_weight" and low < _USUAL < high:
-            dotted = {"color": NEUTRAL, "linewidth": 0.9, "linestyle": (0, (1, 3))}
+            dotted: dict[str, Any] = {"color": NEUTRAL, "linewidth": 0.9, "linestyle": (0, (1, 3))}
             handles["0.001, as is common"] = ax.axhline(_USUAL, zorder=0, **dotted)
-    for row in np.flatnonzero(broken.any(axis=1)):
+    for row in np.flatnonzero(broken.any(axis=1)).tolist():
         where = data.steps[broken[row]]
         style: dict[str, Any] = {"color": WRONG, "markersize": 5, "zorder": 4, "transform": ax.get_xaxis_transform()}
         (handles[f"not finite: {data.full_names[row]}"],) = ax.plot(where, np.full(len(where), 0.955), "x", **style)
@@ -178,7 +189,7 @@ def draw_lines(ax: Axes, data: _Data, quantity: str, title: str) -> dict[str, An
     return handles | _mark_skipped(ax, data)
 
 
-def draw_heat_map(ax: Axes, data: _Data, quantity: str, title: str, height: float) -> dict[str, Any]:
+def _draw_heat_map(ax: Axes, data: _Data, quantity: str, title: str, height: float) -> dict[str, Any]:
     """Draws a row per parameter, and returns the entries of a legend by their labels.
 
     Args:
@@ -240,7 +251,7 @@ def draw_heat_map(ax: Axes, data: _Data, quantity: str, title: str, height: floa
 
 
 def _pooled(cells: np.ndarray, deserves: np.ndarray, axis: int, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns at most `most` cells along an axis, and where they begin: of neighbours, the one that deserves it most."""
+    """Returns at most `most` cells along an axis, of neighbours the one that deserves it most, and where they begin."""
     length = deserves.shape[axis]
     starts = np.unique(np.linspace(0, length, min(length, most), endpoint=False).astype(int))
     if len(starts) == length:
@@ -290,9 +301,10 @@ def _mark_skipped(ax: Axes, data: _Data) -> dict[str, Any]:
     return {"steps that changed nothing": marks}
 
 
-def _legend_below(figure: Figure, handles: dict[str, Any]) -> None:
-    columns = max(1, int(figure.get_figwidth() / 2.7))
-    labels = [shortened(label, 72 * figure.get_figwidth() / columns - 50) for label in handles]
+def _legend_below(figure: Figure | SubFigure, handles: dict[str, Any]) -> None:
+    width = figure.bbox.width / figure.get_dpi()
+    columns = max(1, int(width / 2.7))
+    labels = [shortened(label, 72 * width / columns - 50) for label in handles]
     options: dict[str, Any] = {"ncols": columns, "frameon": False, "fontsize": SMALL}
     # Matplotlib leaves out labels that begin with an underscore.
     labels = [" " + label if label.startswith("_") else label for label in labels]

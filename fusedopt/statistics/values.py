@@ -100,10 +100,10 @@ class Statistics:
         """The statistics as text, a line per parameter, the most conspicuous first; waits for the device.
 
         First those with a norm that is not finite; then those whose gradient is 0 while others have one; then those
-        that are farthest from the median of their kind, by a factor, in their update-to-weight ratio or in the root
-        mean square of their elements; last those whose weights or updates were 0. The last column says so where there
-        is something to say. Of one kind are parameters with as many dimensions whose names end alike: weights of linear
-        layers, weights of norms, biases.
+        that are farthest from their like, by a factor: in the update-to-weight ratio, or in the root mean square of the
+        elements ("element size"), from the nearest quarter of the parameters of their kind; last those whose weights or
+        updates were 0. The last column says what is conspicuous, where something is. Of one kind are parameters with as
+        many dimensions whose names end alike: weights of linear layers, weights of norms, biases.
 
         Args:
             rows: how many lines; None for all.
