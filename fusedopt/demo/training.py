@@ -165,7 +165,7 @@ def train(settings: Settings, *, resume: bool = False, statistics: bool = False)
             batches.set_state(checkpoint["batches"])
             for run in runs:
                 run.load_state_dict(checkpoint["runs"][run.name])
-    recorder = StatisticsRecorder(runs[1].optimizer, first_step=done) if statistics else None
+    recorder = StatisticsRecorder(runs[1].optimizer, first_step=done + 1) if statistics else None
     out.mkdir(parents=True, exist_ok=True)
     if not resume:  # This run may be interrupted before its first checkpoint: an earlier run's must not be resumed.
         (out / CHECKPOINT).unlink(missing_ok=True)

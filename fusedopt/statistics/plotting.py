@@ -155,7 +155,8 @@ def _summary(data: _Data) -> str:
     first, last = data.steps[0], data.steps[-1]
     inside = f" in {data.inside.removesuffix('.')}" if data.inside else ""
     steps = f"step {first:,}" if first == last else f"steps {first:,} to {last:,}"
-    skipped = f"; {data.skipped.sum():,} measured steps changed nothing" if data.skipped.any() else ""
+    number = int(data.skipped.sum())
+    skipped = f"; {number:,} measured step{'s' * (number > 1)} changed nothing" if number else ""
     lines = [f"{len(data.names):,} parameters{inside}, {steps}{skipped}"]
     for row, text in data.worst[:_NAMED_WORST]:
         lines.append(f"stands out: {shortened(data.full_names[row], 330)} ({text})")
@@ -242,11 +243,13 @@ def _draw_heat_map(ax: Axes, data: _Data, quantity: str, title: str, height: flo
     for row in range(1, len(data.names)):
         if data.kinds[row] != data.kinds[row - 1]:
             ax.axhline(row - 0.5, color="white", linewidth=2.5)
-    handles = {
-        "not finite": Patch(color=WRONG),
-        "0, or the weight is 0": Patch(color=_NO_UPDATE),
-        "not measured": Patch(facecolor="white", edgecolor=_NO_UPDATE),
-    }
+    handles = {}
+    if broken.any():
+        handles["not finite"] = Patch(color=WRONG)
+    if (~drawable & ~broken & data.measured.T).any():
+        handles["0, or the weight is 0"] = Patch(color=_NO_UPDATE)
+    if not data.measured.all():
+        handles["not measured"] = Patch(facecolor="white", edgecolor=_NO_UPDATE)
     return handles | _mark_skipped(ax, data)
 
 
@@ -302,6 +305,8 @@ def _mark_skipped(ax: Axes, data: _Data) -> dict[str, Any]:
 
 
 def _legend_below(figure: Figure | SubFigure, handles: dict[str, Any]) -> None:
+    if not handles:
+        return
     width = figure.bbox.width / figure.get_dpi()
     columns = max(1, int(width / 2.7))
     labels = [shortened(label, 72 * width / columns - 50) for label in handles]

@@ -76,7 +76,7 @@ class StatisticsRecorder:
             also of those that the history drops: a `torch.utils.tensorboard.SummaryWriter`, or anything else with
             `add_scalar(tag, value, step)`. In a run of several processes, give it to one of them.
         limit: how many entries the history has at most, 2 or more.
-        first_step: the number of optimizer steps before these: 0, or that of the checkpoint from which a run goes on.
+        first_step: the number of the next step: 0, or where a resumed run goes on.
 
     Raises:
         ValueError: the optimizer has no statistics, or a number is out of range.
@@ -151,7 +151,7 @@ class StatisticsRecorder:
 
     @property
     def steps(self) -> np.ndarray:
-        """The numbers of the steps in the history, int64 [entries]; the first step of a run is 0."""
+        """The numbers of the steps in the history, int64 [entries]; they begin with `first_step`."""
         self._receive(wait=True)
         return np.array(self._steps, np.int64)
 
