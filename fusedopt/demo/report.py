@@ -114,8 +114,9 @@ def figure(outcome: Outcome) -> Figure:
     more = 0.0 if outcome.statistics is None else height_of(outcome.statistics)
     fig = Figure(figsize=(10, 7 + more), layout=layout, facecolor="white")
     upper: Any = fig
-    if outcome.statistics is not None:
-        upper, lower = fig.subfigures(2, 1, height_ratios=(7, more))
+    if more:
+        parts: Any = fig.subfigures(2, 1, height_ratios=(7, more))
+        upper, lower = parts
     grid = upper.add_gridspec(2, 2, height_ratios=(1.7, 1))
     title = f"{_what(outcome)} on {outcome.settings.torch_device.type}"
     upper.suptitle(title, x=0.012, ha="left", fontsize=11, color=INK)

@@ -46,7 +46,7 @@ class _Data:
 
     def __init__(self, recorder: StatisticsRecorder, sort: bool) -> None:
         history = recorder.history.astype(np.float64)
-        measured: np.ndarray = ~np.isnan(history).all(axis=2)
+        measured = np.logical_not(np.isnan(history).all(axis=2))
         if not measured.any():
             raise ValueError("no step was measured; make the StatisticsRecorder before training, and train")
         kinds, numel, names = kinds_of(recorder.optimizer), numel_of(recorder.optimizer), recorder.names
