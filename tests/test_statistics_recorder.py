@@ -138,15 +138,15 @@ def test_steps_that_are_not_measured_receive_too(monkeypatch):
     assert writer.scalars and (device.sent, device.waits) == (1, 0)
 
 
-def test_closing_waits_once_and_ends_the_history(monkeypatch):
+def test_closing_waits_for_the_last_ones_and_ends_the_history(monkeypatch):
     model, optimizer = made()
     device, writer = Device(monkeypatch), Writer()
     recorder = StatisticsRecorder(optimizer, writer)
     train(model, optimizer, 2)
     recorder.close()
     train(model, optimizer, 2)
-    assert recorder.steps.tolist() == [0, 1] == sorted({step for _, step in writer.scalars})
-    assert device.sent == 2
+    assert sorted({step for _, step in writer.scalars}) == [0, 1] and device.waits == 2
+    assert recorder.steps.tolist() == [0, 1] and device.sent == 2
 
 
 @pytest.mark.parametrize("limit", [2, 7, 64])
@@ -202,6 +202,18 @@ def test_replays_are_recorded_by_hand_and_captures_not_at_all(monkeypatch):
     recorder.record(step=10)
     train(model, optimizer, 1)
     assert recorder.steps.tolist() == [0, 1, 10, 11]
+
+
+def test_a_step_after_a_capture_is_recorded_if_it_is_measured(monkeypatch):
+    model, optimizer = made(track_statistics=2)
+    recorder = StatisticsRecorder(optimizer)
+    train(model, optimizer, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(recording, "capturing", lambda device: True)
+        train(model, optimizer, 1)
+    assert optimizer.tracker.measured_steps == 2
+    train(model, optimizer, 2)
+    assert recorder.steps.tolist() == [0, 3]
 
 
 def test_skipped_steps_are_counted():
@@ -412,15 +424,17 @@ def test_few_layers_are_lines(trained, tmp_path):
     figure = recorder.plot(tmp_path / "few.png")
     assert (tmp_path / "few.png").read_bytes().startswith(b"\x89PNG")
     assert [ax.get_title(loc="left") for ax in figure.axes] == ["update/weight", "gradient norm"]
-    names = [f"layers.{layer}.weight" for layer in (0, 1, 3, 4)]
+    names = [f"{layer}.weight" for layer in (0, 1, 3, 4)]
     assert texts(figure)[:4] == names
     for ax, quantity in zip(figure.axes, ("update_to_weight", "grad_norm")):
         assert ax.get_yscale() == "log"
         for line, layer in zip(ax.get_lines(), (0, 1, 3, 4)):
             expected = recorder.history[:, layer, QUANTITIES.index(quantity)].astype(np.float64)
             np.testing.assert_array_equal(line.get_ydata(), np.where(expected > 0.0, expected, np.nan))
-    assert "not finite: layers.3.weight" in texts(figure) and "steps that changed nothing" in texts(figure)
-    assert "stands out: layers.1.weight" in figure.get_suptitle()
+    assert "not finite: 3.weight" in texts(figure) and "steps that changed nothing" in texts(figure)
+    first, second = figure.get_suptitle().splitlines()
+    assert first == "4 parameters in layers, steps 0 to 5; 1 measured step changed nothing"
+    assert second.startswith("stands out: 1.weight (")
 
 
 def colours(figure: Any, panel: int) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusedopt.drawing import NEUTRAL, SMALL, WRONG, shortened, styles
+from fusedopt.drawing import NEUTRAL, SMALL, WRONG, shortened, styles, text_width
 from fusedopt.statistics.findings import findings, kinds_of, numel_of
 from fusedopt.statistics.values import QUANTITIES
 
@@ -31,6 +31,7 @@ _USUAL = 1e-3  # the ratio of update to weight that is common wisdom for a healt
 _MOST_COLUMNS, _MOST_ROWS = 240, 400
 # Points of a row's label, with its leading, and for its name.
 _LABEL, _NAME_ROOM = 8.0, 190.0
+_SUMMARY = 9.5
 _NAMED_WORST = 3
 
 
@@ -56,9 +57,8 @@ class _Data:
             rows.sort(key=lambda row: (kinds[row][0], first[kinds[row]]), reverse=True)
         self.steps = recorder.steps
         self.skipped = recorder.skipped
-        self.full_names = [names[row] for row in rows]
-        self.inside = _common(self.full_names)
-        self.names = [name[len(self.inside) :] for name in self.full_names]
+        self.inside = _common([names[row] for row in rows])
+        self.names = [names[row][len(self.inside) :] for row in rows]
         self.kinds = [kinds[row] for row in rows]
         self.history = history[:, rows]
         self.measured = measured[:, rows]
@@ -144,14 +144,21 @@ def draw_statistics(figure: Figure | SubFigure, recorder: StatisticsRecorder) ->
         for ax, (quantity, title) in zip(panels, PANELS.items()):
             handles |= _draw_heat_map(ax, data, quantity, title, height=72 * height_of(recorder) - 150)
     _legend_below(figure, handles)
-    figure.suptitle(_summary(data), x=0.012, ha="left", fontsize=9.5, color=NEUTRAL, parse_math=False)
+    summary = _summary(data, 0.97 * _width(figure) * SMALL / _SUMMARY)
+    figure.suptitle(summary, x=0.012, ha="left", fontsize=_SUMMARY, color=NEUTRAL, parse_math=False)
 
 
 def _few(recorder: StatisticsRecorder) -> bool:
     return len(recorder.names) <= MOST_LINES
 
 
-def _summary(data: _Data) -> str:
+def _width(figure: Figure | SubFigure) -> float:
+    """Returns the width of a figure in points."""
+    return 72 * figure.bbox.width / figure.get_dpi()
+
+
+def _summary(data: _Data, room: float) -> str:
+    """Returns what is drawn and what stands out, in lines that fit into `room`, in points of small letters."""
     first, last = data.steps[0], data.steps[-1]
     inside = f" in {data.inside.removesuffix('.')}" if data.inside else ""
     steps = f"step {first:,}" if first == last else f"steps {first:,} to {last:,}"
@@ -159,9 +166,10 @@ def _summary(data: _Data) -> str:
     skipped = f"; {number:,} measured step{'s' * (number > 1)} changed nothing" if number else ""
     lines = [f"{len(data.names):,} parameters{inside}, {steps}{skipped}"]
     for row, text in data.worst[:_NAMED_WORST]:
-        lines.append(f"stands out: {shortened(data.full_names[row], 330)} ({text})")
+        before, after = "stands out: ", f" ({text})"
+        lines.append(before + shortened(data.names[row], room - text_width(before + after)) + after)
     if len(data.worst) > _NAMED_WORST:
-        lines[-1] += f", and {len(data.worst) - _NAMED_WORST:,} more"
+        lines.append(f"and {len(data.worst) - _NAMED_WORST:,} more")
     return "\n".join(lines)
 
 
@@ -172,7 +180,7 @@ def _draw_lines(ax: Axes, data: _Data, quantity: str, title: str) -> dict[str, A
     handles = {}
     ax.set_yscale("log")
     drawable = np.where(np.isfinite(values) & (values > 0.0), values, np.nan)
-    for row, (name, look) in enumerate(zip(data.full_names, styles(len(data.names)))):
+    for row, (name, look) in enumerate(zip(data.names, styles(len(data.names)))):
         marker = "." if len(data.steps) <= 60 else ""
         width = 2.4 if row in worst else 1.4
         (handles[name],) = ax.plot(data.steps, drawable[row], marker=marker, markersize=4, linewidth=width, **look)
@@ -185,7 +193,7 @@ def _draw_lines(ax: Axes, data: _Data, quantity: str, title: str) -> dict[str, A
     for row in np.flatnonzero(broken.any(axis=1)).tolist():
         where = data.steps[broken[row]]
         style: dict[str, Any] = {"color": WRONG, "markersize": 5, "zorder": 4, "transform": ax.get_xaxis_transform()}
-        (handles[f"not finite: {data.full_names[row]}"],) = ax.plot(where, np.full(len(where), 0.955), "x", **style)
+        (handles[f"not finite: {data.names[row]}"],) = ax.plot(where, np.full(len(where), 0.955), "x", **style)
     _finish(ax, title)
     return handles | _mark_skipped(ax, data)
 
@@ -307,9 +315,8 @@ def _mark_skipped(ax: Axes, data: _Data) -> dict[str, Any]:
 def _legend_below(figure: Figure | SubFigure, handles: dict[str, Any]) -> None:
     if not handles:
         return
-    width = figure.bbox.width / figure.get_dpi()
-    columns = max(1, int(width / 2.7))
-    labels = [shortened(label, 72 * width / columns - 50) for label in handles]
+    columns = max(1, int(_width(figure) / 195))
+    labels = [shortened(label, _width(figure) / columns - 50) for label in handles]
     options: dict[str, Any] = {"ncols": columns, "frameon": False, "fontsize": SMALL}
     # Matplotlib leaves out labels that begin with an underscore.
     labels = [" " + label if label.startswith("_") else label for label in labels]
