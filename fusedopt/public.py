@@ -16,6 +16,8 @@ from fusedopt.schedules import __all__ as _schedules
 from fusedopt.schedules.plotting import plot_gallery, plot_schedule, plot_verification
 from fusedopt.schedules.recorder import LRRecorder
 from fusedopt.schedules.verification import Verification, verify_schedule
+from fusedopt.statistics.plotting import plot_statistics
+from fusedopt.statistics.recorder import StatisticsRecorder
 
 __all__ = [
     "Adafactor",
@@ -26,6 +28,7 @@ __all__ = [
     "LRRecorder",
     "Lion",
     "PolynomialDecay",
+    "StatisticsRecorder",
     "Verification",
     "WarmUp",
     "create_optimizer",
@@ -35,6 +38,7 @@ __all__ = [
     "load_float32_parameters",
     "plot_gallery",
     "plot_schedule",
+    "plot_statistics",
     "plot_verification",
     "register_step_in_backward",
     "verify_schedule",

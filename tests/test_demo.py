@@ -52,6 +52,36 @@ def test_records(tiny):
         assert record["optimizer_ms"] > 0
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_statistics_change_no_number_and_are_in_the_picture(tiny, tmp_path, optimizer):
+    tiny = replace(tiny, optimizer=optimizer, steps=6)
+    plain = train(tiny)
+    weights_of_plain = weights(tiny)
+    outcome = train(tiny, statistics=True)
+    assert without_times(outcome.records) == without_times(plain.records) and plain.statistics is None
+    assert_same([run["model"] for run in weights(tiny).values()], [run["model"] for run in weights_of_plain.values()])
+    assert outcome.statistics.steps.tolist() == [1, 6]
+    assert {"position", "blocks.0.grow.bias"} < set(outcome.statistics.names)
+    assert [ax.get_title(loc="left") for ax in report.figure(outcome).axes if ax.get_title(loc="left")][-2:] == [
+        "update/weight",
+        "gradient norm",
+    ]
+
+
+def test_statistics_of_a_resumed_run_begin_where_it_goes_on(tiny):
+    train(replace(tiny, steps=2))
+    longer = replace(tiny, steps=9)
+    outcome = train(longer, resume=True, statistics=True)
+    assert outcome.statistics.steps.tolist() == [3, 8]
+    assert train(longer, resume=True, statistics=True).statistics is None  # it is finished
+    report.save_picture(outcome, Path(tiny.out) / "demo.png")
+
+
+def test_of_a_long_run_a_hundred_steps_are_measured(tiny, monkeypatch):
+    monkeypatch.setattr(training, "STATISTICS_STEPS", 2)
+    assert train(replace(tiny, steps=23), statistics=True).statistics.steps.tolist() == [1, 13]
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule_drives_both_runs(tiny, schedule):
     records = train(replace(tiny, schedule=schedule)).records

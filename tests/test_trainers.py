@@ -29,7 +29,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 def test_every_example_is_run_here():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {
-        *("plain_pytorch", "transformers_trainer", "accelerate_loop", "lightning_module")
+        *("plain_pytorch", "transformers_trainer", "accelerate_loop", "lightning_module", "sick_layer")
     }
 
 
@@ -41,6 +41,25 @@ def test_plain_pytorch(example, capsys):
     assert_same(model, resumed)
     assert losses == same_losses
     assert capsys.readouterr().out.count("in 40 steps") == 2
+
+
+@pytest.mark.parametrize(
+    ("sick", "times"),
+    [
+        (None, None),
+        ("blocks.layers.1.linear2.weight", 0.02),
+        ("blocks.layers.0.self_attn.out_proj.weight", 50),
+        ("blocks.layers.2.norm1.weight", 50),
+    ],
+)
+def test_sick_layer(example, capsys, sick, times):
+    main = example("sick_layer", "torch").main
+    planted = ["--sick", sick, "--times", str(times)] if sick else []
+    recorder = main(["--steps", "12", "--picture", "runs/statistics.png", *planted])
+    head, first, *_ = capsys.readouterr().out.splitlines()
+    assert head.startswith("parameter") and first.startswith(sick or "blocks.layers.2.linear1.weight ")
+    assert "× " in first
+    assert len(recorder.steps) == 12 and Path("runs/statistics.png").stat().st_size > 0
 
 
 def trainer_run(example, *arguments):

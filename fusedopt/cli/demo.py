@@ -12,6 +12,8 @@ from fusedopt.demo import report
 from fusedopt.demo.checkpoint import load_checkpoint
 from fusedopt.demo.settings import CHECKPOINT, METRICS, PICTURE, SCHEDULES
 
+NOT_SETTINGS = ("run", "command", "resume", "statistics")
+
 
 def add_demo_command(commands: Any) -> None:
     """Adds `demo` to the sub-commands of an argument parser."""
@@ -35,20 +37,26 @@ def add_demo_command(commands: Any) -> None:
         default=False,
         help="go on from the checkpoint in DIR, bit for bit; options that are not given are those of that run",
     )
+    parser.add_argument(
+        "--statistics",
+        action="store_true",
+        default=False,
+        help="draw update-to-weight ratio and gradient norm of every parameter, too",
+    )
     parser.set_defaults(run=run_demo)
 
 
 def run_demo(options: argparse.Namespace) -> None:
     import matplotlib  # noqa: F401 - if it is missing, that should be known before the training
 
-    given = {name: value for name, value in vars(options).items() if name not in ("run", "command", "resume")}
+    given = {name: value for name, value in vars(options).items() if name not in NOT_SETTINGS}
     if options.resume:
         folder = given.get("out", demo.Settings.out)
         given = {**load_checkpoint(Path(folder) / CHECKPOINT)["settings"], **given, "out": folder}
     settings = demo.Settings(**given)
     out = Path(settings.out)
     try:
-        outcome = demo.train(settings, resume=options.resume)
+        outcome = demo.train(settings, resume=options.resume, statistics=options.statistics)
     except KeyboardInterrupt:
         print(
             f"\n`fusedopt demo --resume --out {out}` goes on from the last checkpoint, if there is one", file=sys.stderr

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusedopt.columns import aligned
 from fusedopt.files import write_atomically
+from fusedopt.statistics.plotting import draw_statistics, height_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -104,20 +105,26 @@ def save_picture(outcome: Outcome, path: Path) -> None:
 
 
 def figure(outcome: Outcome) -> Figure:
-    """Draws both loss curves in one plot, the learning rate, and the optimizer's time per step."""
+    """Draws both loss curves in one plot, the learning rate, the optimizer's time per step, and statistics if any."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     eager, fused = (Curves(outcome.records, run) for run in STYLES)
     layout = ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.12, hspace=0.06, wspace=0.06)
-    fig = Figure(figsize=(10, 7), layout=layout, facecolor="white")
-    grid = fig.add_gridspec(2, 2, height_ratios=(1.7, 1))
-    fig.suptitle(
-        f"{_what(outcome)} on {outcome.settings.torch_device.type}", x=0.012, ha="left", fontsize=11, color=INK
-    )
-    _draw_loss(fig.add_subplot(grid[0, :]), eager, fused)
-    _draw_rate(fig.add_subplot(grid[1, 0]), fused)
-    _draw_time(fig.add_subplot(grid[1, 1]), eager, fused)
+    more = 0.0 if outcome.statistics is None else height_of(outcome.statistics)
+    fig = Figure(figsize=(10, 7 + more), layout=layout, facecolor="white")
+    upper: Any = fig
+    if more:
+        parts: Any = fig.subfigures(2, 1, height_ratios=(7, more))
+        upper, lower = parts
+    grid = upper.add_gridspec(2, 2, height_ratios=(1.7, 1))
+    title = f"{_what(outcome)} on {outcome.settings.torch_device.type}"
+    upper.suptitle(title, x=0.012, ha="left", fontsize=11, color=INK)
+    _draw_loss(upper.add_subplot(grid[0, :]), eager, fused)
+    _draw_rate(upper.add_subplot(grid[1, 0]), fused)
+    _draw_time(upper.add_subplot(grid[1, 1]), eager, fused)
+    if outcome.statistics is not None:
+        draw_statistics(lower, outcome.statistics)
     return fig
 
 

@@ -23,6 +23,7 @@ from fusedopt.demo.settings import CHECKPOINT, CONTEXT, METRICS, OPTIMIZERS, Set
 from fusedopt.demo.text import Text, read_text
 from fusedopt.files import naming, write_atomically
 from fusedopt.schedules import example_arguments, get_scheduler
+from fusedopt.statistics.recorder import StatisticsRecorder
 
 MEASURE_EVERY = 25
 """Steps between two measurements of the validation loss, for runs of any length: a longer one repeats a shorter."""
@@ -32,6 +33,9 @@ HELD_OUT_WINDOWS = 64
 
 WARMUP_SHARE = 0.1
 """Fraction of the steps in the warm-up of schedules that have one."""
+
+STATISTICS_EVERY, STATISTICS_STEPS = 5, 100
+"""Least steps from one with statistics to the next, and most such steps: the median time is that of the others."""
 
 
 class Outcome(NamedTuple):
@@ -46,12 +50,16 @@ class Outcome(NamedTuple):
     """The one of our optimizer."""
     records: list[dict[str, Any]]
     """One per step and run, as in metrics.jsonl."""
+    statistics: StatisticsRecorder | None = None
+    """What our optimizer did to each parameter in the steps of this run; None if nobody asked, or if there was none."""
 
 
 class Run:
     """One of the two trainings: a model, its optimizer, and a scheduler unless the optimizer has a rate of its own."""
 
-    def __init__(self, name: str, model: GPT, make: Callable[..., Optimizer], settings: Settings) -> None:
+    def __init__(
+        self, name: str, model: GPT, make: Callable[..., Optimizer], settings: Settings, track_statistics: int = 0
+    ) -> None:
         self.name = name
         self.model = model
         choice, lr, schedule = OPTIMIZERS[settings.optimizer], settings.learning_rate, settings.schedule_name
@@ -59,7 +67,14 @@ class Run:
         vectors = [p for p in model.parameters() if p.dim() < 2]
         # Norms and biases do not decay.
         groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = make(groups, **{choice.lr_name: lr}, **choice.options)
+        options = {choice.lr_name: lr, **choice.options}
+        if track_statistics:
+            options["track_statistics"] = track_statistics
+        self.optimizer = make(groups, **options)
+        if track_statistics:
+            names = {p: name for name, p in model.named_parameters()}
+            for group in self.optimizer.param_groups:
+                group["param_names"] = [names[p] for p in group["params"]]
         self.scheduler: Any = None
         if schedule is not None and lr is not None:
             self.scheduler = get_scheduler(
@@ -97,13 +112,15 @@ class Run:
                 group["lr"] = group["initial_lr"] * factor(self.scheduler.last_epoch)
 
 
-def train(settings: Settings, *, resume: bool = False) -> Outcome:
+def train(settings: Settings, *, resume: bool = False, statistics: bool = False) -> Outcome:
     """Trains both runs side by side, step by step, and leaves metrics.jsonl and checkpoint.pt in `settings.out`.
 
     Args:
         settings: of the run.
         resume: True to go on from the checkpoint in `settings.out`, bit for bit as if the run had not stopped. With
             more `steps` than before, rates follow the schedule of the longer run from here on.
+        statistics: True to keep those of every fifth step of our optimizer, of fewer in runs of more than 500 steps;
+            checkpoints are without.
 
     Raises:
         ValueError: the text cannot be used, or the checkpoint is missing, unreadable or of another run.
@@ -132,7 +149,11 @@ def train(settings: Settings, *, resume: bool = False) -> Outcome:
 
     # They differ in their optimizer.
     choice = OPTIMIZERS[settings.optimizer]
-    runs = [Run("eager", copy.deepcopy(model), choice.reference, settings), Run("fused", model, choice.ours, settings)]
+    every = max(STATISTICS_EVERY, -(-settings.steps // STATISTICS_STEPS)) if statistics else 0
+    runs = [
+        Run("eager", copy.deepcopy(model), choice.reference, settings),
+        Run("fused", model, choice.ours, settings, every),
+    ]
 
     # The first step, or the one after the checkpoint's. Records of later steps are dropped.
     done, records = 0, []
@@ -144,6 +165,7 @@ def train(settings: Settings, *, resume: bool = False) -> Outcome:
             batches.set_state(checkpoint["batches"])
             for run in runs:
                 run.load_state_dict(checkpoint["runs"][run.name])
+    recorder = StatisticsRecorder(runs[1].optimizer, first_step=done + 1) if statistics else None
     out.mkdir(parents=True, exist_ok=True)
     if not resume:  # This run may be interrupted before its first checkpoint: an earlier run's must not be resumed.
         (out / CHECKPOINT).unlink(missing_ok=True)
@@ -198,7 +220,8 @@ def train(settings: Settings, *, resume: bool = False) -> Outcome:
 
     parameters = list(model.parameters())
     backend = backends.choose(device)
-    return Outcome(settings, sum(p.numel() for p in parameters), len(parameters), CONTEXT, backend, records)
+    kept = recorder if recorder is not None and len(recorder.steps) else None
+    return Outcome(settings, sum(p.numel() for p in parameters), len(parameters), CONTEXT, backend, records, kept)
 
 
 def _line(record: dict[str, Any]) -> bytes:

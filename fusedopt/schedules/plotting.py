@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fusedopt.drawing import COLOURS, MOST_DISTINCT, NEUTRAL, SMALL, WRONG, shortened, styles, text_width
 from fusedopt.schedules.curves import Curve, Plottable, curves_of
 from fusedopt.schedules.recorder import LRRecorder
 from fusedopt.schedules.registry import SchedulerType, example_arguments
@@ -21,18 +22,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# The Okabe-Ito palette, which colour-blind readers can distinguish; blue for what was meant, vermilion for mistakes.
-_COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#8C6D31", "#404040"]
-_WRONG = "#D55E00"
 _WARM_UP = "#F0E442"
 _METRIC = "#8A8A8A"
-_NEUTRAL = "#404040"
-_DASHES = ["-", "--", ":", "-."]
-# Up to this many curves differ in colour or dash, and all are named; of more, coloured in their order, some are named.
-_MOST_DISTINCT = len(_COLOURS) * len(_DASHES)
+# Of more curves than can be told apart, this many are named.
 _NAMED_OF_MANY = 10
-# The text of legends, and the height of one of their rows, in points.
-_SMALL, _ROW = 8.3, 14.5
+# The height of a row of a legend, in points.
+_ROW = 14.5
 _MOST_ROWS = 10
 
 
@@ -163,7 +158,7 @@ def plot_verification(
     size = 4 if len(run.steps) <= 150 else 2
     drawn: list[tuple[np.ndarray, np.ndarray]] = []
     lines, dots, crosses = [], [], []
-    for group, style in enumerate(_styles(run.recorded.shape[1])):
+    for group, style in enumerate(styles(run.recorded.shape[1])):
         used, meant, wrong = run.recorded[:, group], run.expected[:, group], run.differs[:, group]
         if any(np.array_equal(used, other) and np.array_equal(meant, also) for other, also in drawn):
             continue
@@ -176,8 +171,8 @@ def plot_verification(
         dots += ax.plot(run.steps, right, marker="o", color=style["color"], **points, label=label, zorder=2)
         if wrong.any():
             label = f"used, differs{where}"
-            crosses += ax.plot(run.steps, off, marker="x", color=_WRONG, **points, label=label, zorder=3)
-            ax.fill_between(run.steps, off, meant, color=_WRONG, alpha=0.15, linewidth=0, zorder=0)
+            crosses += ax.plot(run.steps, off, marker="x", color=WRONG, **points, label=label, zorder=3)
+            ax.fill_between(run.steps, off, meant, color=WRONG, alpha=0.15, linewidth=0, zorder=0)
     warm_up = max(getattr(function, "num_warmup_steps", 0) for function in functions_of(schedule))
     others = [_key(lines, dots, "used, as meant"), *(crosses[:1] and [_key(crosses, crosses, "used, differs")])]
     if warm_up > run.steps[0]:
@@ -201,21 +196,6 @@ def _canvas(ax: Axes | None) -> tuple[Any, Axes]:
     return figure, figure.add_subplot()
 
 
-def _styles(number: int) -> list[dict[str, Any]]:
-    """Returns colours and dashes of `number` curves, no two of them alike."""
-    if number <= _MOST_DISTINCT:
-        return [
-            {"color": _COLOURS[index % len(_COLOURS)], "linestyle": _DASHES[index // len(_COLOURS)]}
-            for index in range(number)
-        ]
-    from matplotlib import colormaps
-
-    table = colormaps["viridis"](np.linspace(0, 0.92, 256))[:, :3]  # the rest is too light for a white page
-    places = np.linspace(0, len(table) - 1, number)
-    channels = [np.interp(places, np.arange(len(table)), channel) for channel in table.T]
-    return [{"color": tuple(map(float, colour)), "linestyle": "-"} for colour in zip(*channels)]
-
-
 def _draw(
     ax: Axes, curves: list[Curve], rate: str | None = None, metric: str = "metric"
 ) -> tuple[list[Any], list[Any]]:
@@ -225,9 +205,9 @@ def _draw(
         The lines of the curves, and the other entries of a legend.
     """
     lines, nows, others = [], [], []
-    styles = _styles(len(curves))
-    for curve, style in zip(curves, styles):
-        marker = "." if len(curve.steps) <= 60 and len(curves) <= len(_COLOURS) else ""
+    looks = styles(len(curves))
+    for curve, style in zip(curves, looks):
+        marker = "." if len(curve.steps) <= 60 and len(curves) <= len(COLOURS) else ""
         label = rate or curve.label
         lines += ax.plot(curve.steps, curve.rates, marker=marker, **style, linewidth=1.8, label=label, zorder=2)
         if curve.position is not None:
@@ -242,10 +222,10 @@ def _draw(
     warm_ups = {curve.warm_up for curve in curves if curve.warm_up > 0}
     if len(warm_ups) == 1:
         others.append(_shade_warm_up(ax, warm_ups.pop()))
-    elif 0 < len(warm_ups) <= len(_COLOURS):
+    elif 0 < len(warm_ups) <= len(COLOURS):
         ends = [
             ax.axvline(curve.warm_up, color=style["color"], linewidth=0.9, linestyle=":", label="end of its warm-up")
-            for curve, style in zip(curves, styles)
+            for curve, style in zip(curves, looks)
             if curve.warm_up > 0
         ]
         others.append(ends[0])
@@ -269,7 +249,7 @@ def _key(lines: list[Any], points: list[Any], label: str) -> Any:
     """Returns one legend entry for the points of all curves, in colour if there is one curve or they are mistakes."""
     from matplotlib.lines import Line2D
 
-    colour = points[0].get_color() if len(lines) == 1 or points[0].get_color() == _WRONG else _NEUTRAL
+    colour = points[0].get_color() if len(lines) == 1 or points[0].get_color() == WRONG else NEUTRAL
     marker, size = points[0].get_marker(), points[0].get_markersize()
     return Line2D([], [], linestyle="", marker=marker, markersize=size, color=colour, label=label)
 
@@ -280,18 +260,18 @@ def _place_legend(ax: Axes, lines: list[Any], others: list[Any], below: bool) ->
 
     figure: Any = ax.figure
     title = None
-    if len(lines) > _MOST_DISTINCT:
+    if len(lines) > MOST_DISTINCT:
         title = f"{_NAMED_OF_MANY} of {len(lines)} curves, coloured in their order"
         lines = [lines[index] for index in np.linspace(0, len(lines) - 1, _NAMED_OF_MANY).round().astype(int)]
     handles = [*lines, *others]
     height, width = 72 * figure.get_figheight(), 72 * figure.get_figwidth()
     if not below:
         height, width = height * ax.get_position().height, width * ax.get_position().width
-    labels: list[str] = [_shortened(handle.get_label(), 0.94 * width - 5 * _SMALL) for handle in handles]
-    columns = max(1, min(4, int(0.94 * width / (max(map(_width, labels)) + 5 * _SMALL))))
+    labels: list[str] = [shortened(handle.get_label(), 0.94 * width - 5 * SMALL) for handle in handles]
+    columns = max(1, min(4, int(0.94 * width / (max(map(text_width, labels)) + 5 * SMALL))))
     if below and len(handles) > _MOST_ROWS * columns:  # shorten names rather than lengthen the page
         columns = -(-len(handles) // _MOST_ROWS)
-        labels = [_shortened(label, 0.94 * width / columns - 5 * _SMALL) for label in labels]
+        labels = [shortened(label, 0.94 * width / columns - 5 * SMALL) for label in labels]
     rows = -(-len(handles) // columns)
     if not below:
         most = max(1, int(0.45 * height / _ROW))
@@ -306,8 +286,8 @@ def _place_legend(ax: Axes, lines: list[Any], others: list[Any], below: bool) ->
             low, high = each.get_ylim()
             if _may_move(each):
                 each.set_ylim(low, low + (high - low) / (1 - share), auto=True)
-    options: dict[str, Any] = {"ncols": columns, "frameon": False, "fontsize": _SMALL, "title": title}
-    options |= {"title_fontsize": _SMALL}
+    options: dict[str, Any] = {"ncols": columns, "frameon": False, "fontsize": SMALL, "title": title}
+    options |= {"title_fontsize": SMALL}
     # Matplotlib leaves out labels that begin with an underscore.
     named = [" " + label if label.startswith("_") else label for label in labels]
     if below:
@@ -317,24 +297,6 @@ def _place_legend(ax: Axes, lines: list[Any], others: list[Any], below: bool) ->
         legend = ax.legend(handles, named, loc="upper right" if _may_move(ax) else "best", **options)
     for text in legend.get_texts():
         text.set_parse_math(False)
-
-
-def _width(text: str) -> float:
-    """Returns the width of a text in a legend, in points."""
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import text_to_path
-
-    return text_to_path.get_text_width_height_descent(text, FontProperties(size=_SMALL), ismath=False)[0]
-
-
-def _shortened(text: str, room: float) -> str:
-    """Returns the text, without its middle if it is wider than `room`."""
-    if _width(text) <= room:
-        return text
-    kept = len(text)
-    while kept > 3 and _width(text[: kept // 2] + "…" + text[len(text) - kept // 2 :]) > room:
-        kept -= 1 + kept // 20
-    return text[: kept // 2] + "…" + text[len(text) - kept // 2 :]
 
 
 def _draw_metric(ax: Axes, curve: Curve, label: str, with_ticks: bool) -> list[Any]:

@@ -1,20 +1,20 @@
 """What the last measured step did to each parameter."""
 
-import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fusedopt.columns import aligned
+from fusedopt.statistics.findings import QUANTITIES, findings, kinds_of, numel_of
 from fusedopt_kernels.measures import PLACES
 
 if TYPE_CHECKING:
     from fusedopt.optimizer.base import FusedOptimizer
 
-QUANTITIES = ("grad_norm", "weight_norm", "update_norm", "largest_update", "update_to_weight", "lost")
-"""The columns of `Statistics.tensor`."""
-
-_TITLES = ("gradient", "weight", "update", "largest", "update/weight", "lost")
+_TITLES = ("gradient", "weight", "update", "largest", "update/weight", "lost", "conspicuous")
 
 
 class Statistics:
@@ -99,36 +99,31 @@ class Statistics:
     def table(self, rows: int | None = 20) -> str:
         """The statistics as text, a line per parameter, the most conspicuous first; waits for the device.
 
-        First those with a norm that is not finite; then those whose update-to-weight ratio is farthest from the median
-        of all, by its logarithm; last those whose weights or updates are 0.
+        First those with a norm that is not finite; then those whose gradient is 0 while others have one; then those
+        that are farthest from their like, by a factor: in the update-to-weight ratio, or in the root mean square of the
+        elements ("element size"), from the nearest quarter of the parameters of their kind; last those whose weights or
+        updates were 0. The last column says what is conspicuous, where something is. Of one kind are parameters with as
+        many dimensions whose names end alike: weights of linear layers, weights of norms, biases.
 
         Args:
             rows: how many lines; None for all.
         """
-        values = dict(zip(self.names, self.tensor.tolist()))
-        measured = [name for name, is_measured in zip(self.names, self._measured()) if is_measured]
-        if not measured:
+        measured = np.flatnonzero(self._measured())
+        if not len(measured):
             return "no step was measured yet"
-        ratio = QUANTITIES.index("update_to_weight")
-        logarithms = {n: math.log10(values[n][ratio]) for n in measured if 0.0 < values[n][ratio] < math.inf}
-        ordered = sorted(logarithms.values())
-        median = ordered[len(ordered) // 2] if ordered else 0.0
-
-        def calm(name: str) -> float:
-            if not all(map(math.isfinite, values[name][:3])):
-                return -math.inf
-            return -abs(logarithms[name] - median) if name in logarithms else 1.0
-
-        chosen = sorted(measured, key=calm)[:rows]
-        width = max(9, *map(len, chosen))
-        lines = ["  ".join([f"{'parameter':<{width}}", *(f"{title:>13}" for title in _TITLES)])]
-        for name in chosen:
-            *numbers, lost = values[name]
-            cells = [*(f"{number:>13.3e}" for number in numbers), f"{100 * lost:>12.1f}%"]
-            lines.append("  ".join([f"{name:<{width}}", *cells]))
-        if len(chosen) < len(measured):
-            lines.append(f"... and {len(measured) - len(chosen)} more")
-        return "\n".join(lines)
+        values, names = self.tensor.numpy(force=True), self.names
+        kinds, numel = kinds_of(self._optimizer), numel_of(self._optimizer)
+        found = findings(values[measured], [kinds[i] for i in measured], numel[measured])
+        ranked = sorted(zip(found, measured.tolist()), key=lambda pair: pair[0][:2])[:rows]
+        lines: list[Sequence[str]] = [("parameter", *_TITLES)]
+        for finding, i in ranked:
+            *numbers, lost = values[i].tolist()
+            cells = [f"{number:.2e}" for number in numbers]
+            lines.append((names[i], *cells, f"{100 * lost:.1f}%", finding.text))
+        text = aligned(lines, "<" + ">" * len(QUANTITIES) + "<")
+        if len(ranked) < len(measured):
+            text.append(f"... and {len(measured) - len(ranked)} more")
+        return "\n".join(text)
 
     def __repr__(self) -> str:
         return self.table()
