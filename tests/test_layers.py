@@ -60,7 +60,7 @@ LAYERS = [
         "fusedopt.decay_groups",
     },
     {"fusedopt.adamw", "fusedopt.adafactor", "fusedopt.lion"},
-    {"fusedopt.adafactor_schedule", "fusedopt.keras"},
+    {"fusedopt.adafactor_schedule", "fusedopt.keras", "fusedopt.plan"},
     {"fusedopt.public", "fusedopt.__init__"},
     {"fusedopt.demo"},
     {"fusedopt.cli", "fusedopt.__main__"},

@@ -83,9 +83,14 @@ def begin_step(rows, hyper, scalars, T: tl.constexpr):
     return h, out, count.to(tl.float64)
 
 
+def room_for_scalars(table: LaunchTable, places: Any) -> Tensor:
+    """Returns the memory for what a prologue leaves, float64 [rows, scalars]."""
+    return table.scratch("scalars", len(table.rows), places.length, dtype=torch.float64)
+
+
 def run_prologue(prologue: Any, table: LaunchTable, tables: Tables) -> Tensor:
     """Launches a prologue over all rows; returns the scalars that it leaves, float64 [rows, scalars]."""
-    scalars = table.scratch("scalars", len(table.rows), tables.scalars.length, dtype=torch.float64)
+    scalars = room_for_scalars(table, tables.scalars)
     prologue[(len(table.rows) // ROWS_PER_PROGRAM,)](
         table.rows, table.hyper, scalars, tables, **options(ROWS_PER_PROGRAM)
     )
