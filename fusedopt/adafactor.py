@@ -209,7 +209,7 @@ class Adafactor(FusedOptimizer):
         return specs if group["beta1"] is None else {**specs, "exp_avg": StateSpec(group["state_dtype"] or dtype)}
 
     def reads(self, group: dict[str, Any]) -> Reads:
-        # Gradients for their sums, for the size of the update and for the update; weights for their size and the update.
+        # Gradients for their sums, the size of the update, and the update; weights for their size and the update.
         return Reads(gradient=3, weight=2 if group["scale_parameter"] else 1)
 
     def effective_lr(self, p: Tensor, before: float = 0.0) -> float | Tensor:

@@ -15,6 +15,10 @@ from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.tensor import DTensor, Partial
 
 from fusedopt import Adafactor, AdamW
+from fusedopt.plan import Choice
+from fusedopt.plan.costs import cost
+from fusedopt.plan.families import Weight
+from fusedopt.plan.mesh import shards
 
 FINAL = ("params", "states")
 
@@ -125,7 +129,7 @@ def test_collective_operations_of_a_step(results, name, expected, backend):
     """On a mesh of one dimension, for seven parameters as for one; the norm is one number."""
     for result in (each[name, "rows", backend] for each in results):
         assert len(result["all_reduces"]) == four.STEPS * expected
-        assert name != "AdamW-clipped" or set(result["all_reduces"]) == {1}
+        assert name != "AdamW-clipped" or set(result["all_reduces"]) == {(1, 8)}
 
 
 @pytest.mark.parametrize("how, name", four.model_cases())
@@ -242,3 +246,36 @@ def test_a_parameter_that_is_a_sum_over_processes_is_refused():
         with pytest.raises(RuntimeError, match="what is a sum over processes"):
             optimizer.apply_gradients([(torch.ones_like(p), p)])
         assert not optimizer.state
+
+
+def planned(name, weights, fsdp, tp):
+    """What `fusedopt.plan` says of an optimizer of `four.CASES` or `four.MODEL_OPTIMIZERS`."""
+    guard = {"AdamW-clipped": {"max_grad_norm": 0.5}, "Adafactor-beta1": {"max_grad_norm": 2.0, "beta1": 0.9}}
+    kind = AdamW if "AdamW" in name else Adafactor
+    options = {"AdamW": {"max_grad_norm": 1.0}} if weights[0].name != "case" else guard
+    return cost(Choice(kind, torch.float32, options.get(name, {})), shards(weights, fsdp, tp), [])
+
+
+@pytest.mark.parametrize("backend", four.BACKENDS)
+@pytest.mark.parametrize("layout", ["rows", "rows and columns"])
+@pytest.mark.parametrize("name", ["AdamW", "AdamW-clipped", "Adafactor", "Adafactor-beta1"])
+def test_states_and_collective_operations_are_those_of_the_plan(results, name, layout, backend):
+    tp = 1 if layout == "rows" else 2
+    weights = [Weight("case", shape, len(shape) - 1 if shape else None) for shape in four.SHAPES]
+    plan = planned(name, weights, four.WORLD // tp, tp)
+    calls = results[0][name, layout, backend]["all_reduces"]
+    assert len(calls) == four.STEPS * plan.all_reduces
+    assert results[0][name, layout, backend]["state_bytes"] == plan.states
+    if backend == "triton":
+        assert sum(size for _, size in calls) == four.STEPS * plan.all_reduced
+
+
+@pytest.mark.parametrize("how", four.MODELS)
+@pytest.mark.parametrize("name", ["AdamW", "Adafactor"])
+def test_collective_operations_of_a_sharded_model_are_those_of_the_plan(results, how, name):
+    split = {"first.weight": 0, "first.bias": 0}
+    weights = [Weight(key, tuple(p.shape), split.get(key)) for key, p in Net().named_parameters()]
+    tp = 1 if how == "fully_shard" else 2
+    plan = planned(name, weights, four.WORLD // tp, tp)
+    for rank in range(four.WORLD):
+        assert len(results[rank][how, name]["all_reduces"]) == 2 * plan.all_reduces

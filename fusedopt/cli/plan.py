@@ -17,8 +17,8 @@ def add_plan_command(commands: Any) -> None:
     parser = commands.add_parser(
         "plan",
         help="print what a run would take of a GPU, by optimizer",
-        description="Prints the memory that weights, gradients and optimizer states take of one GPU, and what a step of\n"
-        "the optimizer moves, for every optimizer and precision. Needs no GPU, and downloads nothing.",
+        description="Prints the memory that weights, gradients and optimizer states take of one GPU, and what a step\n"
+        "of the optimizer moves, for every optimizer and precision. Needs no GPU, and downloads nothing.",
         epilog=f"presets:\n{presets}\n\nmodel types of a config.json:\n  {', '.join(FAMILIES)}\n\n"
         "examples:\n  fusedopt plan llama-8b --fits 80GB\n"
         "  fusedopt plan llama-405b --fsdp 64 --tp 8 --bandwidth 3.0TB/s --clip\n"
