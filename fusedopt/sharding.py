@@ -147,14 +147,16 @@ def sharded_like(t: Any, like: Any) -> Tensor:
 
     All processes must call it. `t` itself if `like` is not a DTensor, or sharded as `t` is.
     """
+    made: Tensor
     if not is_sharded(like) or (is_sharded(t) and _layout(t) == _layout(like)):
-        return t
+        made = t
+        return made
     from torch.distributed.tensor import DTensor, Replicate
 
     whole = movable(t).full_tensor().to(t.dtype) if is_sharded(t) else t
     mesh = like.device_mesh
     everywhere = DTensor.from_local(whole.to(like.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
-    made: Tensor = everywhere.redistribute(mesh, like.placements)
+    made = everywhere.redistribute(mesh, like.placements)
     return made
 
 

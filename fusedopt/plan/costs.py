@@ -140,7 +140,8 @@ def _moved(optimizer: FusedOptimizer, p: Tensor, reads: Reads) -> int:
     sizes = {name: optimizer.state[p][name].nbytes for name, spec in specs if spec.without != "all"}
     moments = sum(size for name, size in sizes.items() if name not in WEIGHT_STATES)
     weight = p.nbytes + sum(sizes.values()) - moments
-    return p.nbytes * reads.gradient + weight * (reads.weight + 1) + 2 * moments
+    moved: int = p.nbytes * reads.gradient + weight * (reads.weight + 1) + 2 * moments
+    return moved
 
 
 def _moments(optimizer: FusedOptimizer) -> list[str]:
