@@ -117,10 +117,11 @@ def _reserved(
 
     groups = optimizer.param_groups
     params = [p for group in groups for p in group["params"]]
+    info_of = dict(zip(params, infos))
     param_sets = Engine().param_sets(optimizer, groups, [[None] * len(group["params"]) for group in groups])
     workspace, sums = 0, []
     for rule in dict.fromkeys(param_set.rule for param_set in param_sets):
-        own = [s._replace(shard_infos=infos if any(infos) else None) for s in param_sets if s.rule == rule]
+        own = [s._replace(shard_infos=[info_of[p] for p in s.params]) for s in param_sets if s.rule == rule]
         reserved = STEPPERS[rule](_META).reserve(own)
         workspace += reserved.workspace
         sums += reserved.sums
