@@ -46,13 +46,13 @@ def take_steps(backend: str) -> None:
 
     for kind in (fusedopt.AdamW, fusedopt.Adafactor, fusedopt.Lion, fusedopt.AdamWeightDecay):
         for dtype in (torch.float32, torch.bfloat16):
-            params = [torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in ((8, 6), (5,))]
+            model = torch.nn.ParameterList(torch.ones(shape, dtype=dtype) for shape in ((8, 6), (5,)))
             options = {} if dtype is torch.float32 else {"master_weights": True}
-            optimizer = kind(params, backend=backend, **options)
-            optimizer.apply_gradients([(torch.ones_like(p), p) for p in params])
-            weights = [w for _, w in fusedopt.float32_parameters(optimizer)] if options else params
+            optimizer = kind(model.parameters(), backend=backend, **options)
+            optimizer.apply_gradients([(torch.ones_like(p), p) for p in model.parameters()])
+            weights = fusedopt.float32_parameters(optimizer, model).values()
             assert all(bool((w < 1.0).all()) for w in weights), f"{kind.__name__} has not moved {dtype} weights"
-            kind(params, **optimizer.defaults).load_state_dict(optimizer.state_dict())
+            kind(model.parameters(), **optimizer.defaults).load_state_dict(optimizer.state_dict())
         print(f"{kind.__name__}, {backend}")
 
 
