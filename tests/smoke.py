@@ -73,16 +73,19 @@ def follow_a_schedule() -> None:
 
 
 def call_commands() -> None:
-    """The script that was installed, and `python -m fusedopt`."""
+    """The script that was installed, and `python -m fusedopt`: in a folder where `-m` finds no other fusedopt."""
     import fusedopt
 
+    def output(*command: str) -> str:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(sys.executable).parent)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+        return done.stdout
+
     script = str(Path(sys.executable).with_name("fusedopt"))
-    for command in ([script], [sys.executable, "-m", "fusedopt"]):
-        for arguments in (["--help"], ["--version"], ["info"], ["plan", "gpt2", "--fsdp", "2"]):
-            done = subprocess.run([*command, *arguments], capture_output=True, text=True)
-            assert done.returncode == 0, f"{command} {arguments}: {done.stderr}"
-            assert arguments != ["--version"] or done.stdout == f"fusedopt {fusedopt.__version__}\n"
-    print(done.stdout.splitlines()[0])
+    for arguments in (["--help"], ["plan", "gpt2", "--fsdp", "2"]):
+        assert output(script, *arguments)
+    assert output(sys.executable, "-m", "fusedopt", "--version") == f"fusedopt {fusedopt.__version__}\n"
+    print(output(script, "info"))
 
 
 def main(arguments: list[str]) -> None:
