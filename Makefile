@@ -6,7 +6,7 @@ JOBS   ?= auto
 
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-all lint format bench clean
+.PHONY: help demo test test-all lint format bench dist clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,5 +45,18 @@ format: $(VENV)/.test  ## let ruff put the code in shape
 bench: $(VENV)/.test  ## what fits this machine in two minutes
 	$(BIN)/python -m perf.bench $(ARGS)
 
+# The wheel is built from the sdist. Where torch brings triton along, it is taken out for the first try.
+dist: $(VENV)/.test  ## build sdist and wheel, and try the wheel in an empty environment, without triton and with it
+	rm -rf dist $(VENV)-dist
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dist]'
+	$(BIN)/python -m build --quiet
+	$(PYTHON) -m venv $(VENV)-dist
+	$(VENV)-dist/bin/pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	$(VENV)-dist/bin/pip uninstall --quiet --yes triton
+	$(VENV)-dist/bin/python tests/smoke.py
+	$(BIN)/mypy --strict --config-file= --python-executable $(VENV)-dist/bin/python tests/typed_program.py
+	$(VENV)-dist/bin/pip install --quiet --disable-pip-version-check -c constraints.txt "$$(echo dist/*.whl)[triton]"
+	TRITON_INTERPRET=1 $(VENV)-dist/bin/python tests/smoke.py --triton
+
 clean:  ## remove the environment and everything that was built
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-dist build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from fusedopt.moved import MOVED as _MOVED
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from fusedopt.public import *  # noqa: F403

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fusedopt import checks
-from fusedopt.interface import AdafactorHyper, fmax
+from fusedopt.interface import AdafactorHyper, Reads, fmax
 from fusedopt.optimizer.base import FusedOptimizer
 from fusedopt.optimizer.clipping import Guard
 from fusedopt.optimizer.tracking import Tracker
@@ -210,6 +210,10 @@ class Adafactor(FusedOptimizer):
         # The averages of squares are small; the average of updates has the size of the parameter.
         return specs if group["beta1"] is None else {**specs, "exp_avg": StateSpec(group["state_dtype"] or dtype)}
 
+    def reads(self, group: dict[str, Any]) -> Reads:
+        # Gradients for their sums, the size of the update, and the update; weights for their size and the update.
+        return Reads(gradient=3, weight=2 if group["scale_parameter"] else 1)
+
     def effective_lr(self, p: Tensor, before: float = 0.0) -> float | Tensor:
         """The learning rate that the last update of `p` used, parameter scale included.
 
@@ -237,19 +241,6 @@ class Adafactor(FusedOptimizer):
             if any(p is q for q in group["params"]):
                 return self.rate_in(group, p, before)
         raise ValueError(f"a tensor of shape {tuple(p.shape)} is not a parameter of this optimizer")
-
-    def workspace_bytes(self) -> int:
-        """Device memory that the Triton backend keeps between steps, besides the state.
-
-        For sums of squares on their way through a step, and lists of which program does what: less than 2 % of a
-        transformer's parameters. Made at the first step; 0 before, and on the eager backend.
-
-        Example:
-            >>> import fusedopt, torch
-            >>> fusedopt.Adafactor([torch.nn.Parameter(torch.ones(2, 2))]).workspace_bytes()
-            0
-        """
-        return sum(s.workspace_bytes() for s in self._engine.steppers.values() if hasattr(s, "workspace_bytes"))
 
     def rate_in(self, group: dict[str, Any], p: Tensor, before: float) -> float | Tensor:
         """`effective_lr` of a parameter whose group is known."""

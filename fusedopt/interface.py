@@ -67,6 +67,20 @@ def fmax(floor: float | Tensor, rms: Tensor) -> Tensor:
     return torch.where(rms > floor, rms, floor)
 
 
+class Reads(NamedTuple):
+    """How often a step of the kernels reads from memory what is as large as a parameter, if no cache keeps it.
+
+    Moments are read once. Weights and moments are written once, gradients never.
+
+    Attributes:
+        gradient: one more where the step needs the norm of all gradients.
+        weight: and what completes it.
+    """
+
+    gradient: int = 1
+    weight: int = 1
+
+
 ReduceDims = tuple[tuple[Any, int], ...]
 """Where the shards of a tensor are: pairs of a device mesh and one of its dimensions; () for a whole tensor."""
 

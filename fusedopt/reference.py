@@ -182,7 +182,8 @@ class ReferenceAdafactor(_Loop):
 
 
 def _root_mean_square(x: Tensor) -> Tensor:
-    return x.norm(2) / x.numel() ** 0.5
+    root_mean_square: Tensor = x.norm(2) / x.numel() ** 0.5
+    return root_mean_square
 
 
 def _adafactor_rate(state: dict[str, Any], group: dict[str, Any]) -> Any:

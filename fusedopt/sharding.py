@@ -56,7 +56,7 @@ def local(param_set: ParamSet) -> ParamSet:
     """Returns the same set with the local shard in the place of each DTensor."""
     precision = param_set.precision
     with_position = precision.stochastic_rounding or precision.state_dtype is torch.bfloat16
-    shard_infos = [_shard_info(p, with_position) for p in param_set.params]
+    shard_infos = [shard_info(p, with_position) for p in param_set.params]
     return param_set._replace(
         params=[shard(p) for p in param_set.params],
         grads=[None if g is None else shard(g) for g in param_set.grads],
@@ -99,7 +99,13 @@ def spread(t: Any, dimension: int | None = None) -> ReduceDims:
     )
 
 
-def _shard_info(p: Any, with_position: bool) -> ShardInfo | None:
+def shard_info(p: Any, with_position: bool = False) -> ShardInfo | None:
+    """Returns how a parameter is split over processes; None for one that is not, or has no elements.
+
+    Args:
+        p: a parameter, whole or sharded.
+        with_position: whether the position of its elements matters, as to random rounding.
+    """
     over = spread(p)
     if not over or p.numel() == 0:
         return None
@@ -133,9 +139,14 @@ def _position_of(
     return ShardPosition(max(length, 1), whole - length, starts[last] * inner + above * whole)
 
 
+def collectives(t: Tensor, over: ReduceDims) -> ReduceDims:
+    """Over what `t` is added up by one collective operation each, to be added up over all of them."""
+    return over if t.numel() else ()
+
+
 def all_reduce_in_place(t: Tensor, over: ReduceDims, op: Any = None) -> None:
     """Puts the sum over all processes that have a share, or what `op` says, in the place of the local sums."""
-    for mesh, dimension in over if t.numel() else ():
+    for mesh, dimension in collectives(t, over):
         torch.distributed.all_reduce(t, op or torch.distributed.ReduceOp.SUM, group=mesh.get_group(dimension))
 
 
@@ -144,14 +155,16 @@ def sharded_like(t: Any, like: Any) -> Tensor:
 
     All processes must call it. `t` itself if `like` is not a DTensor, or sharded as `t` is.
     """
+    made: Tensor
     if not is_sharded(like) or (is_sharded(t) and _layout(t) == _layout(like)):
-        return t
+        made = t
+        return made
     from torch.distributed.tensor import DTensor, Replicate
 
     whole = movable(t).full_tensor().to(t.dtype) if is_sharded(t) else t
     mesh = like.device_mesh
     everywhere = DTensor.from_local(whole.to(like.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
-    made: Tensor = everywhere.redistribute(mesh, like.placements)
+    made = everywhere.redistribute(mesh, like.placements)
     return made
 
 

@@ -155,13 +155,14 @@ def text(run: Run, markdown: bool = False) -> str:
 def between_marks(document: str, run: Run) -> str:
     """Returns the document with machine and table of a run between the marks of what it measured."""
     if run.comparisons:
-        document = _filled(document, "measured", run.machine, goals_table(goals.judge(run), markdown=True))
+        document = filled(document, "measured", run.machine, goals_table(goals.judge(run), markdown=True))
     if run.of("decay"):
-        document = _filled(document, "decay", run.machine, decay_table(run, markdown=True))
+        document = filled(document, "decay", run.machine, decay_table(run, markdown=True))
     return document
 
 
-def _filled(document: str, name: str, *parts: str) -> str:
+def filled(document: str, name: str, *parts: str) -> str:
+    """Returns the document with other paragraphs between the marks of this name."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     filled, found = re.subn(f"(?s){begin}.*?{end}", lambda _: "\n\n".join([begin, *parts, end]), document, count=1)
     if not found:

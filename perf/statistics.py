@@ -20,7 +20,7 @@ NAMES = ("gpt_50m", "matrices_50m", "tiny_2000")
 
 
 class Around:
-    """The same numbers by torch's own operations: a copy of the weights before torch's fused step, norms, differences."""
+    """The same numbers by torch's operations: a copy of the weights before its fused step, norms, differences."""
 
     def __init__(self, params: list[Any]) -> None:
         self._params = params

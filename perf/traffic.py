@@ -29,7 +29,8 @@ def watch(step: Step) -> Record:
     """Counts one call of a step: operations that touch memory, bytes read and written, and the most bytes alive at once
     in tensors that the step made for itself. In a for-loop each operation is a kernel launch.
     """
-    with torch.no_grad(), _Counter() as counter:
+    counter = _Counter()
+    with torch.no_grad(), counter:
         step()
     return counter.counts
 

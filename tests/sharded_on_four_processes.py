@@ -27,6 +27,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 from fusedopt import Adafactor, AdamW, AdamWeightDecay, Lion
 from fusedopt.backends import has_triton
+from fusedopt.sharding import shard
 
 WORLD = 4
 STEPS = 2
@@ -234,9 +235,11 @@ def run_tracked(name: str, params: list[torch.nn.Parameter], spread, backend: st
 
 @contextmanager
 def counted():
-    """A list that grows with every all-reduce."""
+    """A list that grows with every all-reduce: elements and bytes of each."""
     calls, all_reduce = [], dist.all_reduce
-    dist.all_reduce = lambda t, *args, **kwargs: (calls.append(t.numel()), all_reduce(t, *args, **kwargs))[1]
+    dist.all_reduce = lambda t, *args, **kwargs: (calls.append((t.numel(), t.nbytes)), all_reduce(t, *args, **kwargs))[
+        1
+    ]
     try:
         yield calls
     finally:
@@ -352,7 +355,8 @@ def train_and_resume(how: str, name: str) -> dict:
     """A run, its checkpoint gathered, and the weights of the run that goes on from it in a new model."""
     model = sharded_model(how, name)
     optimizer = MODEL_OPTIMIZERS[name](model)
-    train(model, optimizer, 2)
+    with counted() as calls:
+        train(model, optimizer, 2)
     options = dcp.StateDictOptions(full_state_dict=True)
     saved = {"model": dcp.get_model_state_dict(model, options=options)}
     saved["optimizer"] = dcp.get_optimizer_state_dict(model, optimizer, options=options)
@@ -371,6 +375,7 @@ def train_and_resume(how: str, name: str) -> dict:
         "placements": placements,
         "params": [whole(p) for p in model.parameters()],
         "resumed": [whole(p) for p in resumed.parameters()],
+        "all_reduces": calls,
     }
 
 
@@ -423,7 +428,8 @@ def main(rank: int, folder: Path, share: str) -> None:
         params = [torch.nn.Parameter(laid_out(t, meshes, layout_name)) for t in tensors(0)]
         with counted() as calls:
             optimizer = run(name, params, partial(laid_out, meshes=meshes, layout_name=layout_name), backend)
-        results[name, layout_name, backend] = {**result(optimizer, params), "all_reduces": calls}
+        mine = sum(shard(t).nbytes for p in params for t in optimizer.state[p].values())
+        results[name, layout_name, backend] = {**result(optimizer, params), "all_reduces": calls, "state_bytes": mine}
     for name, layout_name, backend in precise_cases():
         if is_spared("precise", name, layout_name, backend) == spared:
             spread = partial(laid_out, meshes=meshes, layout_name=layout_name)

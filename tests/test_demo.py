@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from helpers.demo import TINY, metrics, weights
+from helpers.comparing import assert_same
+from helpers.demo import TINY, metrics, weights, without_times
 
-from fusedopt.demo import report, train
+from fusedopt.demo import report, train, training
 from fusedopt.demo.model import GPT
 from fusedopt.demo.settings import CONTEXT, DTYPES, OPTIMIZERS, SCHEDULES
 

@@ -72,7 +72,7 @@ LAYERS = [
         "fusedopt.statistics.plotting",
     },
     {"fusedopt.adamw", "fusedopt.adafactor", "fusedopt.lion"},
-    {"fusedopt.adafactor_schedule", "fusedopt.keras"},
+    {"fusedopt.adafactor_schedule", "fusedopt.keras", "fusedopt.plan"},
     {"fusedopt.public", "fusedopt.__init__"},
     {"fusedopt.demo"},
     {"fusedopt.cli", "fusedopt.__main__"},

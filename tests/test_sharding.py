@@ -3,6 +3,7 @@
 import copy
 import os
 from functools import cache
+from itertools import product
 
 import pytest
 import sharded_on_four_processes as four
@@ -18,6 +19,10 @@ from torch.distributed.tensor import DTensor, Partial, Shard, _utils
 
 from fusedopt import Adafactor, AdamW, sharding
 from fusedopt.interface import ParamSet, ShardPosition
+from fusedopt.plan import Choice
+from fusedopt.plan.costs import cost
+from fusedopt.plan.families import Weight
+from fusedopt.plan.mesh import shards
 from fusedopt.precision import Precision
 
 FINAL = ("params", "states")
@@ -156,7 +161,7 @@ def test_collective_operations_of_a_step(results, name, layout, backend):
     """On a mesh of one dimension, for seven parameters as for one; the norm is one number."""
     for result in results(name, layout, backend):
         assert len(result["all_reduces"]) == four.STEPS * COLLECTIVES[name]
-        assert name != "AdamW-clipped" or set(result["all_reduces"]) == {1}
+        assert name != "AdamW-clipped" or set(result["all_reduces"]) == {(1, 8)}
 
 
 @pytest.mark.parametrize("how, name", four.model_cases())
@@ -304,3 +309,38 @@ def test_a_parameter_that_is_a_sum_over_processes_is_refused():
         with pytest.raises(RuntimeError, match="what is a sum over processes"):
             optimizer.apply_gradients([(torch.ones_like(p), p)])
         assert not optimizer.state
+
+
+def planned(name, weights, fsdp, tp):
+    """What `fusedopt.plan` says of an optimizer of `four.CASES` or `four.MODEL_OPTIMIZERS`."""
+    guard = {"AdamW-clipped": {"max_grad_norm": 0.5}, "Adafactor-beta1": {"max_grad_norm": 2.0, "beta1": 0.9}}
+    kind = AdamW if "AdamW" in name else Adafactor
+    options = {"AdamW": {"max_grad_norm": 1.0}} if weights[0].name != "case" else guard
+    return cost(Choice(kind, torch.float32, options.get(name, {})), shards(weights, fsdp, tp), [])
+
+
+@pytest.mark.parametrize(
+    "name, layout, backend",
+    with_spared(product(COLLECTIVES, ["rows", "rows and columns"], four.BACKENDS)),
+)
+def test_states_and_collective_operations_are_those_of_the_plan(results, name, layout, backend):
+    tp = 1 if layout == "rows" else 2
+    weights = [Weight("case", shape, len(shape) - 1 if shape else None) for shape in four.SHAPES]
+    plan = planned(name, weights, four.WORLD // tp, tp)
+    result = results(name, layout, backend)[0]
+    calls = result["all_reduces"]
+    assert len(calls) == four.STEPS * plan.all_reduces
+    assert result["state_bytes"] == plan.states
+    if backend == "triton":
+        assert sum(size for _, size in calls) == four.STEPS * plan.all_reduced
+
+
+@pytest.mark.parametrize("how", four.MODELS)
+@pytest.mark.parametrize("name", ["AdamW", "Adafactor"])
+def test_collective_operations_of_a_sharded_model_are_those_of_the_plan(results, how, name):
+    split = {"first.weight": 0, "first.bias": 0}
+    weights = [Weight(key, tuple(p.shape), split.get(key)) for key, p in Net().named_parameters()]
+    tp = 1 if how == "fully_shard" else 2
+    plan = planned(name, weights, four.WORLD // tp, tp)
+    for result in results(how, name):
+        assert len(result["all_reduces"]) == 2 * plan.all_reduces

@@ -1,4 +1,4 @@
-"""The command line: `fusedopt demo`, `fusedopt plot`, `fusedopt info`.
+"""The command line: `fusedopt demo`, `fusedopt plot`, `fusedopt plan`, `fusedopt info`.
 
 Torch, and all that needs it, is imported inside `main`, where the environment is ready and Ctrl-C is caught.
 """
@@ -98,6 +98,7 @@ def _sentence(error: Exception) -> str:
 def _parser() -> argparse.ArgumentParser:
     from fusedopt.cli.demo import add_demo_command
     from fusedopt.cli.info import add_info_command
+    from fusedopt.cli.plan import add_plan_command
     from fusedopt.cli.plot import add_plot_command
 
     parser = _Parser(
@@ -111,5 +112,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_demo_command(commands)
     add_plot_command(commands)
+    add_plan_command(commands)
     add_info_command(commands)
     return parser

@@ -37,7 +37,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise ValueError(f"nothing to resume: {path} does not exist; start without resuming, or name another folder")
     with reading(path):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         missing = _PARTS.keys() - set(checkpoint)
         wrong = [name for name, kind in _PARTS.items() if not missing and not _is(checkpoint[name], kind)]
         if not missing and not wrong:

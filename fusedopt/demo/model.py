@@ -77,4 +77,5 @@ class Block(nn.Module):
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
         mixed = scores.masked_fill(future, -math.inf).softmax(dim=-1) @ v
         x = x + self.attend(mixed.transpose(1, 2).flatten(-2))
-        return x + self.shrink(F.gelu(self.grow(self.norm2(x)), approximate="tanh"))
+        fed_forward: Tensor = self.shrink(F.gelu(self.grow(self.norm2(x)), approximate="tanh"))
+        return x + fed_forward

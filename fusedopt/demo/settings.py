@@ -55,7 +55,7 @@ OPTIMIZERS = {
 def schedule(name: str) -> str:
     """Returns the name of a schedule; argparse makes an error of its own out of the exception."""
     try:
-        return SchedulerType(name).value
+        return str(SchedulerType(name).value)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

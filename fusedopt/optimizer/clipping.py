@@ -14,7 +14,7 @@ from fusedopt import sharding
 from fusedopt.backends.eager.norms import norms
 from fusedopt.backends.graphs import capturing
 from fusedopt.checks import finite_non_negative, flag, number
-from fusedopt.interface import StepArgs
+from fusedopt.interface import ReduceDims, StepArgs
 from fusedopt.optimizer.skipped import SkippedSteps
 from fusedopt.without_data import has_data
 from fusedopt_kernels import rules
@@ -237,7 +237,7 @@ class Clipping(NamedTuple):
         flat = [g for row in grads for g in row if g is not None]
         if not flat or all(bound is None for bound in self):
             return grads, scale
-        over: list[sharding.ReduceDims] = [()] * len(flat)
+        over: list[ReduceDims] = [()] * len(flat)
         if sharding.any_sharded(flat):
             over, flat = [sharding.spread(g) for g in flat], [sharding.shard(g) for g in flat]
         homes = {g.device for g in flat}
@@ -273,7 +273,7 @@ def _wide(grads: list[Tensor]) -> list[Tensor]:
     return [g.to(torch.promote_types(g.dtype, torch.float32)) for g in grads]
 
 
-def _norms(grads: list[Tensor], over: Sequence[sharding.ReduceDims]) -> list[Tensor]:
+def _norms(grads: list[Tensor], over: Sequence[ReduceDims]) -> list[Tensor]:
     """Each tensor's norm, 0-d float64, over all processes that have a share of it."""
     own = norms(grads)
     return (

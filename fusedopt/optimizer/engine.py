@@ -15,7 +15,7 @@ from torch import Tensor
 from fusedopt import backends, checks, sharding
 from fusedopt.backends.graphs import capturing
 from fusedopt.checks import FLOATS
-from fusedopt.interface import ParamSet, StepArgs
+from fusedopt.interface import ParamSet, ReduceDims, StepArgs
 from fusedopt.optimizer.clipping import Gradients
 from fusedopt.optimizer.state import make_states
 from fusedopt.optimizer.state_changes import States
@@ -165,7 +165,7 @@ class Engine:
 
     def _squares(self, grads: list[Tensor], backend: str, sharded: bool) -> list[Tensor]:
         """Returns sums of squares of all gradients, one or more per device, over all processes."""
-        alike: dict[tuple[torch.device, sharding.ReduceDims], list[Tensor]] = {}
+        alike: dict[tuple[torch.device, ReduceDims], list[Tensor]] = {}
         for g in grads:
             over = sharding.spread(g) if sharded else ()
             alike.setdefault((g.device, over), []).append(sharding.shard(g) if sharded else g)

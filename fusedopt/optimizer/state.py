@@ -14,6 +14,7 @@ from fusedopt.backends.graphs import capturing
 from fusedopt.optimizer.state_check import Specs
 from fusedopt.precision import NUMBER, Precision, StateSpec
 from fusedopt.warn import warn_once
+from fusedopt.without_data import has_data
 from fusedopt_kernels.memory import outside_inference_mode
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ _LONG_MEMORY = 0.99
 def _warn_of_frozen_moments(optimizer: "FusedOptimizer", entries: list[tuple[Tensor, dict[str, Any]]]) -> None:
     """Warns once of moments that stay too large for a long time after gradients fall."""
     for p, group in entries:
-        if p.dtype is torch.bfloat16 and Precision.of(group, 0).is_plain:
+        if p.dtype is torch.bfloat16 and has_data(p) and Precision.of(group, 0).is_plain:
             beta2 = checks.in_use(group.get("betas", (0.0, 0.0))[1])
             if beta2 >= _LONG_MEMORY and "exp_avg_sq" in optimizer.state_specs(p, group):
                 warn_once(

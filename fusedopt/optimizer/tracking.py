@@ -10,7 +10,7 @@ from torch import Tensor
 from fusedopt import sharding
 from fusedopt.backends.eager.norms import norms
 from fusedopt.backends.graphs import capturing
-from fusedopt.interface import Measurement, StepArgs
+from fusedopt.interface import Measurement, ReduceDims, StepArgs
 from fusedopt_kernels.measures import PLACES
 from fusedopt_kernels.memory import lasting
 
@@ -110,7 +110,7 @@ class Tracker:
         self._opened = False
 
     def _all_reduce(self, params: list[Tensor]) -> None:
-        alike: dict[tuple[torch.device, sharding.ReduceDims], list[int]] = {}
+        alike: dict[tuple[torch.device, ReduceDims], list[int]] = {}
         for place, p in enumerate(params):
             over = sharding.spread(p)
             if over:

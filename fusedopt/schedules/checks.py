@@ -17,15 +17,16 @@ def number(name: str, value: Any) -> float:
     value = checks.plain(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value!r}{checks.hint(value)}")
-    return value
+    plain: float = value
+    return plain
 
 
 def non_negative(name: str, value: Any, way_out: str = "") -> float:
     """Returns a finite number >= 0 as a plain Python number; `way_out` ends the message for a negative one."""
-    value = number(name, value)
-    if value < 0:
-        raise ValueError(f"{name} must be >= 0, got {value}{way_out}")
-    return value
+    plain = number(name, value)
+    if plain < 0:
+        raise ValueError(f"{name} must be >= 0, got {plain}{way_out}")
+    return plain
 
 
 def count(name: str, value: Any) -> float:

@@ -41,7 +41,8 @@ class Run:
     def differs(self, recorded: np.ndarray, expected: np.ndarray) -> np.ndarray:
         # A factor near 0 has the rounding of the numbers around 1 that it was computed from.
         rounding = 1e-12 * np.abs(self.initial)
-        return np.abs(recorded - expected) > self.relative * np.abs(expected) + rounding
+        differs: np.ndarray = np.abs(recorded - expected) > self.relative * np.abs(expected) + rounding
+        return differs
 
     def fits(self, schedule_steps: np.ndarray, since: int = 0) -> bool:
         """True if the optimizer steps from index `since` on used the rates meant at `schedule_steps`."""

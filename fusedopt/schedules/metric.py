@@ -318,7 +318,8 @@ class GreedyLR(ReduceLROnPlateau):
     def _is_better(self, current: float, best: float) -> bool:
         margin = self.threshold if self.mode == "max" else -self.threshold
         to_beat = best * (1.0 + margin) if self.threshold_mode == "rel" else best + margin
-        return current > to_beat if self.mode == "max" else current < to_beat
+        better: bool = current > to_beat if self.mode == "max" else current < to_beat
+        return better
 
     def get_last_lr(self) -> list[float]:  # type: ignore[override]
         """Returns the learning rates after the last step, one per param group, as Python floats."""

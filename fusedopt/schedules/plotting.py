@@ -186,10 +186,11 @@ def plot_verification(
     return figure
 
 
-def _canvas(ax: Axes | None) -> tuple[Any, Axes]:
+def _canvas(ax: Axes | None) -> tuple[Figure, Axes]:
     """Returns `ax` and its figure, or those of a new figure."""
     if ax is not None:
-        return ax.figure, ax
+        given: Any = ax.figure
+        return given, ax
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 4.2), dpi=110, layout="constrained")

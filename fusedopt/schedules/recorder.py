@@ -152,7 +152,8 @@ class LRRecorder:
     @property
     def skipped(self) -> np.ndarray:
         """True for steps that changed nothing, bool of shape [steps]: overflows that the optimizer itself skips."""
-        return self._skipped.read() != 0.0
+        skipped: np.ndarray = self._skipped.read() != 0.0
+        return skipped
 
     @property
     def initial_rates(self) -> np.ndarray:

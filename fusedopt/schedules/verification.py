@@ -128,7 +128,8 @@ def functions_of(schedule: Any, num_groups: int = 1) -> Sequence[Any]:
     schedule = unwrapped_scheduler(schedule)
     if isinstance(schedule, (list, tuple)):
         return schedule
-    return getattr(schedule, "lr_lambdas", [schedule] * num_groups)
+    functions: Sequence[Any] = getattr(schedule, "lr_lambdas", [schedule] * num_groups)
+    return functions
 
 
 def _rates_of(schedule: Any, recorder: LRRecorder) -> Callable[[np.ndarray], np.ndarray]:

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusedopt.drawing import NEUTRAL, SMALL, WRONG, shortened, styles, text_width
-from fusedopt.statistics.findings import findings, kinds_of, numel_of
-from fusedopt.statistics.values import QUANTITIES
+from fusedopt.statistics.findings import QUANTITIES, findings, kinds_of, numel_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,7 +77,8 @@ class _Data:
         """True where a number is not finite, bool [parameters, entries]; a ratio to a weight of 0 is no such number."""
         norms = ("weight_norm", "update_norm") if quantity == "update_to_weight" else (quantity,)
         finite = [np.isfinite(self.values(norm)) for norm in norms]
-        return self.measured.T & ~np.logical_and.reduce(finite)
+        broken: np.ndarray = self.measured.T & ~np.logical_and.reduce(finite)
+        return broken
 
 
 def _common(names: list[str]) -> str:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fusedopt.backends.graphs import capturing, on_device
 from fusedopt.optimizer.base import FusedOptimizer
-from fusedopt.statistics.values import QUANTITIES, Statistics
+from fusedopt.statistics.findings import QUANTITIES
+from fusedopt.statistics.values import Statistics
 from fusedopt.wrappers import unwrapped_optimizer
 from fusedopt_kernels.memory import lasting
 

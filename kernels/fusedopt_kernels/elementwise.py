@@ -19,7 +19,7 @@ from fusedopt_kernels.device import (
 )
 from fusedopt_kernels.record import Record, Tables
 from fusedopt_kernels.statistics import measuring
-from fusedopt_kernels.step import run_prologue
+from fusedopt_kernels.step import room_for_scalars, run_prologue
 from fusedopt_kernels.storage import load_keys, random_words
 from fusedopt_kernels.table import LaunchTable, launch_class
 
@@ -160,6 +160,11 @@ class Elementwise(NamedTuple):
     prologue: Any
     update: Any
 
+    def make_room(self, table: LaunchTable, keys: np.ndarray, numel: np.ndarray, name: str = "update") -> None:
+        """Makes the memory that a step works in; takes what `step` takes. A table on "meta" tells how much it is."""
+        table.chunks(name, keys, pieces_of(numel))
+        room_for_scalars(table, self.scalars.places)
+
     def step(self, table: LaunchTable, keys: np.ndarray, numel: np.ndarray, partials: Tensor | None = None) -> None:
         """One step of all tensors of a table.
 
@@ -173,6 +178,6 @@ class Elementwise(NamedTuple):
         tables = measuring(Tables(self.row.places, self.hyper.places, self.scalars.places, random), partials)
         name = "update" if partials is None else "measured update"
         # First: a captured step whose launch cannot be captured is refused before anything is queued.
-        table.chunks(name, keys, pieces_of(numel))
+        self.make_room(table, keys, numel, name)
         scalars = run_prologue(self.prologue, table, tables._replace(measures=None))
         launch_elementwise(self.update, name, table, self.row, keys, numel, (table.rows, scalars, partials, tables))

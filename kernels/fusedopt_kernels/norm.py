@@ -34,6 +34,11 @@ def sum_of_squares(chunks, rows, sums, T: tl.constexpr, A: tl.constexpr):
     tl.store(sums + tl.program_id(0).to(tl.int64), total * unit.to(tl.float64) * unit.to(tl.float64))
 
 
+def pieces(table: LaunchTable, keys: np.ndarray, numel: np.ndarray) -> dict[int, Tensor]:
+    """The launches of `squares`, which takes the same."""
+    return table.chunks("squares", keys, -(-numel // BLOCK))
+
+
 def squares(table: LaunchTable, keys: np.ndarray, numel: np.ndarray) -> Tensor:
     """The sums of squares of all pieces of all tensors of a table, float64 [pieces].
 
@@ -43,7 +48,7 @@ def squares(table: LaunchTable, keys: np.ndarray, numel: np.ndarray) -> Tensor:
         numel: int64 [tensors].
     """
     parts = []
-    for key, chunks in table.chunks("squares", keys, -(-numel // BLOCK)).items():
+    for key, chunks in pieces(table, keys, numel).items():
         parts.append(torch.empty(len(chunks), dtype=torch.float64, device=chunks.device))
         access = access_of(ROW, key, block=BLOCK)
         sum_of_squares[(len(chunks),)](chunks, table.rows, parts[-1], TABLES, access, **options(THREADS))

@@ -37,8 +37,8 @@ def hyper_record(**fields: Field) -> Record:
     """A set of hyper-parameters.
 
     Gradients are multiplied by `sign * scale` and divided by `grad_scale`. Where `found_inf` is not 0, nothing changes.
-    With `shared_steps`, counts go on without a gradient too. Statistics are of gradients times `measured_scale`, divided
-    by `measured_grad_scale`: before clipping.
+    With `shared_steps`, counts go on without a gradient too. Statistics are of gradients before clipping, times
+    `measured_scale` and divided by `measured_grad_scale`.
     """
     return Record(
         **{"shared_steps": INTEGER, "sign": FLOAT, "scale": NUMBER, "grad_scale": ADDRESS, "found_inf": ADDRESS},
@@ -83,9 +83,14 @@ def begin_step(rows, hyper, scalars, T: tl.constexpr):
     return h, out, count.to(tl.float64)
 
 
+def room_for_scalars(table: LaunchTable, places: Any) -> Tensor:
+    """Returns the memory for what a prologue leaves, float64 [rows, scalars]."""
+    return table.scratch("scalars", len(table.rows), places.length, dtype=torch.float64)
+
+
 def run_prologue(prologue: Any, table: LaunchTable, tables: Tables) -> Tensor:
     """Launches a prologue over all rows; returns the scalars that it leaves, float64 [rows, scalars]."""
-    scalars = table.scratch("scalars", len(table.rows), tables.scalars.length, dtype=torch.float64)
+    scalars = room_for_scalars(table, tables.scalars)
     prologue[(len(table.rows) // ROWS_PER_PROGRAM,)](
         table.rows, table.hyper, scalars, tables, **options(ROWS_PER_PROGRAM)
     )

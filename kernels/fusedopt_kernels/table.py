@@ -195,7 +195,7 @@ def launch_keys(
     codes: Sequence[np.ndarray], aligned: np.ndarray, rounding: np.ndarray | int = 0, sharded: np.ndarray | bool = False
 ) -> np.ndarray:
     """The launch class of each row as a number, from the `dtype_codes` of each column and the rest of the class."""
-    keys = aligned.astype(np.int64) | rounding << 1 | np.int64(sharded) << 3
+    keys: np.ndarray = aligned.astype(np.int64) | rounding << 1 | np.int64(sharded) << 3
     for place, column in enumerate(codes):
         keys |= column << (_BITS * place + _FLAGS)
     return keys
@@ -209,7 +209,8 @@ def launch_class(key: int, columns: int) -> LaunchClass:
 
 def are_aligned(numbers: np.ndarray) -> np.ndarray:
     """Which rows allow 128-bit accesses, given the addresses and sizes that matter, int64 [rows, numbers]."""
-    return (np.bitwise_or.reduce(numbers, axis=1) & 15) == 0
+    aligned: np.ndarray = (np.bitwise_or.reduce(numbers, axis=1) & 15) == 0
+    return aligned
 
 
 def _stream(device: torch.device) -> int:

@@ -9,13 +9,13 @@ from torch import Tensor
 from fusedopt.backends.triton.rounding import Rounding
 from fusedopt.backends.triton.rows import Rows
 from fusedopt.backends.triton.stepper import States, TritonStepper, gradients, masters, shard_infos
-from fusedopt.interface import AdafactorHyper, ParamSet, ShardInfo
+from fusedopt.interface import AdafactorHyper, ParamSet, ReduceDims, ShardInfo
 from fusedopt.sharding import all_reduce_in_place
 from fusedopt_kernels import rules
 from fusedopt_kernels.adafactor.layout import HYPER, ROW, VECTOR
 from fusedopt_kernels.adafactor.plan import Plan, Shapes, plan_of, shape_of
 from fusedopt_kernels.adafactor.splits import Shards
-from fusedopt_kernels.adafactor.step import adafactor
+from fusedopt_kernels.adafactor.step import adafactor, make_room
 from fusedopt_kernels.table import LaunchTable, addresses, are_aligned
 
 
@@ -75,6 +75,9 @@ class TritonAdafactor(TritonStepper):
             "beta1": 0.0 if hyper.beta1 is None else hyper.beta1,
             "weight_decay": hyper.weight_decay,
         }
+
+    def make_room(self, table: LaunchTable) -> list[tuple[Tensor, ReduceDims]]:
+        return make_room(table, self._keys, self._plan).shards.all_sums()
 
     def launch(self, table: LaunchTable, partials: Tensor | None = None) -> None:
         adafactor(table, self._keys, self._plan, all_reduce_in_place, partials)

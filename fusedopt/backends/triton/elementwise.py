@@ -10,7 +10,7 @@ from torch import Tensor
 from fusedopt.backends.triton.rounding import Rounding
 from fusedopt.backends.triton.rows import Rows, without_gaps
 from fusedopt.backends.triton.stepper import States, TritonStepper, gradients, masters
-from fusedopt.interface import ParamSet
+from fusedopt.interface import ParamSet, ReduceDims
 from fusedopt_kernels.elementwise import Elementwise, pieces_of
 from fusedopt_kernels.table import LaunchTable
 
@@ -59,6 +59,10 @@ class ElementwiseStepper(TritonStepper):
             self._numel = self._numel.copy()
             self._numel[self._missing] = 0
         rows["pieces"] = pieces_of(self._numel)
+
+    def make_room(self, table: LaunchTable) -> list[tuple[Tensor, ReduceDims]]:
+        self._kernels.make_room(table, self._rows.keys, self._numel)
+        return []
 
     def launch(self, table: LaunchTable, partials: Tensor | None = None) -> None:
         self._kernels.step(table, self._rows.keys, self._numel, partials)

@@ -1,7 +1,7 @@
 """The step of a rule on one device: brings its launch table up to date, then launches the rule's kernels."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from fusedopt.backends.triton.capture import Tables as CapturableTables
 from fusedopt.backends.triton.rounding import Rounding
 from fusedopt.backends.triton.rows import Column, Rows
 from fusedopt.backends.triton.scalars import DeviceScalars
-from fusedopt.interface import Measurement, ParamSet, ShardInfo, StepArgs
+from fusedopt.interface import Measurement, ParamSet, ReduceDims, ShardInfo, StepArgs
 from fusedopt.precision import master_state
 from fusedopt_kernels import record
 from fusedopt_kernels.measures import PLACES
@@ -21,6 +21,18 @@ from fusedopt_kernels.statistics import finish_measures
 from fusedopt_kernels.table import LaunchTable
 
 States = Sequence[dict[str, Tensor]]
+
+
+class Reserved(NamedTuple):
+    """What the steps of some parameters take.
+
+    Attributes:
+        workspace: bytes on the device, as `TritonStepper.workspace_bytes` returns them after a step.
+        sums: what a step adds up over processes, and over which.
+    """
+
+    workspace: int
+    sums: list[tuple[Tensor, ReduceDims]]
 
 
 class TritonStepper:
@@ -52,19 +64,7 @@ class TritonStepper:
         params = [p for param_set in param_sets for p in param_set.params]
         states = [s for param_set in param_sets for s in param_set.states]
         with on_device(self._device):
-            rounding = Rounding.of(param_sets)
-            self.refresh(self._rows, param_sets, params, states, rounding)
-            rows = self.row.rows(len(params))
-            for name, column in zip(self.row.tensors, self._rows.addresses.T):
-                rows[name] = column
-            rows["step"] = self._rows.counts([s.get("step") for s in states])
-            rows["numel"] = self._rows.numel
-            rows["hyper_index"] = np.repeat(
-                np.arange(len(param_sets)), [len(param_set.params) for param_set in param_sets]
-            )
-            rows["number"] = rounding.numbers
-            rows["shard_length"], rows["shard_gap"], rows["shard_offset"] = rounding.positions.T
-            self.fill_rows(rows, param_sets, params, states)
+            rows = self._filled_rows(param_sets, params, states)
             scalars = DeviceScalars(self._device)
             hyper = self._hyper(param_sets, args, scalars)
             partials = 0
@@ -79,6 +79,29 @@ class TritonStepper:
                 places = Tables(self.row.places, self.hyper.places, measures=PLACES)
                 finish_measures(table, len(rows), measures, places)
             self._rows.copy_back()
+
+    def reserve(self, param_sets: Sequence[ParamSet]) -> Reserved:
+        """Returns what steps of these parameters would keep and add up, without taking one: they may be on "meta"."""
+        params = [p for param_set in param_sets for p in param_set.params]
+        states = [s for param_set in param_sets for s in param_set.states]
+        table = LaunchTable(self._device)
+        table.update(self._filled_rows(param_sets, params, states), self.hyper.rows(len(param_sets)))
+        sums = self.make_room(table)
+        return Reserved(table.workspace, sums)
+
+    def _filled_rows(self, param_sets: Sequence[ParamSet], params: list[Tensor], states: States) -> np.ndarray:
+        rounding = Rounding.of(param_sets)
+        self.refresh(self._rows, param_sets, params, states, rounding)
+        rows = self.row.rows(len(params))
+        for name, column in zip(self.row.tensors, self._rows.addresses.T):
+            rows[name] = column
+        rows["step"] = self._rows.counts([s.get("step") for s in states])
+        rows["numel"] = self._rows.numel
+        rows["hyper_index"] = np.repeat(np.arange(len(param_sets)), [len(param_set.params) for param_set in param_sets])
+        rows["number"] = rounding.numbers
+        rows["shard_length"], rows["shard_gap"], rows["shard_offset"] = rounding.positions.T
+        self.fill_rows(rows, param_sets, params, states)
+        return rows
 
     def _hyper(self, param_sets: Sequence[ParamSet], args: StepArgs, scalars: DeviceScalars) -> np.ndarray:
         hyper = self.hyper.rows(len(param_sets))
@@ -129,6 +152,10 @@ class TritonStepper:
 
     def hyper_values(self, hyper: Any) -> dict[str, float | Tensor]:
         """Returns the fields of a set of hyper-parameters that only this rule has."""
+        raise NotImplementedError
+
+    def make_room(self, table: LaunchTable) -> list[tuple[Tensor, ReduceDims]]:
+        """Makes the memory that the rule's kernels work in; returns what they add up over processes, and over which."""
         raise NotImplementedError
 
     def launch(self, table: LaunchTable, partials: Tensor | None = None) -> None:

@@ -94,24 +94,32 @@ class ShardPhases:
         for wide, chunks in self._averages.items():
             arguments = self._rows, self._scalars, self._partial_sums[wide]
             shard_totals[(len(chunks),)](chunks, *arguments, **averages_options(wide))
-        self._reduce("sums", self._partial_sums)
+        self._reduce("sums")
         for wide, chunks in self._averages.items():
             arguments = self._rows, self._scalars, self._partial_sums[wide]
             shard_averages[(len(chunks),)](chunks, *arguments, **averages_options(wide))
         for wide, chunks in self._matrices.items():
             arguments = self._rows, self._scalars, self._partial_sums[wide]
             row_means[(len(chunks),)](chunks, *arguments, TABLES, MEANS, enable_fp_fusion=False)
-        self._reduce("means", self._partial_sums)
+        self._reduce("means")
 
     def squares(self) -> None:
         """From sums of squares of pieces of shards to those of whole tensors."""
         for chunks in self._tensors.values():
             arguments = self._rows, self._scalars, self._square_partials, TABLES, SQUARES
             square_totals[(len(chunks),)](chunks, *arguments, enable_fp_fusion=False)
-        self._reduce("squares", [self._square_partials])
+        self._reduce("squares")
 
-    def _reduce(self, phase: str, memory: list[Tensor]) -> None:
-        for segment in self._segments[phase]:
+    def all_sums(self) -> list[tuple[Tensor, Any]]:
+        """Returns what a step adds up over processes, and what stands for these, in the order of the phases."""
+        return [pair for phase in self._segments for pair in self._sums(phase)]
+
+    def _sums(self, phase: str) -> list[tuple[Tensor, Any]]:
+        memory = [self._square_partials] if phase == "squares" else self._partial_sums
+        return [(memory[s.wide][s.start : s.stop], s.processes) for s in self._segments[phase]]
+
+    def _reduce(self, phase: str) -> None:
+        for sums, processes in self._sums(phase):
             if self._all_reduce is None:
                 raise ValueError(f"the plan has shards, and all_reduce is {self._all_reduce}: pass what adds them up")
-            self._all_reduce(memory[segment.wide][segment.start : segment.stop], segment.processes)
+            self._all_reduce(sums, processes)

@@ -17,7 +17,7 @@ that phases hand sums on in. Shards of tensors go through three more launches, s
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ from fusedopt_kernels.device import (
     sqrt_rn,
 )
 from fusedopt_kernels.statistics import measuring
-from fusedopt_kernels.step import begin_step, run_prologue
+from fusedopt_kernels.step import begin_step, room_for_scalars, run_prologue
 from fusedopt_kernels.table import LaunchTable, launch_class
 
 THREADS = 256
@@ -213,6 +213,61 @@ def apply(
             vector_apply(row, scalar, partials, piece, SPEC, False)
 
 
+class _Launches:
+    """The launches of a phase; called with some of the tensors, yields key and chunks of each launch for them."""
+
+    def __init__(self, table: LaunchTable, phase: str, keys: np.ndarray, pieces: np.ndarray) -> None:
+        self._chunks, self._keys, self._pieces = table.chunks(phase, keys, pieces), keys, pieces
+
+    def __call__(self, tensors: slice) -> Iterator[tuple[int, Tensor]]:
+        for key, chunks in self._chunks.items():
+            if tensors != slice(None):
+                starts = np.cumsum([0, *np.where(self._keys == key, self._pieces, 0)])
+                chunks = chunks[starts[tensors.start] : starts[tensors.stop]]
+            if len(chunks):
+                yield key, chunks
+
+
+class Room(NamedTuple):
+    """The memory that a step works in, with the launches that share it.
+
+    Attributes:
+        pieces, averages, squares, tensors: launches over pieces that read gradients, over rows and columns, over pieces
+            of matrices, and over tensors.
+        scalars: float64, what the prologue leaves for each row.
+        partial_sums: of float32 and of float64 arithmetic.
+        square_partials: float64.
+        shards: the extra work for shards.
+    """
+
+    pieces: _Launches
+    averages: _Launches
+    squares: _Launches
+    tensors: _Launches
+    scalars: Tensor
+    partial_sums: list[Tensor]
+    square_partials: Tensor
+    shards: ShardPhases
+
+
+def make_room(table: LaunchTable, keys: np.ndarray, plan: Plan, all_reduce: AllReduce | None = None) -> Room:
+    """Makes the memory that a step works in; takes what `adafactor` takes. A table on "meta" tells how much it is."""
+    scalars = room_for_scalars(table, TABLES.scalars)
+    square_partials = table.scratch("square_partials", plan.square_partials, dtype=torch.float64)
+    dtypes = torch.float32, torch.float64
+    partial_sums = [table.scratch(f"partial_sums {d}", n, dtype=d) for d, n in zip(dtypes, plan.partial_sums)]
+    return Room(
+        _Launches(table, "pieces", keys, plan.pieces),
+        _Launches(table, "averages", plan.in_float64, plan.averages),
+        _Launches(table, "squares", keys, plan.matrix_pieces),
+        _Launches(table, "finish", np.zeros_like(keys), plan.whole),
+        scalars,
+        partial_sums,
+        square_partials,
+        ShardPhases(table, plan, scalars, partial_sums, square_partials, all_reduce),
+    )
+
+
 def adafactor(
     table: LaunchTable,
     keys: np.ndarray,
@@ -230,35 +285,27 @@ def adafactor(
             shards.
         partials: memory for the measures of all pieces; None: there are to be none.
     """
-    all_rows = np.zeros_like(keys)
     # First: a captured step whose launches cannot be captured is refused before anything is queued.
-    of_pieces = _Launches(table, "pieces", keys, plan.pieces)
-    of_update = of_pieces if partials is None else _Launches(table, "measured pieces", keys, plan.pieces)
-    average_sums = _Launches(table, "averages", plan.in_float64, plan.averages)
-    of_squares = _Launches(table, "squares", keys, plan.matrix_pieces)
-    of_tensors = _Launches(table, "finish", all_rows, plan.whole)
-
+    room = make_room(table, keys, plan, all_reduce)
+    of_update = room.pieces if partials is None else _Launches(table, "measured pieces", keys, plan.pieces)
+    scalars, partial_sums, square_partials = room.scalars, room.partial_sums, room.square_partials
     random = any(access_of(key).rounding for key in set(keys.tolist()))
-    scalars = run_prologue(prologue, table, TABLES._replace(random=random))
-    square_partials = table.scratch("square_partials", plan.square_partials, dtype=torch.float64)
-    dtypes = torch.float32, torch.float64
-    partial_sums = [table.scratch(f"partial_sums {d}", n, dtype=d) for d, n in zip(dtypes, plan.partial_sums)]
-    shards = ShardPhases(table, plan, scalars, partial_sums, square_partials, all_reduce)
+    run_prologue(prologue, table, TABLES._replace(random=random))
 
     for tensors in plan.cache_batches:
-        for key, chunks in of_pieces(tensors):
+        for key, chunks in room.pieces(tensors):
             constants, wide = _constants(key)
             arguments = table.rows, scalars, partial_sums[wide], square_partials, *constants
             sums[(len(chunks),)](chunks, *arguments, **options(THREADS))
-        for wide, chunks in average_sums(tensors):
+        for wide, chunks in room.averages(tensors):
             averages[(len(chunks),)](chunks, table.rows, scalars, partial_sums[wide], **averages_options(wide))
-        shards.averages()
-        for key, chunks in of_squares(tensors):
+        room.shards.averages()
+        for key, chunks in room.squares(tensors):
             constants, wide = _constants(key)
             arguments = table.rows, scalars, partial_sums[wide], square_partials, *constants
             squares[(len(chunks),)](chunks, *arguments, **options(THREADS))
-        shards.squares()
-        for _, chunks in of_tensors(tensors):
+        room.shards.squares()
+        for _, chunks in room.tensors(tensors):
             tables = table.rows, table.hyper
             finish[(len(chunks),)](chunks, *tables, scalars, square_partials, TABLES, SQUARES, enable_fp_fusion=False)
         for key, chunks in of_update(tensors):
@@ -266,21 +313,6 @@ def adafactor(
             constants = measuring(tables, partials), *others
             arguments = table.rows, scalars, partial_sums[wide], partials, *constants
             apply[(len(chunks),)](chunks, *arguments, **options(THREADS))
-
-
-class _Launches:
-    """The launches of a phase; called with some of the tensors, yields key and chunks of each launch for them."""
-
-    def __init__(self, table: LaunchTable, phase: str, keys: np.ndarray, pieces: np.ndarray) -> None:
-        self._chunks, self._keys, self._pieces = table.chunks(phase, keys, pieces), keys, pieces
-
-    def __call__(self, tensors: slice) -> Iterator[tuple[int, Tensor]]:
-        for key, chunks in self._chunks.items():
-            if tensors != slice(None):
-                starts = np.cumsum([0, *np.where(self._keys == key, self._pieces, 0)])
-                chunks = chunks[starts[tensors.start] : starts[tensors.stop]]
-            if len(chunks):
-                yield key, chunks
 
 
 def _constants(key: int) -> tuple[tuple[Any, ...], int]:

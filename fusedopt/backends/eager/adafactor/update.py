@@ -119,7 +119,8 @@ class Stack:
 
     def _norms(self, stacked: Tensor) -> Tensor:
         if self.is_whole and stacked[0].numel() <= SMALL:
-            return torch.linalg.vector_norm(stacked.reshape(len(stacked), -1), dim=1)
+            norms: Tensor = torch.linalg.vector_norm(stacked.reshape(len(stacked), -1), dim=1)
+            return norms
         return torch.stack([norm(t) for t in stacked])
 
 
