@@ -51,6 +51,10 @@ def test_links_and_pictures_exist(path):
         assert not anchor or anchor in anchors(there), f"{path.name} points to {target}#{anchor}: {anchors(there)}"
 
 
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 200
+
+
 DIFF = blocks(ROOT / "docs" / "adding-an-optimizer.md", "diff")
 
 
