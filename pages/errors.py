@@ -118,7 +118,7 @@ TRAINING: Mapping[str, Sequence[Entry]] = {
         Entry(
             ["bfloat16 parameters and moments are rounded to nearest"],
             "beta2 is 0.99 or more and precision is left at its default: v freezes, small updates are lost.",
-            "See [Low precision](low-precision.md).",
+            "See [Low precision](low-precision.md) and [the primer](primers/second-moment.md).",
         ),
     ),
     "The step": (
