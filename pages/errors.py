@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +27,8 @@ class Entry(NamedTuple):
     way_out: str
 
 
-def messages() -> list[Message]:
+@cache
+def messages() -> tuple[Message, ...]:
     """Returns everything that the package raises or warns of with a text."""
     found = []
     for path in sorted(p for folder in FOLDERS for p in (ROOT / folder).rglob("*.py")):
@@ -39,7 +41,7 @@ def messages() -> list[Message]:
                 kind = "UserWarning" if "warn" in kind else kind
                 text = re.sub("…+", "…", _text(call.args[0]))
                 found.append(Message(kind, text, str(path.relative_to(ROOT))))
-    return [m for m in found if _says_something(m.text)]
+    return tuple(m for m in found if _says_something(m.text))
 
 
 def _text(node: ast.expr) -> str:
@@ -57,7 +59,8 @@ def _says_something(text: str) -> bool:
     return len(text.replace("…", "").strip(" ;:,.")) > 8
 
 
-def literals() -> set[str]:
+@cache
+def literals() -> frozenset[str]:
     """Returns all strings in the code of the package: messages are sometimes put together of several."""
     found = set()
     for folder in FOLDERS:
@@ -65,7 +68,7 @@ def literals() -> set[str]:
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, (ast.Constant, ast.JoinedStr)):
                     found.add(_text(node))
-    return found
+    return frozenset(found)
 
 
 TRAINING: Mapping[str, Sequence[Entry]] = {

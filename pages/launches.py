@@ -31,6 +31,9 @@ MEANINGS = {
     "shard_length": "for random rounding: where the shard's elements are in the whole parameter",
     "shard_gap": "as above",
     "shard_offset": "as above",
+    "pieces": "into how many the update cuts the tensor",
+    "measures": "for statistics: where the measures of its pieces begin",
+    "measures_at": "for statistics: where those of the whole tensor go",
 }
 
 
@@ -41,7 +44,7 @@ def record_table(record: Record) -> str:
             "cell": str(getattr(record.places, name)),
             "field": f"`{name}`",
             "holds": next(text for known, text in KINDS if known is field),
-            "": MEANINGS[name],
+            "": MEANINGS.get(name, ""),
         }
         for name, field in record.fields.items()
     ]

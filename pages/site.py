@@ -6,6 +6,7 @@ import json
 import posixpath
 import re
 from base64 import b64decode
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,6 +27,7 @@ class Joined(NamedTuple):
     pictures: dict[str, bytes] = {}  # by their address below `docs/`
 
 
+@cache
 def joined_files() -> dict[str, Joined]:
     """Returns the files from outside `docs/` that are part of the site, by their path in the repository."""
     found = {f"{name.upper()}.md": Joined(f"{name}.md", (ROOT / f"{name.upper()}.md").read_text()) for name in _TEXTS}

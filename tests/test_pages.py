@@ -29,6 +29,13 @@ def test_the_drawing_is_what_the_code_draws():
     assert (ROOT / "docs/img/step.svg").read_text() == drawing.svg(), "run python -m pages"
 
 
+def test_every_field_of_a_row_is_explained():
+    from fusedopt_kernels.adamw import ADAMW
+    from pages.launches import MEANINGS
+
+    assert ADAMW.row.fields.keys() - MEANINGS.keys() == set()
+
+
 # Errors.
 
 PARTS = [(part, entry) for entries in errors.TRAINING.values() for entry in entries for part in entry.parts]
