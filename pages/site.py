@@ -120,15 +120,14 @@ _pages: list[Page] = []
 
 
 def summary(markdown: str) -> str:
-    """Returns the first sentence of a page, without links.
+    """Returns the first sentence below a page's title, without links.
 
-    >>> summary("# Title\\n\\nA *step* of [ours](a.md) is short. More follows.")
-    'A *step* of ours is short.'
+    >>> summary("# Title\\n\\n`step` of [ours](a.md) is short: it is. More follows.")
+    '`step` of ours is short: it is.'
     """
-    blocks = re.split(r"\n\s*\n", re.sub(r"(?s)<!--.*?-->|<.*?>", "", markdown))
-    text = next((b for b in blocks if b.strip() and b.strip()[0] not in "#!|`~:-"), "")
-    text = " ".join(re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text).split())
-    return re.split(r"(?<=[.?!:]) ", text)[0]
+    _, first, *_ = *re.split(r"\n\s*\n", markdown.strip()), ""
+    text = " ".join(re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", first).split())
+    return "" if text.startswith("#") else re.split(r"(?<=[.?!]) ", text)[0]
 
 
 def on_post_build(config: MkDocsConfig) -> None:
@@ -137,7 +136,7 @@ def on_post_build(config: MkDocsConfig) -> None:
     texts = []
     for page in _pages:
         markdown = page.markdown or ""
-        lines.append(f"- [{page.title}]({page.url}): {summary(markdown)}".rstrip(": "))
+        lines.append(f"- [{page.title}]({page.url}): {summary(markdown)}".removesuffix(": "))
         texts.append(f"<!-- {page.url} -->\n\n{markdown.strip()}\n")
     site = Path(config.site_dir)
     (site / "llms.txt").write_text("\n".join(lines) + "\n")

@@ -156,7 +156,7 @@ def text(run: Run, markdown: bool = False) -> str:
 HEADLINES = (
     ("gpt_50m", "adamw", "{} as fast as the loop of transformers 4.34: AdamW"),
     ("gpt_50m", "adafactor", "{} as fast as the loop of transformers 4.34: Adafactor"),
-    ("gpt_50m", BELOW, "{} as fast as `clip_grad_norm_` and torch's fused AdamW: `max_grad_norm=`, below the limit"),
+    ("gpt_50m", BELOW, "{} as fast as `clip_grad_norm_` and fused AdamW: AdamW with `max_grad_norm=`, not exceeded"),
 )
 """Workload and rule of the ratios that stand first, with their words; each is the first speed-up among the goals."""
 

@@ -98,6 +98,13 @@ def test_every_page_is_in_the_navigation_once():
     assert sorted(named) == sorted(here | joined)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").rglob("*.md")), ids=lambda path: path.stem)
+def test_a_page_begins_with_a_sentence(path):
+    """It says what the page is about, and stands beside the title in llms.txt."""
+    sentence = site.summary(path.read_text())
+    assert re.fullmatch(r"[A-Z`a-z][^\n]{20,250}[.?:]", sentence), sentence
+
+
 def test_every_public_name_is_in_the_reference():
     text = "".join(path.read_text() for path in (ROOT / "docs" / "api").glob("*.md"))
     named = {line.rpartition(".")[2] for line in re.findall(r"(?m)^::: (\S+)$", text)}
