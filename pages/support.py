@@ -281,8 +281,10 @@ def table(ids: Sequence[str]) -> str:
 
 
 def _listed(functions: Sequence[str]) -> str:
-    """Returns the files, each once; the test's name where there is only one."""
+    """Returns the subjects of the files, each once, with the test's name where there is only one."""
+    files = dict.fromkeys(test.partition(".py::")[0].removeprefix("test_") for test in functions)
+    listed = ", ".join(f"`{name}`" for name in files)
     if len(functions) == 1:
-        file, _, name = functions[0].partition("::")
-        return f"`{file}`: {name.removeprefix('test_').replace('_', ' ')}"
-    return ", ".join(f"`{name}`" for name in dict.fromkeys(test.partition("::")[0] for test in functions)) or "-"
+        name = functions[0].partition("::")[2].removeprefix("test_").replace("_", " ")
+        return f"{listed}: {name}"
+    return listed or "-"

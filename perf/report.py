@@ -223,11 +223,13 @@ def steps_picture(run: Run, limit: int = 4) -> Figure:
     return bars_picture(panels[:limit], "ms per step", note=run.machine)
 
 
-def bars_picture(panels: Sequence[Panel], xlabel: str, parts: Sequence[str] = ("",), note: str = "") -> Figure:
+def bars_picture(
+    panels: Sequence[Panel], xlabel: str, parts: Sequence[str] = ("",), note: str = "", most_columns: int = 2
+) -> Figure:
     """Draws bars; of more than one part, each part in its colour with its name in the legend."""
     from matplotlib.figure import Figure
 
-    rows, columns = -(-len(panels) // 2) or 1, min(2, len(panels)) or 1
+    rows, columns = -(-len(panels) // most_columns) or 1, min(most_columns, len(panels)) or 1
     figure = Figure((6.4 * columns, 0.6 + 3.1 * rows), dpi=100, layout="constrained", facecolor="white")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for ax, (title, bars, floor) in zip(axes, panels):

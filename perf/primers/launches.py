@@ -112,4 +112,4 @@ def run() -> Primer:
         rows.append(
             {**row, **{name.replace("\n", " "): str(count) for name, count in found.items()}, "fusedopt": str(OURS)}
         )
-    return Primer(rows, bars_picture(panels, "launches per step of AdamW"))
+    return Primer(rows, bars_picture(panels, "launches per step of AdamW", most_columns=1))
