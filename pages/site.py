@@ -106,7 +106,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+BOOST = {"errors.md": 4.0, "low-precision.md": 1.5}
+"""How much more a page counts in the search than others. Code and notebooks count less: they hold many words."""
+
+
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    page.meta["search"] = {"boost": 0.3 if page.file.generated_by else BOOST.get(page.file.src_uri, 1.0)}
     if page.file.generated_by:
         return markdown
     return bent(markdown, page.file.src_uri, joined_files())
