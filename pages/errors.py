@@ -219,9 +219,16 @@ TRAINING: Mapping[str, Sequence[Entry]] = {
                 "a CUDA graph is being captured before the optimizer counts its steps",
                 "an option that needs more state was set before a capture",
                 "there is no pinned memory for another captured step",
+                "no step before it had these limits for norms",
+                "before the optimizer counts skipped steps",
             ],
             "The capture needs what only a step outside of a graph can make: state, compiled kernels, memory.",
             "Take one step like the captured one before the capture.",
+        ),
+        Entry(
+            ["requires a gradient and has none in the step that is being captured"],
+            "A graph updates the parameters that had a gradient when it was captured, and no others.",
+            "Give it a gradient in the captured step, or set `requires_grad=False`.",
         ),
         Entry(
             ["of which a CUDA graph would only keep the present value"],

@@ -57,6 +57,7 @@ _CAPTURED = {
     "Lion": ("test_capture.py::test_a_captured_step_of_lion_reads_rate_and_gradients_at_every_replay",),
 }
 _IN_BACKWARD, _SHARDED = "test_in_backward.py::test_", "test_sharding.py::test_"
+_ACCELERATE, _LIGHTNING = "test_accelerate.py::test_", "test_lightning.py::test_"
 _TRAINERS, _EVERYWHERE = "test_trainers.py::test_", "test_precision_everywhere.py::test_"
 
 SECTIONS: Mapping[str, Sequence[Row]] = {
@@ -220,11 +221,11 @@ SECTIONS: Mapping[str, Sequence[Row]] = {
             },
             shown="refused",
         ),
-        Row("Accelerate equals a plain loop", (f"{_TRAINERS}accelerate_does_what_a_plain_loop_does[@*",)),
-        Row("Lightning equals a plain loop", (f"{_TRAINERS}lightning_does_what_a_plain_loop_does[@*",)),
-        Row("Accelerate's `save_state`", {"AdamW": (f"{_TRAINERS}accelerate",)}),
-        Row("Lightning's checkpoints, its manual optimization", {"AdamW": (f"{_TRAINERS}lightning[*",)}),
-        Row("Lightning in 16 bits", (f"{_TRAINERS}lightning_in_16_bits_does_what_a_plain_loop_does[@*",)),
+        Row("Accelerate equals a plain loop", (f"{_ACCELERATE}accelerate_does_what_a_plain_loop_does[@*",)),
+        Row("Lightning equals a plain loop", (f"{_LIGHTNING}lightning_does_what_a_plain_loop_does[@*",)),
+        Row("Accelerate's `save_state`", {"AdamW": (f"{_ACCELERATE}accelerate",)}),
+        Row("Lightning's checkpoints, its manual optimization", {"AdamW": (f"{_LIGHTNING}lightning[*",)}),
+        Row("Lightning in 16 bits", (f"{_LIGHTNING}lightning_in_16_bits_does_what_a_plain_loop_does[@*",)),
     ),
     "On a GPU": (
         Row("the kernels", {name: ("test_gpu.py::test_a_gpu_gets_the_kernels",) for name in OPTIMIZERS}),
