@@ -6,7 +6,7 @@ JOBS   ?= auto
 
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-all lint format bench dist clean
+.PHONY: help demo test test-all lint format bench docs dist clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,13 +24,17 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/.made
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint]'
 	@touch $@ $(VENV)/.run
 
+$(VENV)/.docs: pyproject.toml constraints.txt | $(VENV)/.made
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
+
 demo: $(VENV)/.run  ## train a small GPT twice, with the eager loop and with ours (options: ARGS="--steps 50")
 	$(BIN)/fusedopt demo $(ARGS)
 
 test: $(VENV)/.test  ## run the tests, but for those marked as slow (options: ARGS="-k adamw")
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup -m "not slow" $(ARGS)
 
-test-all: $(VENV)/.test  ## run every test, the slow ones and kernels compiled for every architecture included
+test-all: $(VENV)/.test $(VENV)/.docs  ## run every test: the slow ones, kernels for every architecture, the site in a browser
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup $(ARGS)
 
 lint: $(VENV)/.test  ## ruff and mypy
@@ -57,6 +61,9 @@ dist: $(VENV)/.test  ## build sdist and wheel, and try the wheel in an empty env
 	$(BIN)/mypy --strict --config-file= --python-executable $(VENV)-dist/bin/python tests/typed_program.py
 	$(VENV)-dist/bin/pip install --quiet --disable-pip-version-check -c constraints.txt "$$(echo dist/*.whl)[triton]"
 	TRITON_INTERPRET=1 $(VENV)-dist/bin/python tests/smoke.py --triton
+
+docs: $(VENV)/.docs  ## build the site into build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 clean:  ## remove the environment and everything that was built
 	rm -rf $(VENV) $(VENV)-dist build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

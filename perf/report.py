@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from perf import goals, results
 from perf.plans import COPY
+from perf.providers import BELOW
 from perf.results import Record, Run
 from perf.traffic import OWNERS
 
@@ -152,22 +153,55 @@ def text(run: Run, markdown: bool = False) -> str:
     return "\n\n".join(parts)
 
 
+HEADLINES = (
+    ("gpt_50m", "adamw", "{} as fast as the loop of transformers 4.34: AdamW"),
+    ("gpt_50m", "adafactor", "{} as fast as the loop of transformers 4.34: Adafactor"),
+    ("gpt_50m", BELOW, "{} as fast as `clip_grad_norm_` and fused AdamW: AdamW with `max_grad_norm=`, not exceeded"),
+)
+"""Workload and rule of the ratios that stand first, with their words; each is the first speed-up among the goals."""
+
+
+def headlines(outcomes: Sequence[goals.Outcome]) -> str:
+    """Returns three ratios as a Markdown list; of one that was not measured, why."""
+    lines = []
+    for workload, rule, words in HEADLINES:
+        speedups = (o for o in outcomes if o.comparison[:2] == (workload, rule) and o.goal.kind == "speedup")
+        first = next(speedups)
+        if first.value is None:
+            lines.append(f"- {words.format('?')}: {first.verdict}")
+        else:
+            lines.append(f"- {words.format(f'**{first.value:.2f} times**')} ({first.low:.2f} to {first.high:.2f})")
+    return "\n".join(lines)
+
+
 def between_marks(document: str, run: Run) -> str:
-    """Returns the document with machine and table of a run between the marks of what it measured."""
+    """Returns the document with machine and tables of a run between the marks of what it measured.
+
+    Raises:
+        ValueError: the document has none of these marks.
+    """
+    parts = {}
     if run.comparisons:
-        document = filled(document, "measured", run.machine, goals_table(goals.judge(run), markdown=True))
+        outcomes = goals.judge(run)
+        parts["ratios"], parts["measured"] = headlines(outcomes), goals_table(outcomes, markdown=True)
     if run.of("decay"):
-        document = filled(document, "decay", run.machine, decay_table(run, markdown=True))
+        parts["decay"] = decay_table(run, markdown=True)
+    here = {name: part for name, part in parts.items() if f"<!-- {name} -->" in document}
+    if parts and not here:
+        marks = " or ".join(f"<!-- {name} --> and <!-- /{name} -->" for name in parts)
+        raise ValueError(f"the document needs the marks {marks}")
+    for name, part in here.items():
+        document = filled(document, name, run.machine, part)
     return document
 
 
 def filled(document: str, name: str, *parts: str) -> str:
-    """Returns the document with other paragraphs between the marks of this name."""
+    """Returns the document with these parts between the marks of that name."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    filled, found = re.subn(f"(?s){begin}.*?{end}", lambda _: "\n\n".join([begin, *parts, end]), document, count=1)
+    text, found = re.subn(f"(?s){begin}.*?{end}", lambda _: "\n\n".join([begin, *parts, end]), document, count=1)
     if not found:
         raise ValueError(f"the document needs the marks {begin} and {end}")
-    return filled
+    return text
 
 
 class Panel(NamedTuple):
@@ -189,11 +223,13 @@ def steps_picture(run: Run, limit: int = 4) -> Figure:
     return bars_picture(panels[:limit], "ms per step", note=run.machine)
 
 
-def bars_picture(panels: Sequence[Panel], xlabel: str, parts: Sequence[str] = ("",), note: str = "") -> Figure:
+def bars_picture(
+    panels: Sequence[Panel], xlabel: str, parts: Sequence[str] = ("",), note: str = "", most_columns: int = 2
+) -> Figure:
     """Draws bars; of more than one part, each part in its colour with its name in the legend."""
     from matplotlib.figure import Figure
 
-    rows, columns = -(-len(panels) // 2) or 1, min(2, len(panels)) or 1
+    rows, columns = -(-len(panels) // most_columns) or 1, min(most_columns, len(panels)) or 1
     figure = Figure((6.4 * columns, 0.6 + 3.1 * rows), dpi=100, layout="constrained", facecolor="white")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for ax, (title, bars, floor) in zip(axes, panels):
@@ -230,12 +266,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("files", nargs="+", type=Path, help="JSON lines of any command of perf")
     parser.add_argument("--markdown", action="store_true", help="tables as Markdown")
     parser.add_argument("--picture", type=Path, help="also draw the bars into this file")
-    parser.add_argument("--into", type=Path, help="also put machine and table between the marks in this Markdown file")
+    parser.add_argument(
+        "--into", type=Path, nargs="*", default=[], help="also put machine and tables between the marks in these files"
+    )
     options = parser.parse_args(arguments)
     run = Run([record for path in options.files for record in results.read(path)])
     print(text(run, options.markdown), flush=True)
-    if options.into:
-        options.into.write_text(between_marks(options.into.read_text(), run))
+    for path in options.into:
+        path.write_text(between_marks(path.read_text(), run))
     if options.picture:
         options.picture.parent.mkdir(parents=True, exist_ok=True)
         steps_picture(run).savefig(options.picture, dpi=130)

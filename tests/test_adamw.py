@@ -232,6 +232,6 @@ def test_a_small_decay_is_not_lost_by_the_rule():
 
 @pytest.mark.parametrize(("lr", "too_fast"), [(1e-4, 0.013), (1e-5, 0.19)])
 def test_the_factor_one_minus_decay_is_coarse_in_float32(lr, too_fast):
-    """The figures of the README, for a weight decay of 0.01."""
+    """The figures of docs/how-it-works.md, for a weight decay of 0.01."""
     factor = torch.tensor(1 - lr * 0.01, dtype=torch.float32).double().item()
     assert (1 - factor) / (lr * 0.01) - 1 == pytest.approx(too_fast, rel=0.05)

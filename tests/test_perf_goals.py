@@ -256,9 +256,9 @@ def test_the_evidence_wants_a_gpu(capsys, monkeypatch):
     assert "there is no GPU here" in capsys.readouterr().err
 
 
-def test_the_documented_numbers_are_those_of_the_committed_run():
-    root = Path(__file__).parent.parent
-    document = (root / "docs" / "performance.md").read_text()
+@pytest.mark.parametrize("name", ["README.md", "docs/performance.md"])
+def test_the_documented_numbers_are_those_of_the_committed_run(name):
+    document = (Path(__file__).parent.parent / name).read_text()
     run = Run(results.read(results.COMMITTED / "cpu" / "results.jsonl"))
     assert report.between_marks(document, run) == document, "run the command that stands below the table"
     with pytest.raises(ValueError, match="needs the marks"):

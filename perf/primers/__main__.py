@@ -1,0 +1,38 @@
+"""Runs a primer, prints its table, and with --write puts table and picture into its page."""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from perf import report, results
+from perf.primers import Primer, clipping, launches, second_moment, weight_decay
+
+PRIMERS: Mapping[str, tuple[Callable[[], Primer], str]] = {
+    "weight-decay": (weight_decay.run, str(weight_decay.__doc__)),
+    "second-moment": (second_moment.run, str(second_moment.__doc__)),
+    "clipping": (clipping.run, str(clipping.__doc__)),
+    "launches": (launches.run, str(launches.__doc__)),
+}
+"""By the name of its page: the run, and the question."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m perf.primers", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PRIMERS)}; all if none is named")
+    parser.add_argument("--write", action="store_true", help="put table and picture into docs/")
+    parser.add_argument("--results", type=Path, default=clipping.RESULTS, help="JSON lines of perf.bench, for clipping")
+    options = parser.parse_args(arguments)
+    for name in options.names or PRIMERS:
+        if name not in PRIMERS:
+            parser.error(f"a primer must be one of {', '.join(PRIMERS)}, got {name!r}")
+        run, question = PRIMERS[name]
+        found = clipping.run(options.results) if name == "clipping" else run()
+        print(f"{question.splitlines()[0]}\n\n{report.table(found.rows)}\n")
+        if options.write:
+            page = results.ROOT / "docs" / "primers" / f"{name}.md"
+            page.write_text(report.filled(page.read_text(), "numbers", report.table(found.rows, markdown=True)))
+            found.figure.savefig(results.ROOT / "docs" / "img" / f"{name}.png", dpi=130)
+
+
+if __name__ == "__main__":
+    main()

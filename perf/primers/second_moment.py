@@ -1,0 +1,54 @@
+"""Why does a bfloat16 second moment freeze? Gradients become a tenth of what they were; v should follow."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fusedopt import AdamW
+from perf.primers import Primer, lines
+from perf.report import OTHERS, OURS
+
+STEPS, EVERY, BETA2 = 3000, 50, 0.999
+NUMEL = 10_000
+
+RUNS: Mapping[str, tuple[Mapping[str, Any], str]] = {
+    "rounded to nearest": ({}, OTHERS),
+    "stochastic_rounding=True": ({"stochastic_rounding": True}, "#E69F00"),
+    "state_dtype=torch.bfloat16": ({"state_dtype": torch.bfloat16}, "#009E73"),
+    "master_weights=True": ({"master_weights": True}, OURS),
+}
+"""By name: options of AdamW, and the colour of the curve."""
+
+
+def excess(options: Mapping[str, Any], steps: int = STEPS) -> list[float]:
+    """Returns sqrt(v) over what it should be, after every `EVERY` steps after the fall."""
+    generator = torch.Generator().manual_seed(0)
+    p = torch.nn.Parameter(torch.ones(NUMEL, dtype=torch.bfloat16))
+    optimizer = AdamW([p], lr=0.0, betas=(0.9, BETA2), **options)
+    optimizer.init_state()
+    state = optimizer.state[p]
+    state["step"].fill_(10_000.0)
+    # What gradients of size 1 leave: 0.0316 is the deviation of an average of their squares.
+    state["exp_avg_sq"].copy_(1.0 + 0.0316 * torch.randn(NUMEL, generator=generator))
+    found = [1.0]
+    for step in range(1, steps + 1):
+        p.grad = (0.1 * torch.randn(NUMEL, generator=generator)).bfloat16()
+        optimizer.step()
+        if step % EVERY == 0:
+            remembered = BETA2**step
+            right = remembered + (1 - remembered) * 0.01
+            found.append(float((state["exp_avg_sq"].double().mean() / right).sqrt()))
+    return found
+
+
+def run(steps: int = STEPS) -> Primer:
+    curves: dict[str, tuple[Sequence[int], Sequence[float], str]] = {}
+    rows = []
+    for name, (options, color) in RUNS.items():
+        found = excess(options, steps)
+        curves[name] = (range(0, steps + 1, EVERY), found, color)
+        after = {number: found[number // EVERY] for number in (1000, 3000) if number <= steps}
+        rows.append({"AdamW, bfloat16": name, **{f"after {n:,} steps": f"{value:.2f}" for n, value in after.items()}})
+    title = "sqrt(v), of what it should be, after gradients fell to a tenth"
+    return Primer(rows, lines(title, "steps after the fall", curves))

@@ -1,0 +1,60 @@
+"""Where did my weight decay go? 1,000 steps with zero gradients: nothing but the decay can move the weights."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fusedopt import AdamW, float32_parameters
+from perf.decay import RIGHT, STEPS, WEIGHT_DECAY
+from perf.primers import Primer, lines
+from perf.providers import LR
+from perf.report import INK, OTHERS, OURS
+
+EVERY = 50  # steps between two points of a curve
+
+Make = Callable[[list[torch.Tensor]], torch.optim.Optimizer]
+_OPTIONS: dict[str, Any] = {"lr": LR, "weight_decay": WEIGHT_DECAY}
+
+RUNS: Mapping[str, tuple[Make, torch.dtype, str]] = {
+    "torch.optim.AdamW, float32": (lambda p: torch.optim.AdamW(p, **_OPTIONS), torch.float32, INK),
+    "torch.optim.AdamW, bfloat16": (lambda p: torch.optim.AdamW(p, **_OPTIONS), torch.bfloat16, OTHERS),
+    "fusedopt.AdamW, bfloat16": (lambda p: AdamW(p, **_OPTIONS), torch.bfloat16, "#56606B"),
+    "..., stochastic_rounding=True": (
+        lambda p: AdamW(p, **_OPTIONS, stochastic_rounding=True),
+        torch.bfloat16,
+        "#E69F00",
+    ),
+    "..., master_weights=True": (lambda p: AdamW(p, **_OPTIONS, master_weights=True), torch.bfloat16, OURS),
+}
+"""By name: the optimizer, the dtype of the weights, and the colour of the curve."""
+
+
+def shares(make: Make, dtype: torch.dtype, steps: int = STEPS) -> list[float]:
+    """Returns the mean size of 65,536 weights over what it was, after every `EVERY` steps."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(256, 256, bias=False, dtype=dtype)
+    model.weight.grad = torch.zeros_like(model.weight)
+    optimizer = make([model.weight])
+
+    def size() -> float:
+        kept = float32_parameters(optimizer, model)["weight"] if isinstance(optimizer, AdamW) else model.weight.detach()
+        return float(kept.double().abs().mean())
+
+    before, found = size(), [1.0]
+    for step in range(1, steps + 1):
+        optimizer.step()
+        if step % EVERY == 0:
+            found.append(size() / before)
+    return found
+
+
+def run(steps: int = STEPS) -> Primer:
+    curves: dict[str, tuple[Sequence[int], Sequence[float], str]] = {}
+    rows = []
+    for name, (make, dtype, color) in RUNS.items():
+        left = shares(make, dtype, steps)
+        curves[name] = (range(0, steps + 1, EVERY), left, color)
+        rows.append({"AdamW": name, "of each weight is left": f"{left[-1]:.4f}"})
+    rows.append({"AdamW": f"(1 - {LR:g} * {WEIGHT_DECAY:g})^{steps:,}", "of each weight is left": f"{RIGHT:.4f}"})
+    return Primer(rows, lines("Mean size of the weights, of what it was; gradients are zero", "step", curves))
