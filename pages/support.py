@@ -138,6 +138,11 @@ SECTIONS: Mapping[str, Sequence[Row]] = {
             "`skip_nonfinite`",
             ("test_guard.py::test_a_bad_gradient_anywhere_skips_the_step_as_a_whole[*-@-*",),
         ),
+        Row("`skip_grad_norm_above`", ("test_skipping.py::test_a_bound_skips_what_is_above_it[*@*",)),
+        Row(
+            "all of the `skip_...` options: nothing changes",
+            ("test_skipping.py::test_what_is_skipped_changes_nothing[*@*",),
+        ),
         Row("GradScaler, with an overflow", ("test_guard.py::test_grad_scaler[step-@-*",)),
         Row("GradScaler, `unscale_` first", ("test_guard.py::test_grad_scaler[unscale_*-@-*",)),
     ),
