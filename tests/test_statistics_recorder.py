@@ -17,7 +17,7 @@ from torch import nn
 
 from fusedopt import AdamW, Lion, StatisticsRecorder, plot_statistics
 from fusedopt.statistics import recorder as recording
-from fusedopt.statistics.findings import findings
+from fusedopt.statistics.findings import findings, kinds_of
 from fusedopt.statistics.values import QUANTITIES
 
 RATIO = QUANTITIES.index("update_to_weight")
@@ -334,6 +334,12 @@ def test_the_farthest_from_its_kind_comes_first():
     assert [f.text for i, f in enumerate(found) if i != 2] == [""] * 6
 
 
+def test_kinds_are_dimensions_and_the_ends_of_names():
+    model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    assert kinds_of(AdamW(model.named_parameters())) == [(2, "weight"), (1, "bias"), (1, "weight"), (1, "bias")]
+    assert kinds_of(AdamW(model.parameters())) == [(2, ""), (1, ""), (1, ""), (1, "")]
+
+
 def test_elements_of_another_size_stand_out_where_the_ratio_does_not():
     values = rows(1e-3, 1e-3, 1e-3)
     values[1, QUANTITIES.index("weight_norm")] = 50.0
@@ -384,6 +390,8 @@ def test_the_table_names_the_sick_layer_first_and_lines_up(layers):
     assert len(others) == min(layers, 20) - 1 + more
     assert not more or others[-1] == "... and 280 more"
     assert {line.index("%") for line in [first, *others][: min(layers, 20)]} == {head.index("lost") + 3}
+    end = head.index("update/weight") + len("update/weight")
+    assert all(line[end - 1].isdigit() and line[end] == " " for line in [first, *others][: min(layers, 20)])
     assert len(optimizer.statistics.table(rows=None).splitlines()) == layers + 1
     numbers = dict(zip(head.split()[1:6], map(float, first.split()[1:6])))
     said = optimizer.statistics.to_dict()
