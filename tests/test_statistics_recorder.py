@@ -114,6 +114,14 @@ def test_a_recorder_that_comes_later_begins_with_the_next_step():
     np.testing.assert_array_equal(recorder.history, np.array([said], np.float32))
 
 
+def test_a_recorder_that_comes_before_a_step_without_statistics():
+    model, optimizer = made(track_statistics=2)
+    train(model, optimizer, 1)
+    recorder = StatisticsRecorder(optimizer)
+    train(model, optimizer, 2)
+    assert recorder.steps.tolist() == [1]
+
+
 def test_no_measured_step_waits_and_each_is_read_in_order(monkeypatch):
     model, optimizer = made()
     device, writer = Device(monkeypatch), Writer()
@@ -484,7 +492,7 @@ def test_long_names_are_shortened_and_the_picture_keeps_its_width(trained):
     assert figure.axes[0].bbox.width > 0.25 * figure.bbox.width
 
 
-def test_no_number_that_is_not_finite_is_lost_in_a_cell_of_many():
+def test_a_cell_of_many_shows_what_deserves_it_most():
     from fusedopt.statistics.plotting import _pooled
 
     deserves = np.zeros((1000, 50))
@@ -494,6 +502,24 @@ def test_no_number_that_is_not_finite_is_lost_in_a_cell_of_many():
     assert starts[0] == 0 and np.isinf(cells[np.searchsorted(starts, 777, "right") - 1, 3])
     same, all_starts = _pooled(deserves[..., None], deserves, 1, 60)
     assert same.shape == (1000, 50, 1) and all_starts.tolist() == list(range(50))
+
+
+def test_one_broken_step_of_many_is_seen():
+    from matplotlib.colors import to_rgb
+
+    from fusedopt.drawing import WRONG
+
+    _, optimizer = made(20)
+    recorder = StatisticsRecorder(optimizer)
+    for step in range(900):
+        values = np.repeat(rows(1e-3), 20, axis=0)
+        values[:, 0] = 1.0 + step % 7
+        if step == 501:
+            values[4, 0] = math.inf
+        recorder._keep(step, values)
+    cells = colours(plot_statistics(recorder), 1)
+    assert cells.shape == (20, 240, 3)
+    assert np.argwhere(np.isclose(cells, to_rgb(WRONG)).all(axis=-1)).tolist() == [[4, 501 * 240 // 900]]
 
 
 @pytest.mark.parametrize("layers", [4, 30])
