@@ -17,7 +17,7 @@ from torch import nn
 
 from fusedopt import AdamW, Lion, StatisticsRecorder, plot_statistics
 from fusedopt.statistics import recorder as recording
-from fusedopt.statistics.findings import findings
+from fusedopt.statistics.findings import findings, kinds_of
 from fusedopt.statistics.values import QUANTITIES
 
 RATIO = QUANTITIES.index("update_to_weight")
@@ -112,6 +112,14 @@ def test_a_recorder_that_comes_later_begins_with_the_next_step():
     assert len(recorder.steps) == 0 and recorder.history.shape == (0, 3, 6)
     (said,) = train(model, optimizer, 1)
     np.testing.assert_array_equal(recorder.history, np.array([said], np.float32))
+
+
+def test_a_recorder_that_comes_before_a_step_without_statistics():
+    model, optimizer = made(track_statistics=2)
+    train(model, optimizer, 1)
+    recorder = StatisticsRecorder(optimizer)
+    train(model, optimizer, 2)
+    assert recorder.steps.tolist() == [1]
 
 
 def test_no_measured_step_waits_and_each_is_read_in_order(monkeypatch):
@@ -334,6 +342,12 @@ def test_the_farthest_from_its_kind_comes_first():
     assert [f.text for i, f in enumerate(found) if i != 2] == [""] * 6
 
 
+def test_kinds_are_dimensions_and_the_ends_of_names():
+    model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    assert kinds_of(AdamW(model.named_parameters())) == [(2, "weight"), (1, "bias"), (1, "weight"), (1, "bias")]
+    assert kinds_of(AdamW(model.parameters())) == [(2, ""), (1, ""), (1, ""), (1, "")]
+
+
 def test_elements_of_another_size_stand_out_where_the_ratio_does_not():
     values = rows(1e-3, 1e-3, 1e-3)
     values[1, QUANTITIES.index("weight_norm")] = 50.0
@@ -384,6 +398,8 @@ def test_the_table_names_the_sick_layer_first_and_lines_up(layers):
     assert len(others) == min(layers, 20) - 1 + more
     assert not more or others[-1] == "... and 280 more"
     assert {line.index("%") for line in [first, *others][: min(layers, 20)]} == {head.index("lost") + 3}
+    end = head.index("update/weight") + len("update/weight")
+    assert all(line[end - 1].isdigit() and line[end] == " " for line in [first, *others][: min(layers, 20)])
     assert len(optimizer.statistics.table(rows=None).splitlines()) == layers + 1
     numbers = dict(zip(head.split()[1:6], map(float, first.split()[1:6])))
     said = optimizer.statistics.to_dict()
@@ -476,7 +492,7 @@ def test_long_names_are_shortened_and_the_picture_keeps_its_width(trained):
     assert figure.axes[0].bbox.width > 0.25 * figure.bbox.width
 
 
-def test_no_number_that_is_not_finite_is_lost_in_a_cell_of_many():
+def test_a_cell_of_many_shows_what_deserves_it_most():
     from fusedopt.statistics.plotting import _pooled
 
     deserves = np.zeros((1000, 50))
@@ -486,6 +502,24 @@ def test_no_number_that_is_not_finite_is_lost_in_a_cell_of_many():
     assert starts[0] == 0 and np.isinf(cells[np.searchsorted(starts, 777, "right") - 1, 3])
     same, all_starts = _pooled(deserves[..., None], deserves, 1, 60)
     assert same.shape == (1000, 50, 1) and all_starts.tolist() == list(range(50))
+
+
+def test_one_broken_step_of_many_is_seen():
+    from matplotlib.colors import to_rgb
+
+    from fusedopt.drawing import WRONG
+
+    _, optimizer = made(20)
+    recorder = StatisticsRecorder(optimizer)
+    for step in range(900):
+        values = np.repeat(rows(1e-3), 20, axis=0)
+        values[:, 0] = 1.0 + step % 7
+        if step == 501:
+            values[4, 0] = math.inf
+        recorder._keep(step, values)
+    cells = colours(plot_statistics(recorder), 1)
+    assert cells.shape == (20, 240, 3)
+    assert np.argwhere(np.isclose(cells, to_rgb(WRONG)).all(axis=-1)).tolist() == [[4, 501 * 240 // 900]]
 
 
 @pytest.mark.parametrize("layers", [4, 30])
