@@ -58,7 +58,7 @@ dist: $(VENV)/.test  ## build sdist and wheel, and try the wheel in an empty env
 	$(VENV)-dist/bin/pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
 	$(VENV)-dist/bin/pip uninstall --quiet --yes triton
 	$(VENV)-dist/bin/python tests/smoke.py
-	$(BIN)/mypy --strict --config-file= --python-executable $(VENV)-dist/bin/python tests/typed_program.py
+	cd $(VENV)-dist && $(abspath $(BIN)/mypy) --strict --config-file= --python-executable bin/python $(abspath tests/typed_program.py)
 	$(VENV)-dist/bin/pip install --quiet --disable-pip-version-check -c constraints.txt "$$(echo dist/*.whl)[triton]"
 	TRITON_INTERPRET=1 $(VENV)-dist/bin/python tests/smoke.py --triton
 

@@ -8,6 +8,11 @@ __version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from fusedopt.public import *  # noqa: F403
+    from fusedopt.schedules.base import Schedule as Schedule
+    from fusedopt.schedules.forms import *  # noqa: F403
+    from fusedopt.schedules.functions import *  # noqa: F403
+    from fusedopt.schedules.metric import *  # noqa: F403
+    from fusedopt.schedules.registry import *  # noqa: F403
 else:
     # The first name that is asked for imports all of them, and torch. Before that the command line can settle what
     # torch reads from the environment when it is imported, and answer Ctrl-C while it is.
