@@ -88,10 +88,11 @@ def store_measures(partials, row, piece, block, T: tl.constexpr):
 
 
 @triton.jit
-def finish(rows, hyper, partials, T: tl.constexpr, BLOCK: tl.constexpr):
+def finish(rows, hyper, partials, T: tl.constexpr, MEASURES: tl.constexpr, BLOCK: tl.constexpr):
     """One measure of one tensor, from those of its pieces."""
-    row = rows + tl.program_id(0).to(tl.int64) * T.row.length
-    place = tl.program_id(1).to(tl.int64)
+    program = tl.program_id(0).to(tl.int64)
+    row = rows + program // MEASURES * T.row.length
+    place = program % MEASURES
     sums = tl.load(row + T.row.measures_at)
     if sums == 0:
         return
@@ -123,8 +124,9 @@ def finish_measures(table: LaunchTable, tensors: int, partials: Tensor, tables: 
         partials: what was left, float64.
         tables: `record.Tables` with the places of both.
     """
-    finish[(tensors, len(PLACES))](
-        table.rows, table.hyper, partials, tables, _BLOCK, num_warps=4, enable_fp_fusion=False
+    measures = len(PLACES)
+    finish[(tensors * measures,)](
+        table.rows, table.hyper, partials, tables, measures, _BLOCK, num_warps=4, enable_fp_fusion=False
     )
 
 
