@@ -65,12 +65,14 @@ _FOR_CLIPPING = ("fusedopt", _CLIP_FUSED)
 _FOR_HOSTS = ("fusedopt", _FUSED, _FOREACH)
 _ORIGINALS = ("fusedopt", _LOOP, _FOREACH)
 _IN_BFLOAT16 = ("fusedopt", _FUSED, "fusedopt, captured", "torch fused, captured", "flashoptim", "optimi")
+_WITH_STATISTICS = ("fusedopt", "fusedopt, statistics")
 
 _FASTER = Goal(_FUSED, 1.0)
 _FASTER_CAPTURED = Goal("torch fused, captured", 1.0, ours="fusedopt, captured")
 _MUCH_FASTER = Goal(_FUSED, 1.5, clock="device")
 _FASTER_HOST = Goal(_FUSED, 1.0, clock="host")
 _BANDWIDTH = Goal(COPY, 0.9, clock="device")
+_AS_A_PLAIN_STEP = Goal("fusedopt", 1.05, "time", clock="device", ours="fusedopt, statistics")
 
 _BLOCKS = (
     ("fusedopt_kernels.elementwise.BLOCK", (1024, 2048, 4096, 8192)),
@@ -104,6 +106,7 @@ PLANS: dict[str, tuple[Comparison, ...]] = {
         Comparison("gpt2", BELOW, 0.05, goals=(Goal(_CLIP_FUSED, 1.2),)),
         Comparison("llama_1g", BELOW, 0.05, (*_FOR_CLIPPING, "fusedopt, captured"), (Goal(_CLIP_FUSED, 1.2),)),
         Comparison("tiny_300", "adamw", 0.05, _FOR_HOSTS, (_FASTER_HOST,)),
+        *(Comparison(name, "adamw", 0.05, _WITH_STATISTICS, (_AS_A_PLAIN_STEP,)) for name in ("llama_1g", "llama2_7b")),
     ),
     "cuda-rest": (
         Comparison("llama_1g:bfloat16", "adamw", 0.2, goals=(_BANDWIDTH,)),

@@ -166,6 +166,7 @@ _cuda = partial(_adamw, devices=("cuda",))
 PROVIDERS: tuple[Provider, ...] = (
     *(provider for name, rule in RULES.items() for provider in _of_rule(name, rule)),
     _adamw("fusedopt, torch's numbers", "fusedopt.AdamW", {**ADAM, "convention": "torch"}, ours=True),
+    _row("adamw", "fusedopt, statistics", "fusedopt.AdamW", {**ADAM, "track_statistics": True}, ours=True),
     _adamw("optimi", "optimi.AdamW", ADAM),
     _cuda("flashoptim", "flashoptim.FlashAdamW", {**ADAM, **_FLASH}),
     _cuda("bitsandbytes", "bitsandbytes.optim.AdamW", ADAM),

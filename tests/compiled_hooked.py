@@ -29,7 +29,7 @@ def main() -> None:
         mock.patch.object(triton.knobs.runtime, "jit_post_compile_hook", hook),
         fake_gpu("sm_90"),
     ):
-        AdamW(params, max_grad_norm=1.0, backend="triton").apply_gradients(zip(grads, params))
+        AdamW(params, max_grad_norm=1.0, track_statistics=True, backend="triton").apply_gradients(zip(grads, params))
         Lion(params, backend="triton").apply_gradients(zip(grads, params))
         adafactor.apply_gradients(zip(grads, params))
         shard_step(adafactor, params, grads)

@@ -42,6 +42,8 @@ MAKERS = {
     **{name: row.at for name, row in OPTIMIZERS.items()},
     "AdamW-amsgrad": partial(OPTIMIZERS["AdamW"].at, **OPTIONS),
     "AdamW-guarded": partial(OPTIMIZERS["AdamW"].at, **OPTIONS, **GUARD),
+    "AdamW-statistics": partial(OPTIMIZERS["AdamW"].at, **OPTIONS, track_statistics=True),
+    "Adafactor-statistics": partial(OPTIMIZERS["Adafactor"].at, track_statistics=True),
     "Adafactor-beta1": partial(OPTIMIZERS["Adafactor"].at, beta1=0.9, weight_decay=0.1),
     "AdamW-bfloat16-master": partial(OPTIMIZERS["AdamW"].at, **OPTIONS, master_weights=True),
     "AdamW-bfloat16-stochastic": partial(OPTIMIZERS["AdamW"].at, **OPTIONS, stochastic_rounding=True),

@@ -10,8 +10,8 @@ import pytest
 import torch
 from helpers.comparing import assert_near, assert_same, same
 from helpers.optimizers import BACKENDS, NEEDS_TRITON, OPTIMIZERS, every_optimizer
+from helpers.waits import Waits
 from torch.distributed.checkpoint import state_dict as dcp
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedopt import AdamW, LRRecorder, create_optimizer
 from fusedopt.backends.eager.verdict import Verdict as EagerVerdict
@@ -358,18 +358,6 @@ def test_bad_limits(name, least, make):
             make(parameters(), **{name: bad})
     with pytest.raises(ValueError, match=f"{name} must be a number, got True"):
         make(parameters(), **{name: True})
-
-
-class Waits(TorchDispatchMode):
-    """Counts what makes the host wait for a device."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
 
 
 @NEEDS_TRITON

@@ -71,6 +71,10 @@ class Guard:
         self.grad_norm: Tensor | None = None
         self._ledger: Tensor | None = None  # see `fusedopt_kernels.verdict`
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Guard.__init__(self)  # an older pickle lacks some options
+        self.__dict__.update({name: value for name, value in state.items() if name in self.__dict__})
+
     def __bool__(self) -> bool:
         return self.option() is not None
 

@@ -82,7 +82,7 @@ class Engine:
         """
         # 1. Options, gradients, states and shards must fit.
         for group in groups:
-            options = {name: checks.in_use(group[name]) for name in optimizer.checks}
+            options = {name: checks.in_use(group[name]) for name in optimizer.checks if name != "lr"}
             optimizer.check_group({**group, **options, "lr": checks.rate_in_use(group.get("lr"))})
         flat = _present(grads)
         if any(map(Tensor.is_neg, flat)):

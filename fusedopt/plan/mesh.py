@@ -41,7 +41,7 @@ def shards(weights: Sequence[Weight], fsdp: int, tp: int) -> list[Shard]:
 def _mesh(fsdp: int, tp: int) -> Any:
     from torch.distributed.device_mesh import DeviceMesh
 
-    ranks = torch.arange(fsdp * tp).view(fsdp, tp)
+    ranks = torch.arange(fsdp * tp, dtype=torch.int64, device="cpu").view(fsdp, tp)
     return DeviceMesh("meta", ranks, mesh_dim_names=("fsdp", "tp"), _init_backend=False, _rank=0)
 
 
@@ -57,7 +57,7 @@ def _shard(weight: Weight, mesh: Any) -> Shard:
     rows = _StridedShard(0, split_factor=mesh.size(1)) if weight.split == 0 else Split(0)
     placements = [rows, Replicate() if weight.split is None else Split(weight.split)]
     shape, _ = compute_local_shape_and_global_offset(torch.Size(weight.shape), mesh, placements)
-    whole = torch.empty(weight.shape, device="meta")
-    mine = torch.empty(shape, device="meta")
+    whole = torch.empty(weight.shape, dtype=torch.float32, device="meta")
+    mine = torch.empty(shape, dtype=torch.float32, device="meta")
     p = DTensor.from_local(mine, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride())
     return Shard(tuple(shape), shard_info(p))
