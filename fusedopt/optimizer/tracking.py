@@ -1,6 +1,7 @@
 """Statistics of steps: which steps are measured, and what was."""
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,12 +34,13 @@ class Tracker:
     """
 
     def __init__(self, track_statistics: bool | int = False) -> None:
-        if not isinstance(track_statistics, int) or track_statistics < 0:
+        given: Any = track_statistics  # numpy's whole numbers too
+        if not isinstance(given, Integral) or int(given) < 0:
             raise ValueError(
                 f"track_statistics must be True, False, or a whole number N > 0 for every N-th step, got "
                 f"{track_statistics!r}"
             )
-        self.every = int(track_statistics)
+        self.every = int(given)
         self.measured_steps = 0
         self.sums: dict[torch.device, Tensor] = {}
         self._steps = 0
@@ -103,7 +105,7 @@ class Tracker:
                 self._all_reduce(params)
         self.measured_steps += self._opened
         self._steps += 1
-        self._opened = False
+        self._opened, self._places = False, {}  # parameters that are dropped are not kept alive
 
     def abandon(self) -> None:
         """Ends a step that raised."""
