@@ -79,7 +79,7 @@ class Adafactor(FusedOptimizer):
         max_grad_norm: clip the norm of all gradients together to it, as in `AdamW`. The paper's authors leave it out:
             `clip_threshold` does that job here, after the second moment.
         skip_nonfinite, skip_grad_norm_above, skip_outliers: skip steps by that norm, as in `AdamW`.
-        master_weights, stochastic_rounding, seed: as in `AdamW`.
+        master_weights, stochastic_rounding, seed, track_statistics: as in `AdamW`.
         state_dtype: of the average of updates, as in `AdamW`; the averages of squares, which are small, stay float32.
 
     Raises:

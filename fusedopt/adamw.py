@@ -68,6 +68,7 @@ class AdamW(ElementwiseOptimizer):
             nearest, it freezes. These three can be options of a param group.
         seed: of random rounding, >= 0. The bits depend only on seed, parameter, step and element: they are the same on
             every backend, on any number of processes, and after resuming.
+        track_statistics: measure every step, or every N-th for a number N: `optimizer.statistics`, see `Statistics`.
 
     Raises:
         ValueError: an option is out of range, for the constructor or for a group, or a parameter cannot be updated.

@@ -103,6 +103,8 @@ class StepInBackward:
 
     def remove(self) -> None:
         """Takes the hooks away: from now on `backward()` leaves gradients to `step()`. Closes a step that is open."""
+        if self._updated:
+            self._optimizer.tracker.close(self._optimizer)
         self._close(self._optimizer, (), {})
         for handle in self._handles:
             handle.remove()
@@ -122,7 +124,11 @@ class StepInBackward:
             return  # No group has it any more: its gradient stays, as it would without this.
         self._optimizer.before_step()
         group = self._group_of(p, *place)
-        self._engines[p].step(self._optimizer, [group], [[p.grad]], StepArgs())
+        try:
+            self._engines[p].step(self._optimizer, [group], [[p.grad]], StepArgs())
+        except BaseException:
+            self._optimizer.tracker.abandon()
+            raise
         if self._optimizer.shares_steps():
             count = self._optimizer.state[p]["step"]
             self._count = count.clone()

@@ -42,7 +42,7 @@ class Lion(ElementwiseOptimizer):
         weight_decay: decoupled weight decay, >= 0, in units of lr.
         maximize: ascend instead of descend.
         backend, max_grad_norm, skip_nonfinite, skip_grad_norm_above, skip_outliers: as in `AdamW`.
-        master_weights, stochastic_rounding, state_dtype, seed: as in `AdamW`.
+        master_weights, stochastic_rounding, state_dtype, seed, track_statistics: as in `AdamW`.
 
     Raises:
         ValueError: an option is out of range, for the constructor or for a group, or a parameter cannot be updated.

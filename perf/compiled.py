@@ -166,7 +166,7 @@ def shard_step(optimizer: Any, params: list[torch.nn.Parameter], grads: list[tor
     precision = Precision.of(group, optimizer.seed)
     measurement, places = None, None
     if optimizer.tracker:
-        measurement = optimizer.tracker.open(optimizer, len(params), StepArgs())
+        measurement = optimizer.tracker.open(optimizer, params, StepArgs())
         places = optimizer.tracker.places(params)
     hyper = optimizer.hyper(group)
     batch = ParamSet(optimizer.rule, hyper, list(params), list(grads), states, shards, precision, places)

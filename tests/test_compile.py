@@ -208,6 +208,24 @@ def test_every_kernel_compiles_under_a_hook_that_serializes_its_constants():
     assert all(serialized.values())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_kernels_that_leave_statistics(target):
+    """Nothing is spilled for them, and aligned tensors are written 128 bits at a time."""
+    found = compiled("compiled_statistics.py", target)
+    names = [kernel["name"] for kernel in found]
+    for phase in ("update, bfloat16, aligned, stochastic_rounding", "apply, float32", "finish, float32, aligned"):
+        assert any(name.startswith(phase) and name.endswith("track_statistics") for name in names), (phase, names)
+    for kernel in found:
+        what = f"{kernel['name']} on {target}: {kernel}"
+        _, spilled = limits(kernel["name"], target, 0)
+        assert kernel["spilled"] <= spilled and kernel["fusion"] is False, what
+        assert kernel["registers"] <= 256 and kernel["shared"] <= 16384, what
+        assert_no_race(kernel, what, in_place=bool(kernel["in_place"]))
+        if kernel["name"].startswith("update") and ", aligned" in kernel["name"]:
+            assert set(kernel["writes"]) <= {"64", "128"} and kernel["writes"]["64"] == 1 + 4 * ("master" in what), what
+
+
 def test_lion_takes_two_launches_and_reads_and_writes_128_bits_at_a_time():
     """Per element it reads a parameter, a gradient and an average, and writes two of them; 8 elements per thread."""
     found = compiled("compiled_lion.py")

@@ -58,7 +58,7 @@ class AdamWeightDecay(AdamW):
         backend: "auto" (Triton for CUDA and ROCm tensors, eager for the others), "triton" or "eager".
         max_grad_norm: as in `AdamW`; excludes Keras' clippings.
         skip_nonfinite, skip_grad_norm_above, skip_outliers: as in `AdamW`, by the norm before any clipping.
-        master_weights, stochastic_rounding, state_dtype, seed: as in `AdamW`.
+        master_weights, stochastic_rounding, state_dtype, seed, track_statistics: as in `AdamW`.
         **kwargs: Keras' `clipvalue`, `clipnorm`, `global_clipnorm` (the last two exclude each other), `decay` (the rate
             is divided by 1 + decay * iterations) and `lr` (instead of `learning_rate`, with a warning). With `betas`,
             all options may have torch's names, as in `defaults`.
@@ -385,6 +385,7 @@ class AdamWeightDecay(AdamW):
             **{field: bound for field, bound in self.clipping._asdict().items() if bound is not None},
             **{name: value for name, value in self.guard.options().items() if value not in (None, False)},
             **_config_of(Precision.of(self.defaults, self.seed)),
+            **({"track_statistics": self.tracker.every} if self.tracker else {}),
             "learning_rate": describe(rate),
             "decay": self.decay,
             "beta_1": beta_1,

@@ -233,7 +233,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         try:
             self._step(given)
-        except Exception:
+        except BaseException:
             self.forget_scaler()
             self.tracker.abandon()
             raise

@@ -111,7 +111,7 @@ class Engine:
 
         measurement = None
         if flat and optimizer.tracker.due(optimizer):
-            measurement = optimizer.tracker.open(optimizer, len(flat), args)
+            measurement = optimizer.tracker.open(optimizer, updated, args)
 
         # 4. Clipping and skipping. Norms come first: by value, an infinite gradient would become a finite one.
         if flat and optimizer.guard:

@@ -156,7 +156,11 @@ def _option(value: Any, present: Any) -> Any:
     if isinstance(present, (tuple, list)) and isinstance(value, (tuple, list)) and len(present) == len(value):
         return type(value)(map(_option, value, present))
     is_tensor = isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point() and not value.is_meta
-    return value.to(present.device) if is_tensor and isinstance(present, Tensor) else _number(value)
+    if is_tensor and isinstance(present, Tensor):
+        return value.to(present.device)
+    number = _number(value)
+    is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
+    return torch.full_like(present, number) if is_number and isinstance(present, Tensor) else number
 
 
 def _number(value: Any) -> Any:

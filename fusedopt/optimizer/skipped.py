@@ -10,7 +10,7 @@ from fusedopt_kernels.rules import REASONS
 class SkippedSteps:
     """How many steps the options `skip_...` skipped in this process, by reason; each step has one.
 
-    `int()`, `float()`, `==` and `dict()` wait for the device, nothing else does. `int()` and `==` go by the sum.
+    Conversions and comparisons wait for the device, nothing else does. All but `dict()` go by the sum.
 
     Attributes:
         names: "nonfinite": the norm of the gradients was NaN or inf. "grad_norm_above": it was larger than
@@ -40,8 +40,19 @@ class SkippedSteps:
     def __int__(self) -> int:
         return int(self.tensor.sum())
 
+    __index__ = __int__
+
+    def __bool__(self) -> bool:
+        return int(self) > 0
+
     def __float__(self) -> float:
         return float(int(self))
+
+    def __lt__(self, other: float) -> bool:
+        return int(self) < other
+
+    def __gt__(self, other: float) -> bool:
+        return int(self) > other
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, SkippedSteps):

@@ -1,5 +1,6 @@
 """Statistics of steps: which steps are measured, and what was."""
 
+import weakref
 from collections.abc import Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,7 @@ class Tracker:
         self._steps = 0
         self._opened = False
         self._places: dict[Tensor, int] = {}
+        self._measured: list[weakref.ref[Tensor]] = []
         self._indices: dict[tuple[Any, ...], tuple[list[int], Tensor]] = {}
 
     def __bool__(self) -> bool:
@@ -57,18 +59,19 @@ class Tracker:
             self._steps % self.every == 0 or any(map(capturing, {p.device for p in _params(optimizer)}))
         )
 
-    def open(self, optimizer: "FusedOptimizer", gradients: int, args: StepArgs) -> Measurement:
-        """Returns what a step, or a part of one that updates some parameters, is asked to measure.
+    def open(self, optimizer: "FusedOptimizer", updated: Sequence[Tensor], args: StepArgs) -> Measurement:
+        """Returns what a step, or a part of one, is asked to measure.
 
         Args:
             optimizer: whose step it is.
-            gradients: how many parameters are updated.
+            updated: the parameters that it updates.
             args: of the step, before clipping.
         """
-        if not self._opened:
-            params = _params(optimizer)
+        if not self._opened or not all(p in self._places for p in updated):
+            params, gradients = _params(optimizer), len(updated)
             self._places = {p: place for place, p in enumerate(params)}
-            devices = {p.device for p in params}
+            self._measured = list(map(weakref.ref, params))
+            devices = {p.device for p in params if p.device.type != "meta"}
             if self.sums.keys() != devices or any(len(sums) != len(params) for sums in self.sums.values()):
                 self.sums = {device: lasting((len(params), len(PLACES)), torch.float64, device) for device in devices}
                 gradients = 0
@@ -79,8 +82,14 @@ class Tracker:
         return Measurement(self.sums, args.scale, args.grad_scale)
 
     def places(self, params: Sequence[Tensor]) -> np.ndarray:
-        """Returns the rows of these parameters in `sums`, int64."""
-        return np.array([self._places[p] for p in params], np.int64)
+        """Returns the rows of these parameters in `sums`, int64; 0 for one that this step does not know."""
+        return np.array([self._places.get(p, 0) for p in params], np.int64)
+
+    def rows(self, params: Sequence[Tensor]) -> list[int] | None:
+        """Returns the rows of these parameters in `sums`, -1 for none; None where they are all there, in this order."""
+        places = {id(p): place for place, ref in enumerate(self._measured) if (p := ref()) is not None}
+        rows = [places.get(id(p), -1) for p in params]
+        return None if rows == list(range(len(self._measured))) else rows
 
     def replace_gradients(self, params: Sequence[Tensor], grads: Sequence[Tensor], measurement: Measurement) -> None:
         """Puts these gradients' squares in the place of those that the update saw, which were clipped copies."""
@@ -98,10 +107,9 @@ class Tracker:
 
     def close(self, optimizer: "FusedOptimizer") -> None:
         """Ends a step: sums of shards become those of whole tensors, in two collective operations per kind of split."""
-        if self.due(optimizer):
+        if self._opened:
             params = _params(optimizer)
             if sharding.any_sharded(params):
-                self.open(optimizer, 0, StepArgs())
                 self._all_reduce(params)
         self.measured_steps += self._opened
         self._steps += 1

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from fusedopt.without_data import is_lazy
+
 if TYPE_CHECKING:
     from fusedopt.optimizer.base import FusedOptimizer
 
@@ -85,14 +87,16 @@ def kinds_of(optimizer: FusedOptimizer) -> list[tuple[int, str]]:
     """
     kinds = []
     for group in optimizer.param_groups:
-        names = group.get("param_names") or [""] * len(group["params"])
-        kinds += [(p.dim(), name.rpartition(".")[2]) for p, name in zip(group["params"], names)]
+        names = group.get("param_names") or []
+        named = [*names, *[""] * (len(group["params"]) - len(names))]
+        kinds += [(-1 if is_lazy(p) else p.dim(), name.rpartition(".")[2]) for p, name in zip(group["params"], named)]
     return kinds
 
 
 def numel_of(optimizer: FusedOptimizer) -> np.ndarray:
     """Returns how many elements each parameter has, int64 [parameters]."""
-    return np.array([p.numel() for group in optimizer.param_groups for p in group["params"]], np.int64)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return np.array([0 if is_lazy(p) else p.numel() for p in params], np.int64)
 
 
 def _beside_their_kind(logarithms: np.ndarray, kinds: Sequence[Hashable]) -> np.ndarray:

@@ -53,11 +53,12 @@ class Statistics:
     @property
     def names(self) -> list[str]:
         """The parameters' names, as `named_parameters()` gave them to the optimizer; else "group.index"."""
-        return [
-            name
-            for number, group in enumerate(self._optimizer.param_groups)
-            for name in group.get("param_names") or [f"{number}.{index}" for index in range(len(group["params"]))]
-        ]
+        names = []
+        for number, group in enumerate(self._optimizer.param_groups):
+            given = group.get("param_names") or []
+            # Parameters that were added to the list by hand have none.
+            names += [*given, *(f"{number}.{index}" for index in range(len(given), len(group["params"])))]
+        return names
 
     @property
     def quantities(self) -> tuple[str, ...]:
@@ -70,15 +71,14 @@ class Statistics:
 
         A new tensor each time it is read; after a replay of a CUDA graph, that of the replayed step.
         """
-        params = [p for group in self._optimizer.param_groups for p in group["params"]]
-        home = params[0].device
-        sums = self._sums(len(params), home)
+        sums = self._sums()
+        home = sums.device
         norms = sums[:, : PLACES.update + 1].sqrt()  # NaN where there is -1, as nothing was measured
         measured = sums[:, PLACES.gradient] >= 0.0
         measured |= sums[:, PLACES.gradient].isnan()
         largest = torch.where(measured, sums[:, PLACES.largest], torch.nan)
         ratio = norms[:, PLACES.update] / norms[:, PLACES.weight]
-        numel = torch.tensor([max(p.numel(), 1) for p in params], dtype=torch.float64, device="cpu")
+        numel = torch.from_numpy(np.maximum(numel_of(self._optimizer), 1)).to(torch.float64)
         numel = numel.pin_memory().to(home, non_blocking=True) if home.type == "cuda" else numel
         lost = torch.where(measured, sums[:, PLACES.lost] / numel, torch.nan)
         return torch.column_stack([norms, largest, ratio, lost])
@@ -129,16 +129,21 @@ class Statistics:
         return self.table()
 
     def _measured(self) -> list[bool]:
-        params = [p for group in self._optimizer.param_groups for p in group["params"]]
-        return (~(self._sums(len(params), params[0].device)[:, PLACES.gradient] < 0.0)).tolist()
+        return (~(self._sums()[:, PLACES.gradient] < 0.0)).tolist()
 
-    def _sums(self, rows: int, home: torch.device) -> Tensor:
+    def _sums(self) -> Tensor:
         """The measures of all parameters on one device; -1 for those without a gradient."""
+        params = [p for group in self._optimizer.param_groups for p in group["params"]]
+        home = next((p.device for p in params if p.device.type != "meta"), torch.device("cpu"))
         sums = list(self._optimizer.tracker.sums.values())
-        if not sums or len(sums[0]) != rows:
-            return torch.full((rows, len(PLACES)), -1.0, dtype=torch.float64, device=home)
+        rows = self._optimizer.tracker.rows(params)
+        none = torch.full((1, len(PLACES)), -1.0, dtype=torch.float64, device=home)
+        if not sums or not params:
+            return none.expand(len(params), -1)
         together = sums[0].to(home, non_blocking=True)
         for others in sums[1:]:
             here = others.to(home, non_blocking=True)
             together = torch.where(here[:, :1] < 0.0, together, here)
+        if rows is not None:  # the groups have been edited since; -1 is the last one
+            together = torch.cat([together, none])[torch.tensor(rows, dtype=torch.int64, device="cpu").to(home)]
         return together

@@ -149,7 +149,7 @@ def _scaled_pieces(columns: _Columns, factor: float) -> Iterator[_Columns]:
 def _scaled(grads: list[Tensor], factor: float) -> list[Tensor]:
     if factor == 1.0:
         return grads
-    if len(grads) == 1:  # in memory that all take turns in
+    if len(grads) == 1 and grads[0].is_contiguous():  # in memory that all take turns in, and that is contiguous
         (g,) = grads
         return [torch.mul(g, factor, out=scratch.like(g, "gradient", g.dtype))]
     return list(torch._foreach_mul(grads, factor))

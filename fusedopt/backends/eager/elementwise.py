@@ -115,11 +115,12 @@ def apply_in_place(
         p = _room(narrow, "weight", dtype)
         raw = Joined.of(grads, "g")
         measured = None
-        if measure is None:
-            join_weight(narrow.whole, master and master.whole, p.whole)
-        else:
-            read_weight(narrow.whole, master and master.whole, p.whole)
-            measured = partial(measure.around, g=raw.whole, old=copy_of(p.whole))
+        if measure is not None:
+            old_weight = read_weight(narrow.whole, master and master.whole, scratch.like(narrow.whole, "old", dtype))
+            if old_weight is narrow.whole:
+                old_weight = copy_of(old_weight)
+            measured = partial(measure.around, g=raw.whole, old=old_weight)
+        join_weight(narrow.whole, master and master.whole, p.whole)
         g = _widened(raw, "wide", dtype, factor)
         # States in that dtype are updated where they are.
         kept = {k: Joined.of(column, f"state {k}") for k, column in enumerate(states) if column[0].dtype != dtype}
