@@ -1,6 +1,6 @@
-"""Kernels that leave statistics, compiled for a GPU that is not here, as JSON: run by test_compile.py, in a process of its own.
+"""Kernels that leave statistics, compiled for a GPU that is not here, as JSON: `python compiled_statistics.py TARGET`.
 
-`python compiled_statistics.py TARGET`, without Triton's interpreter.
+Run by test_compile.py in a process of its own, without Triton's interpreter.
 """
 
 import json

@@ -53,6 +53,14 @@ class Exemption(NamedTuple):
 PHASES = ("sums", "averages", "shard_averages", "squares", "apply")
 EXEMPTIONS = (
     Exemption("apply, bfloat16", ("sm_100",), ALWAYS, 88, 0, "two programs to a multiprocessor instead of three"),
+    Exemption(
+        "apply, bfloat16, stochastic_rounding, beta1, track_statistics",
+        NVIDIA,
+        ALWAYS,
+        registers=0,
+        spilled=24,
+        reason="up to six numbers spilled make room for two programs",
+    ),
     Exemption(PHASES, NVIDIA, ((3, 6), (3, 6)), 0, 16, "up to four numbers spilled make room for one more program"),
     Exemption(PHASES, NVIDIA, ((3, 8), (3, 8)), 0, 8, "as in 3.6, two numbers: 64 registers, four programs"),
     Exemption(
