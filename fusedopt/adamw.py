@@ -52,12 +52,13 @@ class AdamW(ElementwiseOptimizer):
         max_grad_norm: clip the norm of all gradients together to it, as `torch.nn.utils.clip_grad_norm_` does but on
             the way into the update; `math.inf` only measures. The norm is `optimizer.grad_norm` afterwards.
         skip_nonfinite: skip steps whose gradients' norm is not finite, as a whole; `optimizer.skipped_steps` counts.
-        skip_grad_norm_above: skip steps with a larger norm than this, too, > 0. As in the next option, the norm is that
-            of `max_grad_norm`, and steps whose norm is not finite are skipped as well.
+        skip_grad_norm_above: also skip steps whose norm is larger than this; > 0. As in the next option, the norm is
+            that of `max_grad_norm`, and steps whose norm is not finite are skipped as well.
         skip_outliers: skip steps whose norm is more than so many standard deviations, > 1, above the mean of the norms
-            before it. From 100 norms on; older ones count for less, 1 % with every step. A skipped norm enters the
-            mean as the largest that is not skipped, so that a lasting change of level is soon met. Checkpoints have
-            mean and deviation, `grad_norm_average` of every group.
+            before it. The first 100 norms only measure; then older ones weigh 1 % less with every step. A skipped norm
+            enters the mean as the largest that is not skipped, so that training adapts to a lasting change of level: a
+            tenfold one within about 100 steps at 3 deviations; use 3 or more. Checkpoints have mean and deviation,
+            `grad_norm_average` of every group.
         master_weights: update 16-bit parameters in float32 and keep what rounding cuts off: two more bytes per
             bfloat16 parameter (state `remainder`, int16), a float32 copy of a float16 one (`master_weight`). The
             float32 weights are those of a float32 run; `fusedopt.float32_parameters` reads them.
