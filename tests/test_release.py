@@ -40,7 +40,7 @@ def test_python_m_fusedopt():
     [
         (("", ""), None),
         (("lr=1e-3, betas", 'lr="small", betas'), 'incompatible type "str"'),
-        (("assert_type(verification.ok, bool)", "assert_type(verification.ok, int)"), "is not"),
+        (("assert_type(verification.ok, bool)", "assert_type(verification.ok, int)"), 'of type "bool", not "int"'),
     ],
     ids=["as it is", "a rate that is a string", "a wrong type of a result"],
 )
