@@ -96,9 +96,17 @@ def example(monkeypatch, tmp_path):
     return load
 
 
+def takes_long(item: pytest.Item) -> bool:
+    """True where kernels of Adafactor take part in what is tested for every optimizer: the interpreter is slow."""
+    words = item.callspec.id if hasattr(item, "callspec") else ""
+    return "Adafactor" in words and "triton" in words
+
+
 def pytest_collection_modifyitems(config, items):
     if GPU:
         return
+    for item in filter(takes_long, items):
+        item.add_marker(pytest.mark.slow)
     needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if needs_gpu:
         config.hook.pytest_deselected(items=needs_gpu)

@@ -106,9 +106,7 @@ def is_spared(*key: str) -> bool:
     if backend == "eager":
         of_all = (*OPTIMIZERS, "Adafactor-beta1")
         return not (layout == "rows" or (layout in ("columns", "rows and columns") and (kind or name in of_all)))
-    both = {"AdamW-stochastic"} if kind else {"Adafactor-beta1"}
-    rows = set(POLICIES) if kind else {"AdamW", "AdamW-clipped", "Adafactor-beta1", "Lion-skipping"}
-    return not ((layout == "rows" and name in rows) or (layout == "rows and columns" and name in both))
+    return not (layout == "rows" and name in ({"AdamW-stochastic"} if kind else {"AdamW-clipped", "Adafactor-beta1"}))
 
 
 def tensors(seed: int) -> list[torch.Tensor]:

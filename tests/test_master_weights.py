@@ -282,7 +282,7 @@ def test_kernels_have_the_weights_of_their_float32_run_whatever_the_layout(name,
 # Decay, and what has no need of all this.
 
 
-@pytest.mark.parametrize("policy", ["master_weights", "stochastic_rounding"])
+@pytest.mark.parametrize("policy", ["master_weights", pytest.param("stochastic_rounding", marks=pytest.mark.slow)])
 @bfloat16_first
 @pytest.mark.parametrize("name", PRECISE)
 def test_a_thousand_small_decays_add_up(name, half, policy):

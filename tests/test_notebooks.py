@@ -22,9 +22,8 @@ def test_every_notebook_is_here():
     assert {path.name for path in NOTEBOOKS.glob("*.ipynb")} == set(FIGURES)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "schedules.ipynb")) for name in FIGURES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FIGURES)
 def test_a_notebook_runs_from_top_to_bottom(name, monkeypatch):
     # As a reader's kernel: not in Triton's interpreter. One thread, since other tests use the other cores.
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -12,7 +12,7 @@ from pages import drawing, errors, site, support
 
 ROOT = Path(__file__).parent.parent
 NAV = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2].partition("\nnot_in_nav")[0]
-SLOW = {"support": pytest.mark.slow}  # collects some forty files of tests
+SLOW = {"support": pytest.mark.slow, "launches": pytest.mark.slow}  # collect tests, or run kernels
 
 
 def between(path: Path, name: str) -> str:

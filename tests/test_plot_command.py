@@ -60,6 +60,7 @@ def test_the_command_says_what_it_wrote(
     assert not recwarn.list
 
 
+@pytest.mark.slow
 def test_what_is_set_takes_the_place_of_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fusedopt.cli import plot as plot_command
 

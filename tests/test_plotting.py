@@ -354,6 +354,7 @@ def test_verification_of_a_resumed_run_shows_its_own_steps() -> None:
     assert shaded(figure) == [] and figure.axes[0].get_legend() is None
 
 
+@pytest.mark.slow
 def test_pictures_do_not_touch_pyplot() -> None:
     code = "import sys; from fusedopt import *; plot_gallery(1, 9); assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run(

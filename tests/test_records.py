@@ -65,6 +65,7 @@ def steps(which):
     return done.stdout.split()
 
 
+@pytest.mark.slow
 def test_a_field_inserted_in_the_middle_of_every_record_changes_no_number():
     (bits, *places), (others, *moved) = steps("as it is"), steps("inserted")
     assert bits == others

@@ -27,6 +27,7 @@ def test_every_folder_of_modules_is_a_package():
             assert (folder / "__init__.py").exists(), f"{folder} has no __init__.py, so the wheel would lack it"
 
 
+@pytest.mark.slow
 def test_python_m_fusedopt():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     command = [sys.executable, "-m", "fusedopt", "--version"]

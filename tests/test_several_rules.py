@@ -49,7 +49,7 @@ def one_optimizer_each(m: torch.nn.Module, backend: str) -> list[torch.optim.Opt
     ]
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("in_backward", [False, True])
 def test_matrices_by_adafactor_and_vectors_by_adamw_are_as_with_one_optimizer_each(backend, in_backward, device):
     device = device if backend == "triton" else torch.device("cpu")

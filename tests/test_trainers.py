@@ -46,10 +46,10 @@ def test_plain_pytorch(example, capsys):
 @pytest.mark.parametrize(
     ("sick", "times"),
     [
-        (None, None),
         ("blocks.layers.1.linear2.weight", 0.02),
-        ("blocks.layers.0.self_attn.out_proj.weight", 50),
-        ("blocks.layers.2.norm1.weight", 50),
+        pytest.param(None, None, marks=pytest.mark.slow),
+        pytest.param("blocks.layers.0.self_attn.out_proj.weight", 50, marks=pytest.mark.slow),
+        pytest.param("blocks.layers.2.norm1.weight", 50, marks=pytest.mark.slow),
     ],
 )
 def test_sick_layer(example, capsys, sick, times):
@@ -67,7 +67,7 @@ def trainer_run(example, *arguments):
     return main(["--steps", "30", "--save-every", "15", *arguments])
 
 
-@pytest.mark.parametrize("optimizer", ["adafactor", "adamw"])
+@pytest.mark.parametrize("optimizer", ["adafactor", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_transformers_trainer(example, optimizer):
     model, history = trainer_run(example, "--optimizer", optimizer)
     losses = [entry["loss"] for entry in history if "loss" in entry]
@@ -110,8 +110,10 @@ def test_adafactor_schedule_in_the_transformers_trainer_with_lr_none(example, tm
     "cls, options",
     [
         (AdamW, {"lr": 0.01, "convention": "torch", "eps": 1e-8}),
-        (AdamWeightDecay, {"learning_rate": 0.01}),
-        (Adafactor, {"lr": 0.01, "relative_step": False, "scale_parameter": False}),
+        pytest.param(AdamWeightDecay, {"learning_rate": 0.01}, marks=pytest.mark.slow),
+        pytest.param(
+            Adafactor, {"lr": 0.01, "relative_step": False, "scale_parameter": False}, marks=pytest.mark.slow
+        ),
     ],
     ids=["AdamW", "AdamWeightDecay", "Adafactor"],
 )
@@ -127,6 +129,7 @@ def test_optimizer_cls_and_kwargs(example, tmp_path, cls, options):
     assert_same(optimizer.state_dict(), resumed.optimizer.optimizer.state_dict())
 
 
+@pytest.mark.slow
 def test_our_adamw_is_the_trainers_own(example, tmp_path):
     """With the torch convention and the same options, nothing changes but the last bits."""
     options = {"lr": 0.01, "convention": "torch", "eps": 1e-8}
@@ -201,6 +204,7 @@ def test_the_folder_of_the_kernels_is_not_taken_for_the_package_of_that_name():
         assert not import_utils.is_kernels_available()
 
 
+@pytest.mark.slow
 def test_a_trainer_that_resumes_with_more_steps_follows_the_longer_schedule(example, tmp_path):
     rates = {}
     for steps, checkpoint in ((6, None), (12, str(tmp_path / "checkpoint-6"))):
@@ -217,7 +221,7 @@ def test_a_trainer_that_resumes_with_more_steps_follows_the_longer_schedule(exam
     assert rates[12] == pytest.approx([0.0, *[0.01 * schedule(step) for step in range(7, 12)]])
 
 
-@pytest.mark.parametrize("name", ["greedy", "reduce_lr_on_plateau"])
+@pytest.mark.parametrize("name", ["reduce_lr_on_plateau", pytest.param("greedy", marks=pytest.mark.slow)])
 def test_schedulers_driven_by_a_metric_in_the_transformers_trainer(example, tmp_path, name):
     def run(checkpoint=None):
         model = counting_trainer(example, tmp_path).model
