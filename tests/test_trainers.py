@@ -111,9 +111,7 @@ def test_adafactor_schedule_in_the_transformers_trainer_with_lr_none(example, tm
     [
         (AdamW, {"lr": 0.01, "convention": "torch", "eps": 1e-8}),
         pytest.param(AdamWeightDecay, {"learning_rate": 0.01}, marks=pytest.mark.slow),
-        pytest.param(
-            Adafactor, {"lr": 0.01, "relative_step": False, "scale_parameter": False}, marks=pytest.mark.slow
-        ),
+        pytest.param(Adafactor, {"lr": 0.01, "relative_step": False, "scale_parameter": False}, marks=pytest.mark.slow),
     ],
     ids=["AdamW", "AdamWeightDecay", "Adafactor"],
 )
