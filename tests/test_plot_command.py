@@ -41,11 +41,11 @@ def test_the_command_draws_a_name_with_what_it_needs(
     "arguments",
     [
         ["--all"],
-        ["linear", "--verify"],
+        pytest.param(["linear", "--verify"], marks=pytest.mark.slow),
         ["warmup_stable_decay", "--verify", "--training-steps", "30", "--set", "decay_type=1-sqrt"],
         ["cosine", "cosine_with_restarts", "--set", "num_cycles=4"],
         ["cosine_with_min_lr", "--set", "min_lr=1e-4"],
-        ["cosine_warmup_with_min_lr", "--set", "min_lr=1e-4", "--verify"],
+        pytest.param(["cosine_warmup_with_min_lr", "--set", "min_lr=1e-4", "--verify"], marks=pytest.mark.slow),
         ["warmup_stable_decay", "--set", "num_stable_steps=100"],
         ["greedy", "--set", "smooth=true"],
     ],
