@@ -9,8 +9,8 @@ import pytest
 import torch
 from helpers.comparing import assert_same, same
 from helpers.optimizers import BACKENDS, OPTIMIZERS
+from helpers.waits import Waits
 from torch.distributed.checkpoint import state_dict as dcp
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedopt import Adafactor, AdamW, AdamWeightDecay, Lion, create_optimizer, register_step_in_backward
 from fusedopt.backends.triton.scalars import DeviceScalars
@@ -276,18 +276,6 @@ def test_effective_lr_reads_eps():
     p = optimizer.param_groups[0]["params"][2]
     floor.fill_(10.0)
     assert optimizer.effective_lr(p) == pytest.approx(0.1)
-
-
-class Waits(TorchDispatchMode):
-    """Counts what makes the host wait for a device."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture

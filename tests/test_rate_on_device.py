@@ -9,7 +9,7 @@ import torch
 from helpers.comparing import assert_near, assert_same
 from helpers.keras import BACKENDS, device_of, parameter, step
 from helpers.schedules import CLOSED_FORMS
-from torch.utils._python_dispatch import TorchDispatchMode
+from helpers.waits import Waits
 
 from fusedopt import checks, create_optimizer, register_step_in_backward
 from fusedopt.interface import StepArgs
@@ -163,18 +163,6 @@ def test_where_no_step_can_be_skipped_the_rate_is_a_float(backend):
     for n in range(3):
         step(optimizer)
         assert optimizer.param_groups[0]["lr"] == RATE(n) and type(optimizer.param_groups[0]["lr"]) is float
-
-
-class Waits(TorchDispatchMode):
-    """Counts what makes the host wait for a device."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
 
 
 @TRITON

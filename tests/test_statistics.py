@@ -379,6 +379,31 @@ def test_a_step_waits_for_nothing(cls):
     assert waits.count == 1
 
 
+def test_gradients_before_keras_clipping_wait_for_nothing_whichever_there_are(monkeypatch):
+    params = parameters(torch.float32)
+    optimizer = AdamWeightDecay(params, clipnorm=0.01, track_statistics=True)
+    replace, waits = optimizer.tracker.replace_gradients, Waits()
+
+    def watched(*args):
+        with waits:
+            replace(*args)
+
+    monkeypatch.setattr(optimizer.tracker, "replace_gradients", watched)
+    for turn in range(3):
+        give_gradients(params, turn)
+        without = params[turn]
+        without.grad = None
+        optimizer.step()
+        norms = [torch.nan if p.grad is None else float(p.grad.double().norm()) for p in params]
+        assert_near(
+            optimizer.statistics.tensor[:, 0], torch.tensor(norms, dtype=torch.float64), rtol=RTOL, equal_nan=True
+        )
+    assert (waits.count, waits.copies) == (0, 0)
+    with waits:
+        torch.tensor([1])
+    assert waits.copies == 1
+
+
 def test_the_worst_layers_come_first():
     model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(6)))
     optimizer = AdamW(model.named_parameters(), lr=1e-3, track_statistics=True)

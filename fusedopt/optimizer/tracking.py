@@ -48,7 +48,7 @@ class Tracker:
         self._opened = False
         self._places: dict[Tensor, int] = {}
         self._measured: list[weakref.ref[Tensor]] = []
-        self._indices: dict[tuple[Any, ...], tuple[list[int], Tensor]] = {}
+        self._indices: dict[tuple[torch.device, ReduceDims], tuple[list[int], Tensor]] = {}
 
     def __bool__(self) -> bool:
         return self.every > 0
@@ -102,8 +102,10 @@ class Tracker:
         for device, which in by_device.items():
             squares = torch.stack(norms([sharding.shard(grads[i]) for i in which])).square_()
             on_device = factor.to(device, non_blocking=True) if isinstance(factor, Tensor) else factor
-            rows = self._index(("gradients", device), [self._places[params[i]] for i in which], device)
-            self.sums[device][:, PLACES.gradient].index_copy_(0, rows, squares * on_device**2)
+            # Into views: an index would have to be copied to the device.
+            column = self.sums[device][:, PLACES.gradient].unbind()
+            own = [column[self._places[params[i]]] for i in which]
+            torch._foreach_copy_(own, list((squares * on_device**2).unbind()))
 
     def close(self, optimizer: "FusedOptimizer") -> None:
         """Ends a step: sums of shards become those of whole tensors, in two collective operations per kind of split."""
@@ -126,7 +128,7 @@ class Tracker:
             if over:
                 alike.setdefault((p.device, over), []).append(place)
         for (device, over), places in alike.items():
-            rows = self._index((device, over), places, device)
+            rows = self._index(device, over, places)
             whole = self.sums[device].index_select(0, rows)
             largest = whole[:, PLACES.largest].clone()
             sharding.all_reduce_in_place(whole, over)
@@ -135,11 +137,11 @@ class Tracker:
             whole[:, PLACES.largest] = torch.where(update.isnan(), update, largest)
             self.sums[device].index_copy_(0, rows, whole)
 
-    def _index(self, use: tuple[Any, ...], places: list[int], device: torch.device) -> Tensor:
-        """These numbers on a device, copied there where they are not those of last time."""
-        known = self._indices.get(use)
+    def _index(self, device: torch.device, over: ReduceDims, places: list[int]) -> Tensor:
+        """These numbers on a device, copied there when the groups have changed."""
+        known = self._indices.get((device, over))
         if known is None or known[0] != places:
-            known = self._indices[use] = places, torch.tensor(places, dtype=torch.int64, device=device)
+            known = self._indices[device, over] = places, torch.tensor(places, dtype=torch.int64, device=device)
         return known[1]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusedopt.drawing import NEUTRAL, SMALL, WRONG, shortened, styles, text_width
-from fusedopt.statistics.findings import QUANTITIES, findings, kinds_of, numel_of
+from fusedopt.statistics.findings import QUANTITIES, findings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,7 +49,7 @@ class _Data:
         measured = np.logical_not(np.isnan(history).all(axis=2))
         if not measured.any():
             raise ValueError("no step was measured; make the StatisticsRecorder before training, and train")
-        kinds, numel, names = kinds_of(recorder.optimizer), numel_of(recorder.optimizer), recorder.names
+        kinds, numel, names = recorder.parameters.kinds, np.array(recorder.parameters.numel), recorder.names
         rows = np.flatnonzero(measured.any(axis=0)).tolist()
         if sort:
             first = {kind: -place for place, kind in reversed(list(enumerate(kinds)))}

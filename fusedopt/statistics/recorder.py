@@ -13,6 +13,7 @@ from torch import Tensor
 from fusedopt.backends.graphs import capturing, on_device
 from fusedopt.optimizer.base import FusedOptimizer
 from fusedopt.statistics.findings import QUANTITIES
+from fusedopt.statistics.measured import MeasuredParameters
 from fusedopt.statistics.values import Statistics
 from fusedopt.wrappers import unwrapped_optimizer
 from fusedopt_kernels.memory import lasting
@@ -30,10 +31,11 @@ class Writer(Protocol):
 
 
 class _OnItsWay:
-    """The statistics of a step that the host has not seen yet."""
+    """The statistics of a step that the host has not seen yet, and to which rows of the history they belong."""
 
-    def __init__(self, step: int, tensor: Tensor) -> None:
+    def __init__(self, step: int, rows: list[int], tensor: Tensor) -> None:
         self.step = step
+        self.rows = rows
         self._host, self._event = _sent(tensor)
 
     def arrived(self) -> bool:
@@ -69,7 +71,13 @@ class StatisticsRecorder:
     is dropped, and from then on half as many are added. So it always spans the whole run; of the first `limit` measured
     steps it has all, of 10,000 every sixteenth. Skipped steps are counted whether or not their entry was dropped.
 
+    A parameter keeps its row and its name when groups are edited: one that joins gets a row of its own, and one that
+    left keeps what was measured of it.
+
     A copy of the optimizer, or one that was pickled, has no recorder.
+
+    If the writer raises, its error comes out of the `step()` that had something to write, after the update. The history
+    is whole; the scalars of that step that were not written yet are left out, and the writer gets the next ones.
 
     Args:
         optimizer: an optimizer of this package with `track_statistics`, or Accelerate's or Lightning's wrapper of one.
@@ -114,10 +122,12 @@ class StatisticsRecorder:
         self.optimizer = inner
         self.writer = writer
         self.limit = int(limit)
+        self.parameters = MeasuredParameters(inner)
         self._statistics: Statistics = inner.statistics
         self._next_step = int(first_step)
         self._seen = inner.tracker.measured_steps
         self._on_their_way: deque[_OnItsWay] = deque()
+        self._to_write: deque[tuple[int, np.ndarray]] = deque()
         # The history: of every `_stride`-th measured step its number and values, and how many steps up to the next
         # entry were skipped.
         self._stride = 1
@@ -137,13 +147,14 @@ class StatisticsRecorder:
 
     def close(self) -> None:
         """Waits for all that was measured, gives it to the writer, and removes the hook; the history stays."""
-        self._receive(wait=True)
         self._hook.remove()
+        self._receive(wait=True)
 
     @property
     def names(self) -> list[str]:
-        """The parameters' names, those of `optimizer.statistics`."""
-        return self._statistics.names
+        """The parameters' names, in the order in which the optimizer got them, those that left it included."""
+        self.parameters.rows()
+        return self.parameters.names
 
     @property
     def quantities(self) -> tuple[str, ...]:
@@ -160,13 +171,12 @@ class StatisticsRecorder:
     def history(self) -> np.ndarray:
         """The statistics of these steps, float32 [entries, parameters, quantities].
 
-        NaN in all quantities of a parameter without a gradient, or which the optimizer did not have yet.
+        NaN in all quantities of a parameter without a gradient, or which the optimizer did not have at that step.
         """
         self._receive(wait=True)
-        rows = len(self.names)
-        history = np.full((len(self._values), rows, len(QUANTITIES)), np.nan, np.float32)
+        history = np.full((len(self._values), len(self.names), len(QUANTITIES)), np.nan, np.float32)
         for entry, values in zip(history, self._values):
-            entry[: len(values)] = values[:rows]
+            entry[: len(values)] = values
         return history
 
     @property
@@ -218,14 +228,20 @@ class StatisticsRecorder:
     def _record(self, step: int) -> None:
         self._seen = self.optimizer.tracker.measured_steps
         self._next_step = step + 1
-        self._on_their_way.append(_OnItsWay(step, self._statistics.tensor))
+        self._on_their_way.append(_OnItsWay(step, self.parameters.rows(), self._statistics.tensor))
         self._receive()
 
     def _receive(self, wait: bool = False) -> None:
-        """Reads what has arrived, in the order of the steps; with `wait`, everything."""
+        """Reads what has arrived, in the order of the steps; with `wait`, everything. Then the writer may raise."""
         while self._on_their_way and (wait or self._on_their_way[0].arrived()):
             first = self._on_their_way.popleft()
-            self._keep(first.step, first.values())
+            values = np.full((len(self.parameters.names), len(QUANTITIES)), np.nan)
+            values[first.rows] = first.values()
+            self._keep(first.step, values)
+            if self.writer is not None:
+                self._to_write.append((first.step, values))
+        while self.writer is not None and self._to_write:
+            self._write(self.writer, *self._to_write.popleft())
 
     def _keep(self, step: int, values: np.ndarray) -> None:
         measured = values[~np.isnan(values).all(axis=1)]
@@ -242,11 +258,9 @@ class StatisticsRecorder:
             self._skipped.append(0)
         self._skipped[-1] += int(skipped)
         self._arrived += 1
-        if self.writer is not None:
-            self._write(self.writer, step, values)
 
     def _write(self, writer: Writer, step: int, values: np.ndarray) -> None:
-        for name, row in zip(self.names, values.tolist()):
+        for name, row in zip(self.parameters.names, values.tolist()):
             if not np.isnan(row).all():
                 for quantity, value in zip(QUANTITIES, row):
                     writer.add_scalar(f"{quantity}/{name}", value, step)

@@ -1,6 +1,7 @@
 """What the last measured step did to each parameter."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import chain, count
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -52,13 +53,11 @@ class Statistics:
 
     @property
     def names(self) -> list[str]:
-        """The parameters' names, as `named_parameters()` gave them to the optimizer; else "group.index"."""
-        names = []
-        for number, group in enumerate(self._optimizer.param_groups):
-            given = group.get("param_names") or []
-            # Parameters that were added to the list by hand have none.
-            names += [*given, *(f"{number}.{index}" for index in range(len(given), len(group["params"])))]
-        return names
+        """The parameters' names, as `named_parameters()` gave them to the optimizer; else "group.index".
+
+        The second of two parameters called "weight", as of two models, is "weight (2)".
+        """
+        return names_of(self._optimizer)
 
     @property
     def quantities(self) -> tuple[str, ...]:
@@ -147,3 +146,19 @@ class Statistics:
         if rows is not None:  # the groups have been edited since; -1 is the last one
             together = torch.cat([together, none])[torch.tensor(rows, dtype=torch.int64, device="cpu").to(home)]
         return together
+
+
+def names_of(optimizer: "FusedOptimizer") -> list[str]:
+    """Returns a name per parameter, all different; see `Statistics.names`."""
+    names: dict[str, None] = {}
+    for number, group in enumerate(optimizer.param_groups):
+        given = group.get("param_names") or []
+        # Parameters that were added to the list by hand have none.
+        for name in [*given, *(f"{number}.{index}" for index in range(len(given), len(group["params"])))]:
+            names[distinct(name, names)] = None
+    return list(names)
+
+
+def distinct(name: str, taken: Collection[str]) -> str:
+    """Returns `name`, with a number behind it if it is taken."""
+    return next(one for one in chain([name], (f"{name} ({n})" for n in count(2))) if one not in taken)
