@@ -153,7 +153,7 @@ def test_capture_of_a_launch_that_never_ran(capture, two):
     refused(capture, optimizer, params, gradients(params, 1), "no step before it had tensors of these dtypes.*take one")
 
 
-UNTRAINED = r"a parameter of shape \(7,\) requires a gradient and has none in the step that is being captured"
+UNTRAINED = "requires a gradient and has none in the step that is being captured"
 
 
 @every_optimizer
@@ -164,11 +164,38 @@ def test_a_parameter_that_would_never_be_trained_is_refused(capture, name):
     step(optimizer, params, gradients(params, 0))
     grads = [None, *gradients(params, 1)[1:]]
     for some in (grads, [None] * len(params)):
-        refused(capture, optimizer, params, some, UNTRAINED)
+        refused(capture, optimizer, params, some, f"^parameter 0 of group 0 {UNTRAINED}")
     step(optimizer, params, grads)  # which is none of its business
     params[0].requires_grad_(False)
     with capture():
         step(optimizer, params, grads)
+
+
+def test_the_parameter_that_would_never_be_trained_is_named(capture):
+    params = parameters(CPU, SIZES)
+    groups = [{"params": [("first", params[0])]}, {"params": [(f"layer.{i}", p) for i, p in enumerate(params[1:])]}]
+    optimizer = AdamW(groups, backend="triton")
+    step(optimizer, params, gradients(params, 0))
+    grads = gradients(params, 1)
+    refused(capture, optimizer, params, [*grads[:-1], None], f"^parameter 'layer.{len(params) - 2}' {UNTRAINED}")
+
+
+def test_what_is_left_out_on_purpose_is_not_refused(capture):
+    """Parameters that `apply_gradients` was not given, and those without elements, which have nothing to train."""
+    empty = torch.nn.Parameter(torch.ones(0, 3))
+    params = [*parameters(CPU, SIZES), empty]
+    optimizer = AdamW(params, backend="triton")
+    step(optimizer, params[:-1], gradients(params[:-1], 0))
+    with capture():
+        step(optimizer, params[:-1], gradients(params[:-1], 1))
+    pairs = list(zip(gradients(params, 2), params))
+    optimizer.apply_gradients(pairs[1:])
+    with capture():
+        optimizer.apply_gradients(pairs[1:])
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(RuntimeError, match=f"^parameter 0 of group 0 {UNTRAINED}"), capture():
+        optimizer.apply_gradients([(None, params[0]), *pairs[1:]])
+    assert_same([p.detach() for p in params], before)
 
 
 def test_a_step_in_backward_knows_what_it_has_updated(capture):

@@ -255,6 +255,41 @@ def test_keras_names_and_config():
     assert (config["weight_decay_rate"], config["beta_2"]) == (0.25, 0.5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("value", [0.9, 0.99, 0.98, 1e-7, 1 / 3, 0.0])
+def test_a_config_has_the_shortest_decimals_that_give_the_tensor_back(dtype, value):
+    held = torch.tensor(value, dtype=dtype)
+    options = {"learning_rate": held, "beta_1": held, "beta_2": held.reshape(1), "weight_decay_rate": held}
+    config = AdamWeightDecay(parameters(), **options).get_config()
+    for name in options:
+        assert type(config[name]) is float and torch.equal(torch.tensor(config[name], dtype=dtype), held)
+    assert dtype is torch.float16 or value == 1 / 3 or config["beta_1"] == value
+    assert len(repr(config["beta_1"])) <= len(repr(held.item()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_tensor_for_both_betas_stays_one(backend):
+    beta = torch.tensor(0.9)
+    params = parameters()
+    optimizer = AdamW([{"params": [p]} for p in params], lr=0.1, betas=(beta, beta), backend=backend)
+    for first, second in (group["betas"] for group in optimizer.param_groups):
+        assert first is second
+    assert optimizer.param_groups[0]["betas"][0] is beta is not optimizer.param_groups[1]["betas"][0]
+    twins = parameters()
+    plain = AdamW([{"params": [p]} for p in twins], lr=0.1, betas=(beta.item(),) * 2, backend=backend)
+    for number, value in enumerate((0.9, 0.5, 0.75)):
+        for group, twin in zip(optimizer.param_groups, plain.param_groups):
+            group["betas"][0].fill_(value)
+            twin["betas"] = (group["betas"][1].item(),) * 2
+        step(optimizer, number)
+        step(plain, number)
+    assert_same(params, twins)
+    again = copy.deepcopy(optimizer)
+    again.load_state_dict(pickle.loads(pickle.dumps(optimizer.state_dict())))
+    for group in again.param_groups:
+        assert [b.item() for b in group["betas"]] == [0.75, 0.75] and group["betas"][0] is not beta
+
+
 def test_a_step_in_backward_reads_them():
     model = torch.nn.Linear(3, 2)
     decay = tensor(0.5)

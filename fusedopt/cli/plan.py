@@ -41,6 +41,7 @@ def add_plan_command(commands: Any) -> None:
     parser.add_argument(
         "--clip", action="store_true", help="with max_grad_norm: the step needs the norm of all gradients"
     )
+    parser.add_argument("--statistics", action="store_true", help="with track_statistics: every step is measured")
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes, instead of a table")
     parser.set_defaults(run=run_plan)
 
@@ -58,6 +59,7 @@ def run_plan(options: argparse.Namespace) -> None:
         bandwidth=options.bandwidth,
         memory=options.fits,
         max_grad_norm=1.0 if options.clip else None,
+        track_statistics=options.statistics,
     )
     print(json.dumps(plan.data(), indent=2) if options.json else plan)
 

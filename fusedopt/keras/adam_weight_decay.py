@@ -11,7 +11,7 @@ from torch import Tensor
 from fusedopt import backends, checks
 from fusedopt.adamw import AdamW
 from fusedopt.interface import AdamWHyper, StepArgs
-from fusedopt.keras.config import from_keras
+from fusedopt.keras.config import from_keras, to_keras
 from fusedopt.keras.rate import ScheduledRate, rate_after
 from fusedopt.keras.schedules import RateFunction, check_function, describe, takes_tensors
 from fusedopt.keras.step_count import StepCount, capturing
@@ -375,8 +375,9 @@ class AdamWeightDecay(AdamW):
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments under Keras' keys, without parameters and backend; numbers are Python's.
 
-        Schedules of this package become `{"class_name", "config"}`, at any depth; other functions stay as they are.
-        Moments, counts and rates that were changed later are in `state_dict()` instead.
+        A tensor is written with as few digits as give it back in its dtype, 0.9 as 0.9 in float32 too. Schedules of
+        this package become `{"class_name", "config"}`, at any depth; other functions stay as they are. Moments, counts
+        and rates that were changed later are in `state_dict()` instead.
         """
         rate = self.defaults["lr"] if self.schedule is None else self.schedule
         beta_1, beta_2 = self.defaults["betas"]
@@ -396,7 +397,7 @@ class AdamWeightDecay(AdamW):
             "include_in_weight_decay": self.include_in_weight_decay,
             "exclude_from_weight_decay": self.exclude_from_weight_decay,
         }
-        return dict(checks.plain(config))
+        return to_keras(config)
 
     @classmethod
     def from_config(cls, config: dict[str, Any], params: Any, *, backend: str = "auto") -> "AdamWeightDecay":

@@ -1,7 +1,11 @@
-"""Turns configs of AdamWeightDecay and of Keras' own Adam and AdamW into arguments of AdamWeightDecay."""
+"""Configs: reads those of AdamWeightDecay and of Keras' own Adam and AdamW, and writes numbers into them."""
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from fusedopt import checks
 from fusedopt.keras.schedules import revive
 from fusedopt.precision import named_dtype
 
@@ -56,3 +60,20 @@ def from_keras(config: dict[str, Any]) -> dict[str, Any]:
     if "learning_rate" in arguments:
         arguments["learning_rate"] = revive(arguments["learning_rate"])
     return arguments
+
+
+def to_keras(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns a config whose numbers are Python's, of a tensor with as few digits as give it back in its dtype.
+
+    Example:
+        >>> to_keras({"beta_1": torch.tensor(0.9), "beta_2": 0.999})
+        {'beta_1': 0.9, 'beta_2': 0.999}
+    """
+    written = {name: _decimal(value) if isinstance(value, Tensor) else value for name, value in config.items()}
+    return dict(checks.plain(written))
+
+
+def _decimal(t: Tensor) -> float:
+    value = t.item()
+    candidates = (float(f"{value:.{digits}g}") for digits in range(1, 17))
+    return next((x for x in candidates if torch.tensor(x, dtype=t.dtype, device="cpu").item() == value), value)

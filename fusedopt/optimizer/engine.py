@@ -4,7 +4,7 @@ Tensors reach a backend as they are. It scales gradients on their way into the u
 backend, `begin_step` in the kernels) and advances step counts in place (`backends/eager/step_counts.py`, `begin_step`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from itertools import chain, repeat
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -68,7 +68,14 @@ class Engine:
         self._states = States()
         self._parts: list[list[Part]] | None = None
 
-    def step(self, optimizer: "FusedOptimizer", groups: Groups, grads: Gradients, args: StepArgs) -> StepArgs:
+    def step(
+        self,
+        optimizer: "FusedOptimizer",
+        groups: Groups,
+        grads: Gradients,
+        args: StepArgs,
+        mentioned: Collection[Tensor] | None = None,
+    ) -> StepArgs:
         """Takes one step, in eight phases; the first raises before anything has changed.
 
         Args:
@@ -76,6 +83,7 @@ class Engine:
             groups: the optimizer's, or a copy of one with some of its parameters.
             grads: one gradient, or None, per parameter of each group.
             args: what else is asked of the step.
+            mentioned: the parameters that were given, with a gradient or with None; None for all.
 
         Returns:
             The arguments that the backends got: with the factor of clipping, and with what makes the step skip.
@@ -93,7 +101,7 @@ class Engine:
         updated = [p for p, g in zip(params, chain.from_iterable(grads)) if g is not None]
         shapes = _check_gradients(updated, flat)
         if len(updated) < len(params):
-            _refuse_untrained(optimizer, params, grads)
+            _refuse_untrained(optimizer, groups, grads, mentioned)
         self._states.check(optimizer, groups, grads, shapes if len(updated) == len(params) else None)
         sharded = sharding.check(groups, grads)
         if self._states.regrouped:
@@ -204,16 +212,23 @@ def _present(grads: Gradients) -> list[Tensor]:
     return [g for row in grads for g in row if g is not None]
 
 
-def _refuse_untrained(optimizer: "FusedOptimizer", params: list[Tensor], grads: Gradients) -> None:
+def _refuse_untrained(
+    optimizer: "FusedOptimizer", groups: Groups, grads: Gradients, mentioned: Collection[Tensor] | None
+) -> None:
     """Raises in a capture for a parameter whose gradient is missing by mistake: no replay would update it."""
-    if not any(map(capturing, {p.device for p in params})):
+    if not any(map(capturing, {p.device for group in groups for p in group["params"]})):
         return
-    for p, g in zip(params, chain.from_iterable(grads)):
-        if g is None and p.requires_grad and p not in optimizer.updated_in_backward:
+    for number, (group, row) in enumerate(zip(groups, grads)):
+        names = group.get("param_names") or []
+        for index, (p, g) in enumerate(zip(group["params"], row)):
+            if g is not None or not p.requires_grad or p in optimizer.updated_in_backward:
+                continue
+            if (mentioned is not None and p not in mentioned) or (has_data(p) and not p.numel()):
+                continue
+            name = repr(names[index]) if index < len(names) else f"{index} of group {number}"
             raise RuntimeError(
-                f"a parameter of shape {tuple(p.shape)} requires a gradient and has none in the step that is being "
-                "captured, so that no replay would train it: run backward() in the capture too, or before it, or set "
-                "requires_grad=False"
+                f"parameter {name} requires a gradient and has none in the step that is being captured, so that no "
+                "replay would train it: run backward() in the capture too, or before it, or set requires_grad=False"
             )
 
 

@@ -27,6 +27,7 @@ def plan_run(
     bandwidth: float | None = None,
     memory: float | None = None,
     max_grad_norm: float | None = None,
+    track_statistics: bool = False,
     choices: Sequence[Choice] = CHOICES,
 ) -> Plan:
     """Returns what a run of a model would take of one GPU, a row per choice of optimizer and precision.
@@ -39,6 +40,7 @@ def plan_run(
         bandwidth: of a GPU's memory, in bytes per second; for milliseconds.
         memory: of a GPU, in bytes; marks the rows that fit.
         max_grad_norm: as of the optimizers: gradients are read once more, and their norm is added up.
+        track_statistics: as of the optimizers: every step is measured.
         choices: the rows.
 
     Raises:
@@ -67,8 +69,9 @@ def plan_run(
         )
     if planned.heads is not None and planned.heads % tp:
         raise ValueError(f"tp={tp} does not divide the {planned.heads} heads of keys and values of {planned.name}")
-    if max_grad_norm is not None:
-        choices = [choice._replace(options={**choice.options, "max_grad_norm": max_grad_norm}) for choice in choices]
+    of_all = {} if max_grad_norm is None else {"max_grad_norm": max_grad_norm}
+    of_all |= {"track_statistics": True} if track_statistics else {}
+    choices = [choice._replace(options={**choice.options, **of_all}) for choice in choices]
     mine = shards(planned.weights, fsdp, tp)
     frozen = list(zip(planned.frozen, shards(planned.frozen, fsdp, tp)))
     tensors = len(planned.weights) + len(planned.frozen)

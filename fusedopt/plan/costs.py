@@ -16,6 +16,7 @@ from fusedopt.plan.choices import Choice
 from fusedopt.plan.families import Weight
 from fusedopt.plan.mesh import Shard
 from fusedopt.precision import WEIGHT_STATES
+from fusedopt_kernels.measures import PLACES
 
 _META = torch.device("meta")
 
@@ -122,17 +123,25 @@ def _reserved(
     workspace, sums = 0, []
     for rule in dict.fromkeys(param_set.rule for param_set in param_sets):
         own = [s._replace(shard_infos=[info_of[p] for p in s.params]) for s in param_sets if s.rule == rule]
-        reserved = STEPPERS[rule](_META).reserve(own)
+        reserved = STEPPERS[rule](_META).reserve(own, measured=bool(optimizer.tracker))
         workspace += reserved.workspace
         sums += reserved.sums
+    spread: dict[ReduceDims, list[Tensor]] = {}
+    for p, info in zip(params, infos):
+        spread.setdefault(() if info is None else info.all_dims, []).append(p)
+    if optimizer.tracker:
+        workspace += _numbers(len(params), len(PLACES)).nbytes
+        for over, those in spread.items():  # the sums of these parameters, and the largest of their updates
+            sums += [(_numbers(len(those), len(PLACES)), over), (_numbers(len(those)), over)]
     if optimizer.guard:
         # One sum of squares for all gradients that are spread over the same processes.
-        spread: dict[ReduceDims, list[Tensor]] = {}
-        for p, info in zip(params, infos):
-            spread.setdefault(() if info is None else info.all_dims, []).append(p)
         workspace += sum(STEPPERS["squares"](_META).reserve(grads) for grads in spread.values())
-        sums += [(torch.empty((), dtype=torch.float64, device=_META), over) for over in spread]
+        sums += [(_numbers(), over) for over in spread]
     return workspace, [(t, sharding.collectives(t, over)) for t, over in sums]
+
+
+def _numbers(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float64, device=_META)
 
 
 def _moved(optimizer: FusedOptimizer, p: Tensor, reads: Reads) -> int:

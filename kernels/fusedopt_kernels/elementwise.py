@@ -143,6 +143,11 @@ def launch_elementwise(
         kernel[(len(chunks),)](chunks, *arguments, access_of(record, key, decisive, block=BLOCK), **options(THREADS))
 
 
+def _name(measured: bool) -> str:
+    """Returns the name that the launches of a step have in the table."""
+    return "measured update" if measured else "update"
+
+
 class Elementwise(NamedTuple):
     """The kernels of an optimizer that updates parameters and states of their shape element by element.
 
@@ -160,9 +165,9 @@ class Elementwise(NamedTuple):
     prologue: Any
     update: Any
 
-    def make_room(self, table: LaunchTable, keys: np.ndarray, numel: np.ndarray, name: str = "update") -> None:
+    def make_room(self, table: LaunchTable, keys: np.ndarray, numel: np.ndarray, measured: bool) -> None:
         """Makes the memory that a step works in; takes what `step` takes. A table on "meta" tells how much it is."""
-        table.chunks(name, keys, pieces_of(numel))
+        table.chunks(_name(measured), keys, pieces_of(numel))
         room_for_scalars(table, self.scalars.places)
 
     def step(self, table: LaunchTable, keys: np.ndarray, numel: np.ndarray, partials: Tensor | None = None) -> None:
@@ -176,8 +181,8 @@ class Elementwise(NamedTuple):
         """
         random = any(launch_class(key, len(self.row.tensors)).rounding for key in set(keys.tolist()))
         tables = measuring(Tables(self.row.places, self.hyper.places, self.scalars.places, random), partials)
-        name = "update" if partials is None else "measured update"
+        name = _name(partials is not None)
         # First: a captured step whose launch cannot be captured is refused before anything is queued.
-        self.make_room(table, keys, numel, name)
+        self.make_room(table, keys, numel, partials is not None)
         scalars = run_prologue(self.prologue, table, tables._replace(measures=None))
         launch_elementwise(self.update, name, table, self.row, keys, numel, (table.rows, scalars, partials, tables))

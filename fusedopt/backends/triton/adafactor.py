@@ -76,8 +76,8 @@ class TritonAdafactor(TritonStepper):
             "weight_decay": hyper.weight_decay,
         }
 
-    def make_room(self, table: LaunchTable) -> list[tuple[Tensor, ReduceDims]]:
-        return make_room(table, self._keys, self._plan).shards.all_sums()
+    def make_room(self, table: LaunchTable, measured: bool) -> list[tuple[Tensor, ReduceDims]]:
+        return make_room(table, self._keys, self._plan, measured=measured).shards.all_sums()
 
     def launch(self, table: LaunchTable, partials: Tensor | None = None) -> None:
         adafactor(table, self._keys, self._plan, all_reduce_in_place, partials)

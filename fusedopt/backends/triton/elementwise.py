@@ -60,8 +60,8 @@ class ElementwiseStepper(TritonStepper):
             self._numel[self._missing] = 0
         rows["pieces"] = pieces_of(self._numel)
 
-    def make_room(self, table: LaunchTable) -> list[tuple[Tensor, ReduceDims]]:
-        self._kernels.make_room(table, self._rows.keys, self._numel)
+    def make_room(self, table: LaunchTable, measured: bool) -> list[tuple[Tensor, ReduceDims]]:
+        self._kernels.make_room(table, self._rows.keys, self._numel, measured)
         return []
 
     def launch(self, table: LaunchTable, partials: Tensor | None = None) -> None:

@@ -80,13 +80,21 @@ class TritonStepper:
                 finish_measures(table, len(rows), measures, places)
             self._rows.copy_back()
 
-    def reserve(self, param_sets: Sequence[ParamSet]) -> Reserved:
-        """Returns what steps of these parameters would keep and add up, without taking one: they may be on "meta"."""
+    def reserve(self, param_sets: Sequence[ParamSet], measured: bool = False) -> Reserved:
+        """Returns what steps of these parameters would keep and add up, without taking one: they may be on "meta".
+
+        Args:
+            param_sets: as of a step.
+            measured: whether all steps are.
+        """
         params = [p for param_set in param_sets for p in param_set.params]
         states = [s for param_set in param_sets for s in param_set.states]
         table = LaunchTable(self._device)
-        table.update(self._filled_rows(param_sets, params, states), self.hyper.rows(len(param_sets)))
-        sums = self.make_room(table)
+        rows = self._filled_rows(param_sets, params, states)
+        table.update(rows, self.hyper.rows(len(param_sets)))
+        sums = self.make_room(table, measured)
+        if measured:
+            table.scratch("measures", len(PLACES) * int(rows["pieces"].sum()), dtype=torch.float64)
         return Reserved(table.workspace, sums)
 
     def _filled_rows(self, param_sets: Sequence[ParamSet], params: list[Tensor], states: States) -> np.ndarray:
@@ -154,7 +162,7 @@ class TritonStepper:
         """Returns the fields of a set of hyper-parameters that only this rule has."""
         raise NotImplementedError
 
-    def make_room(self, table: LaunchTable) -> list[tuple[Tensor, ReduceDims]]:
+    def make_room(self, table: LaunchTable, measured: bool) -> list[tuple[Tensor, ReduceDims]]:
         """Makes the memory that the rule's kernels work in; returns what they add up over processes, and over which."""
         raise NotImplementedError
 

@@ -232,8 +232,8 @@ class Room(NamedTuple):
     """The memory that a step works in, with the launches that share it.
 
     Attributes:
-        pieces, averages, squares, tensors: launches over pieces that read gradients, over rows and columns, over pieces
-            of matrices, and over tensors.
+        pieces, averages, squares, tensors, update: launches over pieces that read gradients, over rows and columns,
+            over pieces of matrices, over tensors, and over the pieces that are updated.
         scalars: float64, what the prologue leaves for each row.
         partial_sums: of float32 and of float64 arithmetic.
         square_partials: float64.
@@ -244,23 +244,28 @@ class Room(NamedTuple):
     averages: _Launches
     squares: _Launches
     tensors: _Launches
+    update: _Launches
     scalars: Tensor
     partial_sums: list[Tensor]
     square_partials: Tensor
     shards: ShardPhases
 
 
-def make_room(table: LaunchTable, keys: np.ndarray, plan: Plan, all_reduce: AllReduce | None = None) -> Room:
+def make_room(
+    table: LaunchTable, keys: np.ndarray, plan: Plan, all_reduce: AllReduce | None = None, measured: bool = False
+) -> Room:
     """Makes the memory that a step works in; takes what `adafactor` takes. A table on "meta" tells how much it is."""
     scalars = room_for_scalars(table, TABLES.scalars)
     square_partials = table.scratch("square_partials", plan.square_partials, dtype=torch.float64)
     dtypes = torch.float32, torch.float64
     partial_sums = [table.scratch(f"partial_sums {d}", n, dtype=d) for d, n in zip(dtypes, plan.partial_sums)]
+    pieces = _Launches(table, "pieces", keys, plan.pieces)
     return Room(
-        _Launches(table, "pieces", keys, plan.pieces),
+        pieces,
         _Launches(table, "averages", plan.in_float64, plan.averages),
         _Launches(table, "squares", keys, plan.matrix_pieces),
         _Launches(table, "finish", np.zeros_like(keys), plan.whole),
+        _Launches(table, "measured pieces", keys, plan.pieces) if measured else pieces,
         scalars,
         partial_sums,
         square_partials,
@@ -286,8 +291,7 @@ def adafactor(
         partials: memory for the measures of all pieces; None: there are to be none.
     """
     # First: a captured step whose launches cannot be captured is refused before anything is queued.
-    room = make_room(table, keys, plan, all_reduce)
-    of_update = room.pieces if partials is None else _Launches(table, "measured pieces", keys, plan.pieces)
+    room = make_room(table, keys, plan, all_reduce, measured=partials is not None)
     scalars, partial_sums, square_partials = room.scalars, room.partial_sums, room.square_partials
     random = any(access_of(key).rounding for key in set(keys.tolist()))
     run_prologue(prologue, table, TABLES._replace(random=random))
@@ -308,7 +312,7 @@ def adafactor(
         for _, chunks in room.tensors(tensors):
             tables = table.rows, table.hyper
             finish[(len(chunks),)](chunks, *tables, scalars, square_partials, TABLES, SQUARES, enable_fp_fusion=False)
-        for key, chunks in of_update(tensors):
+        for key, chunks in room.update(tensors):
             (tables, *others), wide = _constants(key)
             constants = measuring(tables, partials), *others
             arguments = table.rows, scalars, partial_sums[wide], partials, *constants
