@@ -10,6 +10,7 @@ from helpers.comparing import assert_near, assert_same
 from helpers.keras import BACKENDS, device_of, parameter, step
 from helpers.schedules import CLOSED_FORMS
 from helpers.waits import Waits
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedopt import checks, create_optimizer, register_step_in_backward
 from fusedopt.interface import StepArgs
