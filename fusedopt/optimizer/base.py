@@ -361,7 +361,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             0
         """
         sums = sum(s.workspace_bytes() for s in self._engine.steppers.values() if hasattr(s, "workspace_bytes"))
-        return sums + sum(t.nbytes for t in self.tracker.sums.values())
+        return int(sums + sum(t.nbytes for t in self.tracker.sums.values()))
 
     def _forget(self) -> None:
         """Drops what was derived from groups and states."""
