@@ -51,7 +51,7 @@ WEIGHT_STATES = frozenset((*_MASTER_STATES.values(), *FLOAT32_COPIES, NUMBER))
 
 FREEZING = frozenset({"exp_avg_sq"})
 """States that change by less than half a unit of bfloat16 at a step, for which rounding to nearest leaves them as they
-are: with beta2 = 0.999, sqrt(v) is 1.67 and 4.04 times too large 1,000 and 3,000 steps after gradients fell tenfold."""
+are: with beta2 = 0.999, sqrt(v) is 1.63 and 4.11 times too large 1,000 and 3,000 steps after gradients fell tenfold."""
 
 
 class Precision(NamedTuple):

@@ -286,7 +286,7 @@ def test_kernels_have_the_weights_of_their_float32_run_whatever_the_layout(name,
 @bfloat16_first
 @pytest.mark.parametrize("name", PRECISE)
 def test_a_thousand_small_decays_add_up(name, half, policy):
-    """0.9999 to the power of 1,000 is 0.9048. Rounded to nearest, bfloat16 weights stay at 0.9997 and more."""
+    """0.9999 to the power of 1,000 is 0.9048. Rounded to nearest, none of the weights would move."""
     row = OPTIMIZERS[name]
     (start,) = parameters([(20_000,)], half)
     p = torch.nn.Parameter(start.detach().clone())

@@ -1,6 +1,6 @@
 """Why does a bfloat16 second moment freeze? Gradients become a tenth of what they were; v should follow."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ RUNS: Mapping[str, tuple[Mapping[str, Any], str]] = {
 
 
 def excess(options: Mapping[str, Any], steps: int = STEPS) -> list[float]:
-    """Returns sqrt(v) over what it should be, after every `EVERY` steps after the fall."""
+    """Returns the root of mean(v) over `right`, after every `EVERY` steps after the fall."""
     generator = torch.Generator().manual_seed(0)
     p = torch.nn.Parameter(torch.ones(NUMEL, dtype=torch.bfloat16))
     optimizer = AdamW([p], lr=0.0, betas=(0.9, BETA2), **options)
@@ -36,10 +36,19 @@ def excess(options: Mapping[str, Any], steps: int = STEPS) -> list[float]:
         p.grad = (0.1 * torch.randn(NUMEL, generator=generator)).bfloat16()
         optimizer.step()
         if step % EVERY == 0:
-            remembered = BETA2**step
-            right = remembered + (1 - remembered) * 0.01
-            found.append(float((state["exp_avg_sq"].double().mean() / right).sqrt()))
+            found.append(float((state["exp_avg_sq"].double().mean() / right(step)).sqrt()))
     return found
+
+
+def right(step: int) -> float:
+    """Returns the expected v so many steps after gradients fell from 1 to 0.1, where it was 1."""
+    remembered = BETA2**step
+    return remembered + (1 - remembered) * 0.1**2
+
+
+def _row(name: str, factor: Callable[[int], float], steps: int) -> dict[str, str]:
+    after = {f"after {n:,} steps": f"{factor(n):.2f}" for n in (1000, 3000) if n <= steps}
+    return {"AdamW, bfloat16": name, **after}
 
 
 def run(steps: int = STEPS) -> Primer:
@@ -48,7 +57,7 @@ def run(steps: int = STEPS) -> Primer:
     for name, (options, color) in RUNS.items():
         found = excess(options, steps)
         curves[name] = (range(0, steps + 1, EVERY), found, color)
-        after = {number: found[number // EVERY] for number in (1000, 3000) if number <= steps}
-        rows.append({"AdamW, bfloat16": name, **{f"after {n:,} steps": f"{value:.2f}" for n, value in after.items()}})
+        rows.append(_row(name, lambda step, found=found: found[step // EVERY], steps))
+    rows.append(_row("a v that stays at 1: 1 / sqrt(0.999^n + (1 - 0.999^n) / 100)", lambda n: right(n) ** -0.5, steps))
     title = "sqrt(v), of what it should be, after gradients fell to a tenth"
     return Primer(rows, lines(title, "steps after the fall", curves))

@@ -11,6 +11,7 @@ from perf.primers import Primer, lines
 from perf.providers import LR
 from perf.report import INK, OTHERS, OURS
 
+_LEFT, _MOVED = "of their size is left", "of the weights have moved"
 EVERY = 50  # steps between two points of a curve
 
 Make = Callable[[list[torch.Tensor]], torch.optim.Optimizer]
@@ -30,31 +31,31 @@ RUNS: Mapping[str, tuple[Make, torch.dtype, str]] = {
 """By name: the optimizer, the dtype of the weights, and the colour of the curve."""
 
 
-def shares(make: Make, dtype: torch.dtype, steps: int = STEPS) -> list[float]:
-    """Returns the mean size of 65,536 weights over what it was, after every `EVERY` steps."""
+def shares(make: Make, dtype: torch.dtype, steps: int = STEPS) -> tuple[list[float], float]:
+    """Returns the mean size of 65,536 weights over what it was, after every `EVERY` steps; and how many have moved."""
     torch.manual_seed(0)
     model = torch.nn.Linear(256, 256, bias=False, dtype=dtype)
     model.weight.grad = torch.zeros_like(model.weight)
     optimizer = make([model.weight])
 
-    def size() -> float:
+    def weights() -> torch.Tensor:
         kept = float32_parameters(optimizer, model)["weight"] if isinstance(optimizer, AdamW) else model.weight.detach()
-        return float(kept.double().abs().mean())
+        return kept.double().clone()
 
-    before, found = size(), [1.0]
+    before, found = weights(), [1.0]
     for step in range(1, steps + 1):
         optimizer.step()
         if step % EVERY == 0:
-            found.append(size() / before)
-    return found
+            found.append(float(weights().abs().mean() / before.abs().mean()))
+    return found, float((weights() != before).double().mean())
 
 
 def run(steps: int = STEPS) -> Primer:
     curves: dict[str, tuple[Sequence[int], Sequence[float], str]] = {}
     rows = []
     for name, (make, dtype, color) in RUNS.items():
-        left = shares(make, dtype, steps)
+        left, moved = shares(make, dtype, steps)
         curves[name] = (range(0, steps + 1, EVERY), left, color)
-        rows.append({"AdamW": name, "of each weight is left": f"{left[-1]:.4f}"})
-    rows.append({"AdamW": f"(1 - {LR:g} * {WEIGHT_DECAY:g})^{steps:,}", "of each weight is left": f"{RIGHT:.4f}"})
+        rows.append({"AdamW": name, _LEFT: f"{left[-1]:.4f}", _MOVED: f"{moved:.1%}"})
+    rows.append({"AdamW": f"(1 - {LR:g} * {WEIGHT_DECAY:g})^{steps:,}", _LEFT: f"{RIGHT:.4f}", _MOVED: ""})
     return Primer(rows, lines("Mean size of the weights, of what it was; gradients are zero", "step", curves))
