@@ -193,6 +193,22 @@ def test_the_norm_is_right_at_every_magnitude(backend, dtype, device):
     assert optimizer.skipped_steps == 0
 
 
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_norm_beyond_1e154_is_inf_and_skips_or_clips_to_nothing(backend, device):
+    """As in torch, whose clipping multiplies by 1 / inf."""
+    device = device if backend == "triton" else "cpu"
+    for options in ({"skip_nonfinite": True}, {"skip_grad_norm_above": 1e300}, {"max_grad_norm": 1.0}):
+        p = torch.nn.Parameter(torch.ones(4, dtype=torch.float64, device=device))
+        optimizer = AdamW([p], lr=0.1, backend=backend, **options)
+        p.grad = torch.full_like(p, 1e200)
+        optimizer.step()
+        assert float(optimizer.grad_norm) == math.inf and p.eq(1.0).all()
+        assert optimizer.skipped_steps is None or int(optimizer.skipped_steps) == 1
+    torch.nn.utils.clip_grad_norm_([p], 1.0)
+    assert p.grad.eq(0.0).all()
+
+
 def test_the_norm_of_a_large_gradient():
     """Added up in float32 one after the other, as torch's is, it would be off by 1e-4; with gaps too."""
     g = torch.randn(3_000_001, generator=torch.Generator().manual_seed(0)) + 1.0

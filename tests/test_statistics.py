@@ -379,6 +379,21 @@ def test_a_step_waits_for_nothing(cls):
     assert waits.count == 1
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_norms_are_right_up_to_1e154_and_inf_beyond(backend):
+    """Roots of float64 sums of squares; the largest update is not squared."""
+    for size, seen in ((1e150, 1e151), (1e200, math.inf)):
+        p = nn.Parameter(torch.full((100,), size, dtype=torch.float64))
+        optimizer = Lion([p], lr=size, backend=backend, track_statistics=True)
+        p.grad = torch.full_like(p, size)
+        optimizer.step()
+        numbers = optimizer.statistics.to_dict()
+        norms = [numbers[f"{name}/0.0"] for name in ("grad_norm", "weight_norm", "update_norm", "largest_update")]
+        assert norms == pytest.approx([seen, seen, seen, size], rel=RTOL)
+        assert p.eq(0.0).all()
+
+
 def test_gradients_before_keras_clipping_wait_for_nothing_whichever_there_are(monkeypatch):
     params = parameters(torch.float32)
     optimizer = AdamWeightDecay(params, clipnorm=0.01, track_statistics=True)

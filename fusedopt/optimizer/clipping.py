@@ -40,7 +40,8 @@ Verdict = Callable[[Tensor, Tensor | None, Tensor, rules.Limits], Tensor]
 class Guard:
     """Clipping by the common norm of all gradients, and skipping of steps by it.
 
-    Everything stays on the device; nothing is written to the gradients.
+    Everything stays on the device; nothing is written to the gradients. The norm is the root of a float64 sum of
+    squares: above 1e154, where only float64 gradients can be, it is inf.
 
     Attributes:
         max_grad_norm: bound on the norm; None: it is not computed for clipping.

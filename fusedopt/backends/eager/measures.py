@@ -1,4 +1,8 @@
-"""The measures of a step on the eager backend: sums over gradients, weights and updates, see `Measures`."""
+"""The measures of a step on the eager backend: sums over gradients, weights and updates, see `Measures`.
+
+On a CPU they are added up as numbers and numpy arrays, elsewhere as tensors that nothing waits for: numpy adds up 360
+short tensors in 110 µs and a number to a sum in 0.6 µs, for which torch takes 350 µs and 8 µs.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
