@@ -82,7 +82,7 @@ def test_the_table_names_the_sick_layer_first_and_lines_up(layers):
     train(model, optimizer, 2)
     head, first, *others = optimizer.statistics.table().splitlines()
     assert first.split()[0] == sick and "× " in first
-    assert head.split()[::7] == ["parameter", "conspicuous"] and head.split()[5] == "update/weight"
+    assert head.split()[::7] == ["parameter", "finding"] and head.split()[5] == "update/weight"
     more = layers > 20
     assert len(others) == min(layers, 20) - 1 + more
     assert not more or others[-1] == "... and 280 more"

@@ -382,7 +382,7 @@ def test_a_copy_of_the_optimizer_has_no_recorder(copied):
         pytest.param(lambda: StatisticsRecorder(sgd()), "must be one of fusedopt's, got SGD", id="another optimizer"),
         pytest.param(
             lambda: StatisticsRecorder(made(track_statistics=False)[1]),
-            "this AdamW measures nothing: make it with track_statistics=True",
+            "this AdamW measures nothing: construct it with track_statistics=True",
             id="nothing measured",
         ),
         pytest.param(lambda: StatisticsRecorder(made()[1], limit=1), "limit must be .* >= 2, got 1", id="limit"),

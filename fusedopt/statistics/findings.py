@@ -22,7 +22,7 @@ _FAR = 4.0
 
 
 class Finding(NamedTuple):
-    """What is unusual about a parameter; they sort as a reader wants them, the most conspicuous first.
+    """What is unusual about a parameter; they sort as a reader wants them, the worst first.
 
     Attributes:
         kind: 0 for what is not finite, 1 for a gradient of 0, 2 for numbers to compare with those of its kind, 3 where

@@ -26,7 +26,7 @@ PANELS = {"update_to_weight": "update/weight", "grad_norm": "gradient norm"}
 
 _NO_UPDATE = "#C9CCD1"
 _USUAL = 1e-3  # the ratio of update to weight that is common wisdom for a healthy layer
-# The most cells that a picture can show; each of them stands for its most conspicuous number.
+# The most cells that a picture can show; each of them shows the number that stands out most.
 _MOST_COLUMNS, _MOST_ROWS = 240, 400
 # Points of a row's label, with its leading, and for its name.
 _LABEL, _NAME_ROOM = 8.0, 190.0
@@ -40,8 +40,8 @@ class _Data:
     Attributes:
         names: without the modules that all of them are in, which are `inside`.
         kinds: what parameters are alike, see `kinds_of`.
-        worst: rows of the parameters that stand out at the last step that changed something, and why; the most
-            conspicuous first.
+        worst: rows of the parameters that stand out at the last step that changed something, and why; the worst
+            first.
     """
 
     def __init__(self, recorder: StatisticsRecorder, sort: bool) -> None:
@@ -94,9 +94,9 @@ def plot_statistics(recorder: StatisticsRecorder) -> Figure:
     """Draws the update-to-weight ratio and the gradient norm of every parameter over the steps.
 
     Up to 12 parameters are lines, more are rows of a heat map: matrices first, then vectors, each kind in the order of
-    the optimizer. Both scales are logarithmic. What is not finite is vermilion, and so are the names of the parameters
-    that stand out at the end. Where there are more entries or parameters than a picture can show, each cell shows its
-    most conspicuous number.
+    the optimizer. Both scales are logarithmic. Numbers that are not finite are orange-red, and so are the names of the
+    parameters that stand out at the end. Where there are more entries or parameters than a picture can show, each cell shows the
+    number that stands out most.
 
     Args:
         recorder: has the history.

@@ -113,8 +113,8 @@ class StatisticsRecorder:
             raise ValueError(f"the optimizer must be one of fusedopt's, got {type(inner).__name__}: only they measure")
         if inner.statistics is None:
             raise ValueError(
-                f"this {type(inner).__name__} measures nothing: make it with track_statistics=True, or with a number N "
-                "for every N-th step"
+                f"this {type(inner).__name__} measures nothing: construct it with track_statistics=True, or with "
+                "track_statistics=N to measure every N-th step"
             )
         for name, value, least in (("limit", limit, 2), ("first_step", first_step, 0)):
             if int(value) != value or value < least:

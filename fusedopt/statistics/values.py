@@ -15,7 +15,7 @@ from fusedopt_kernels.measures import PLACES
 if TYPE_CHECKING:
     from fusedopt.optimizer.base import FusedOptimizer
 
-_TITLES = ("gradient", "weight", "update", "largest", "update/weight", "lost", "conspicuous")
+_TITLES = ("gradient", "weight", "update", "largest", "update/weight", "lost", "finding")
 
 
 class Statistics:
@@ -97,12 +97,12 @@ class Statistics:
         }
 
     def table(self, rows: int | None = 20) -> str:
-        """The statistics as text, a line per parameter, the most conspicuous first; waits for the device.
+        """The statistics as text, a line per parameter, the worst first; waits for the device.
 
         First those with a norm that is not finite; then those whose gradient is 0 while others have one; then those
         that are farthest from their like, by a factor: in the update-to-weight ratio, or in the root mean square of the
         elements ("element size"), from the nearest quarter of the parameters of their kind; last those whose weights or
-        updates were 0. The last column says what is conspicuous, where something is. Of one kind are parameters with as
+        updates were 0. The last column says what was found, if anything. Of one kind are parameters with as
         many dimensions whose names end alike: weights of linear layers, weights of norms, biases.
 
         Args:
