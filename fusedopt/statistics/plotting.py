@@ -95,8 +95,8 @@ def plot_statistics(recorder: StatisticsRecorder) -> Figure:
 
     Up to 12 parameters are lines, more are rows of a heat map: matrices first, then vectors, each kind in the order of
     the optimizer. Both scales are logarithmic. Numbers that are not finite are orange-red, and so are the names of the
-    parameters that stand out at the end. Where there are more entries or parameters than a picture can show, each cell shows the
-    number that stands out most.
+    parameters that stand out at the end. Where there are more entries or parameters than a picture can show, each cell
+    shows the number that stands out most.
 
     Args:
         recorder: has the history.
