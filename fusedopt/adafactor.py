@@ -90,7 +90,7 @@ class Adafactor(FusedOptimizer):
     State per parameter, of shape [...batch, n, m]: `step` and `RMS` (0-d; RMS is that of the parameter before the last
     update and is kept up to date where `scale_parameter` is set), `exp_avg_sq_row` [...batch, n], `exp_avg_sq_col`
     [...batch, m], or `exp_avg_sq` for fewer than two dimensions; with beta1 `exp_avg`. float32, for float64 parameters
-    float64 (`step` is always float32). Loads the checkpoints of the original.
+    float64 (`step` is always float64). Loads the checkpoints of the original.
 
     Departures from the original: values it accepts and that make no sense are refused (lr < 0, eps < 0 or not a pair,
     clip_threshold None or <= 0, decay_rate > 0, beta1 outside [0, 1), weight_decay < 0, relative_step=False without
@@ -257,7 +257,7 @@ class Adafactor(FusedOptimizer):
 def rate_on_device(hyper: AdafactorHyper, step: Tensor, rms: Tensor, before: float) -> Tensor:
     """The rate of update number `step` as a 0-d tensor, `before` if it is 0. Waits for no device."""
     rate = hyper.rate(step, rms, torch.sqrt, torch.minimum, fmax)
-    rate = torch.as_tensor(rate, dtype=step.dtype, device=step.device)
+    rate = torch.as_tensor(rate, dtype=torch.float32, device=step.device)
     return torch.where(step > 0.0, rate.reshape(()), before)
 
 

@@ -75,7 +75,7 @@ class AdamW(ElementwiseOptimizer):
         ValueError: an option is out of range, for the constructor or for a group, or a parameter cannot be updated.
         TypeError: an option that does not exist here, such as torch's `fused=`.
 
-    State per parameter: `step` (0-d float32 tensor), `exp_avg`, `exp_avg_sq`, with amsgrad `max_exp_avg_sq`; what the
+    State per parameter: `step` (0-d float64 tensor), `exp_avg`, `exp_avg_sq`, with amsgrad `max_exp_avg_sq`; what the
     options above add, and `number` (0-d int64) where rounding is random. Loads checkpoints of `torch.optim.AdamW` and
     `transformers.AdamW`.
 

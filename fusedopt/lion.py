@@ -48,7 +48,7 @@ class Lion(ElementwiseOptimizer):
         ValueError: an option is out of range, for the constructor or for a group, or a parameter cannot be updated.
         TypeError: an option that does not exist here.
 
-    State per parameter: `step` (0-d float32 tensor) and `exp_avg`, in the parameter's shape and layout, and in its
+    State per parameter: `step` (0-d float64 tensor) and `exp_avg`, in the parameter's shape and layout, and in its
     dtype unless an option says otherwise; what the options add, as in `AdamW`.
 
     Source: Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv:2302.06675.

@@ -339,7 +339,7 @@ TRAINING: Mapping[str, Sequence[Entry]] = {
             'Use `torch.load(path, map_location="cpu", weights_only=True)`.',
         ),
         Entry(
-            ["expected a whole number >= 0"],
+            ["expected a whole number >= 0", "expected a whole number from 0"],
             "A step count that was edited, or went through a format that cannot hold it.",
             "Write a whole number.",
         ),
