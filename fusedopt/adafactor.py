@@ -10,6 +10,7 @@ from fusedopt import checks
 from fusedopt.interface import AdafactorHyper, Reads, fmax
 from fusedopt.optimizer.base import FusedOptimizer
 from fusedopt.optimizer.clipping import Guard
+from fusedopt.optimizer.ranks import Ranks
 from fusedopt.optimizer.tracking import Tracker
 from fusedopt.precision import Precision, StateSpec
 
@@ -79,7 +80,7 @@ class Adafactor(FusedOptimizer):
         max_grad_norm: clip the norm of all gradients together to it, as in `AdamW`. The paper's authors leave it out:
             `clip_threshold` does that job here, after the second moment.
         skip_nonfinite, skip_grad_norm_above, skip_outliers: skip steps by that norm, as in `AdamW`.
-        master_weights, stochastic_rounding, seed, track_statistics: as in `AdamW`.
+        master_weights, stochastic_rounding, seed, track_statistics, check_ranks: as in `AdamW`.
         state_dtype: of the average of updates, as in `AdamW`; the averages of squares, which are small, stay float32.
 
     Raises:
@@ -150,6 +151,7 @@ class Adafactor(FusedOptimizer):
         state_dtype: torch.dtype | None = None,
         seed: int = 0,
         track_statistics: bool | int = False,
+        check_ranks: bool = False,
         **unknown: Any,
     ) -> None:
         defaults = {
@@ -169,7 +171,8 @@ class Adafactor(FusedOptimizer):
         self.check_group({**defaults, "lr": 0.0} if lr is None else defaults)
         precision = Precision(master_weights, stochastic_rounding, state_dtype, seed)
         guard = Guard(max_grad_norm, skip_nonfinite, skip_grad_norm_above, skip_outliers)
-        super().__init__(params, defaults, backend, unknown, guard, precision, Tracker(track_statistics))
+        tracker, ranks = Tracker(track_statistics), Ranks(check_ranks)
+        super().__init__(params, defaults, backend, unknown, guard, precision, tracker, ranks)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):

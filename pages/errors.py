@@ -258,6 +258,16 @@ TRAINING: Mapping[str, Sequence[Entry]] = {
             "Redistribute it to shards or replicas.",
         ),
         Entry(
+            ["the processes do not bring the same to a step"],
+            "With `check_ranks`: a parameter has a gradient in some processes only, options differ, or one has raised.",
+            "The message says what differs where. Nothing was changed; load a checkpoint where one has lost a step.",
+        ),
+        Entry(
+            ["a step of this process failed after all processes had compared"],
+            "With `check_ranks`: a step raised, such as for want of memory, which others may have taken.",
+            "Load a checkpoint into all processes.",
+        ),
+        Entry(
             ["a gradient with placements"],
             "The gradient is sharded in another way than its parameter.",
             "Redistribute the gradient.",

@@ -228,7 +228,10 @@ def test_the_originals_state_before_any_rms_and_in_16_bits():
     saved["state"] = {0: {"step": 3, "RMS": 0, "exp_avg_sq_row": row, "exp_avg_sq_col": column}}
     optimizer.load_state_dict(saved)
     state = optimizer.state[p]
-    assert {name: value.dtype for name, value in state.items()} == {**dict.fromkeys(state, torch.float32), "step": torch.float64}
+    assert {name: value.dtype for name, value in state.items()} == {
+        **dict.fromkeys(state, torch.float32),
+        "step": torch.float64,
+    }
     assert state["step"] == 3 and state["RMS"] == 0 and (state["exp_avg_sq_row"] == 0.5).all()
 
 

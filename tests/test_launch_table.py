@@ -172,9 +172,7 @@ def test_a_state_elsewhere_is_refused_whenever_it_is_put_there(state):
         rows.refresh([p], [g], [state])
 
 
-@pytest.mark.parametrize(
-    "step", [torch.tensor(1), torch.tensor(1.0), torch.tensor(1.0, device="meta")], ids=str
-)
+@pytest.mark.parametrize("step", [torch.tensor(1), torch.tensor(1.0), torch.tensor(1.0, device="meta")], ids=str)
 def test_a_step_count_that_kernels_cannot_read_is_refused(step):
     p = torch.nn.Parameter(torch.zeros(16))
     rows = Rows()

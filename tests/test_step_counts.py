@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from itertools import pairwise
 
 import pytest
 import torch
@@ -161,7 +162,7 @@ def test_random_rounding_draws_other_bits_beyond_2_to_the_24(backend):
         step(optimizer)
         moved.append(p.detach() != 1.0)
         assert 50 < moved[-1].sum() < 160
-    assert all((one & other).sum() < 50 for one, other in zip(moved, moved[1:]))
+    assert all((one & other).sum() < 50 for one, other in pairwise(moved))
 
 
 @pytest.mark.parametrize("how", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
