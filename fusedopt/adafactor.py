@@ -10,6 +10,7 @@ from fusedopt import checks
 from fusedopt.interface import AdafactorHyper, Reads, fmax
 from fusedopt.optimizer.base import FusedOptimizer
 from fusedopt.optimizer.clipping import Guard
+from fusedopt.optimizer.ranks import Ranks
 from fusedopt.optimizer.tracking import Tracker
 from fusedopt.precision import Precision, StateSpec
 
@@ -79,7 +80,7 @@ class Adafactor(FusedOptimizer):
         max_grad_norm: clip the norm of all gradients together to it, as in `AdamW`. The paper's authors leave it out:
             `clip_threshold` does that job here, after the second moment.
         skip_nonfinite, skip_grad_norm_above, skip_outliers: skip steps by that norm, as in `AdamW`.
-        master_weights, stochastic_rounding, seed, track_statistics: as in `AdamW`.
+        master_weights, stochastic_rounding, seed, track_statistics, check_ranks: as in `AdamW`.
         state_dtype: of the average of updates, as in `AdamW`; the averages of squares, which are small, stay float32.
 
     Raises:
@@ -90,7 +91,7 @@ class Adafactor(FusedOptimizer):
     State per parameter, of shape [...batch, n, m]: `step` and `RMS` (0-d; RMS is that of the parameter before the last
     update and is kept up to date where `scale_parameter` is set), `exp_avg_sq_row` [...batch, n], `exp_avg_sq_col`
     [...batch, m], or `exp_avg_sq` for fewer than two dimensions; with beta1 `exp_avg`. float32, for float64 parameters
-    float64 (`step` is always float32). Loads the checkpoints of the original.
+    float64 (`step` is always float64). Loads the checkpoints of the original.
 
     Departures from the original: values it accepts and that make no sense are refused (lr < 0, eps < 0 or not a pair,
     clip_threshold None or <= 0, decay_rate > 0, beta1 outside [0, 1), weight_decay < 0, relative_step=False without
@@ -150,6 +151,7 @@ class Adafactor(FusedOptimizer):
         state_dtype: torch.dtype | None = None,
         seed: int = 0,
         track_statistics: bool | int = False,
+        check_ranks: bool = False,
         **unknown: Any,
     ) -> None:
         defaults = {
@@ -169,7 +171,8 @@ class Adafactor(FusedOptimizer):
         self.check_group({**defaults, "lr": 0.0} if lr is None else defaults)
         precision = Precision(master_weights, stochastic_rounding, state_dtype, seed)
         guard = Guard(max_grad_norm, skip_nonfinite, skip_grad_norm_above, skip_outliers)
-        super().__init__(params, defaults, backend, unknown, guard, precision, Tracker(track_statistics))
+        tracker, ranks = Tracker(track_statistics), Ranks(check_ranks)
+        super().__init__(params, defaults, backend, unknown, guard, precision, tracker, ranks)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):
@@ -257,7 +260,7 @@ class Adafactor(FusedOptimizer):
 def rate_on_device(hyper: AdafactorHyper, step: Tensor, rms: Tensor, before: float) -> Tensor:
     """The rate of update number `step` as a 0-d tensor, `before` if it is 0. Waits for no device."""
     rate = hyper.rate(step, rms, torch.sqrt, torch.minimum, fmax)
-    rate = torch.as_tensor(rate, dtype=step.dtype, device=step.device)
+    rate = torch.as_tensor(rate, dtype=torch.float32, device=step.device)
     return torch.where(step > 0.0, rate.reshape(()), before)
 
 

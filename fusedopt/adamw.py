@@ -10,6 +10,7 @@ from fusedopt import checks
 from fusedopt.elementwise import ElementwiseOptimizer
 from fusedopt.interface import AdamWHyper
 from fusedopt.optimizer.clipping import Guard
+from fusedopt.optimizer.ranks import Ranks
 from fusedopt.optimizer.tracking import Tracker
 from fusedopt.precision import Precision
 from fusedopt_kernels.rules import CONVENTIONS
@@ -70,12 +71,14 @@ class AdamW(ElementwiseOptimizer):
         seed: of random rounding, >= 0. The bits depend only on seed, parameter, step and element: they are the same on
             every backend, on any number of processes, and after resuming.
         track_statistics: measure every step, or every N-th for a number N: `optimizer.statistics`, see `Statistics`.
+        check_ranks: before each step, have the processes that share the parameters compare what they bring to it, in
+            one small all-reduce, and all raise where it differs; see the page on sharded models. Waits for the device.
 
     Raises:
         ValueError: an option is out of range, for the constructor or for a group, or a parameter cannot be updated.
         TypeError: an option that does not exist here, such as torch's `fused=`.
 
-    State per parameter: `step` (0-d float32 tensor), `exp_avg`, `exp_avg_sq`, with amsgrad `max_exp_avg_sq`; what the
+    State per parameter: `step` (0-d float64 tensor), `exp_avg`, `exp_avg_sq`, with amsgrad `max_exp_avg_sq`; what the
     options above add, and `number` (0-d int64) where rounding is random. Loads checkpoints of `torch.optim.AdamW` and
     `transformers.AdamW`.
 
@@ -130,6 +133,7 @@ class AdamW(ElementwiseOptimizer):
         state_dtype: torch.dtype | None = None,
         seed: int = 0,
         track_statistics: bool | int = False,
+        check_ranks: bool = False,
         **unknown: Any,
     ) -> None:
         if convention not in CONVENTIONS:
@@ -147,7 +151,8 @@ class AdamW(ElementwiseOptimizer):
         self.check_group(defaults)
         precision = Precision(master_weights, stochastic_rounding, state_dtype, seed)
         guard = Guard(max_grad_norm, skip_nonfinite, skip_grad_norm_above, skip_outliers)
-        super().__init__(params, defaults, backend, unknown, guard, precision, Tracker(track_statistics))
+        tracker, ranks = Tracker(track_statistics), Ranks(check_ranks)
+        super().__init__(params, defaults, backend, unknown, guard, precision, tracker, ranks)
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)

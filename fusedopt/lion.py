@@ -10,6 +10,7 @@ from fusedopt import checks
 from fusedopt.elementwise import ElementwiseOptimizer
 from fusedopt.interface import Number
 from fusedopt.optimizer.clipping import Guard
+from fusedopt.optimizer.ranks import Ranks
 from fusedopt.optimizer.tracking import Tracker
 from fusedopt.precision import Precision
 
@@ -42,13 +43,13 @@ class Lion(ElementwiseOptimizer):
         weight_decay: decoupled weight decay, >= 0, in units of lr.
         maximize: ascend instead of descend.
         backend, max_grad_norm, skip_nonfinite, skip_grad_norm_above, skip_outliers: as in `AdamW`.
-        master_weights, stochastic_rounding, state_dtype, seed, track_statistics: as in `AdamW`.
+        master_weights, stochastic_rounding, state_dtype, seed, track_statistics, check_ranks: as in `AdamW`.
 
     Raises:
         ValueError: an option is out of range, for the constructor or for a group, or a parameter cannot be updated.
         TypeError: an option that does not exist here.
 
-    State per parameter: `step` (0-d float32 tensor) and `exp_avg`, in the parameter's shape and layout, and in its
+    State per parameter: `step` (0-d float64 tensor) and `exp_avg`, in the parameter's shape and layout, and in its
     dtype unless an option says otherwise; what the options add, as in `AdamW`.
 
     Source: Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv:2302.06675.
@@ -88,13 +89,15 @@ class Lion(ElementwiseOptimizer):
         state_dtype: torch.dtype | None = None,
         seed: int = 0,
         track_statistics: bool | int = False,
+        check_ranks: bool = False,
         **unknown: Any,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
         self.check_group(defaults)
         precision = Precision(master_weights, stochastic_rounding, state_dtype, seed)
         guard = Guard(max_grad_norm, skip_nonfinite, skip_grad_norm_above, skip_outliers)
-        super().__init__(params, defaults, backend, unknown, guard, precision, Tracker(track_statistics))
+        tracker, ranks = Tracker(track_statistics), Ranks(check_ranks)
+        super().__init__(params, defaults, backend, unknown, guard, precision, tracker, ranks)
 
     def hyper(self, group: dict[str, Any]) -> LionHyper:
         beta1, beta2 = group["betas"]

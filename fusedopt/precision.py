@@ -40,6 +40,9 @@ def named_dtype(value: Any) -> Any:
     return _STATE_DTYPES.get(value.removeprefix("torch."), value) if isinstance(value, str) else value
 
 
+COUNTS = torch.float64
+"""The dtype of step counts, which float32 would stop at 2^24: 2^24 + 1 is not one of its numbers."""
+
 NUMBER = "number"
 """State of a parameter whose rounding is random: an int64 that tells it from the optimizer's other parameters."""
 

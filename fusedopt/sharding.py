@@ -99,6 +99,11 @@ def spread(t: Any, dimension: int | None = None) -> ReduceDims:
     )
 
 
+def is_shared(t: Any) -> bool:
+    """True if other processes hold the same elements as this one, as far as `t` knows: of a whole tensor they do."""
+    return not is_sharded(t) or len(spread(t)) < sum(n > 1 for n in t.device_mesh.shape)
+
+
 def shard_info(p: Any, with_position: bool = False) -> ShardInfo | None:
     """Returns how a parameter is split over processes; None for one that is not, or has no elements.
 

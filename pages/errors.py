@@ -258,6 +258,16 @@ TRAINING: Mapping[str, Sequence[Entry]] = {
             "Redistribute it to shards or replicas.",
         ),
         Entry(
+            ["the processes do not bring the same to a step"],
+            "With `check_ranks`: a parameter has a gradient in some processes only, options differ, or one has raised.",
+            "The message says what differs where. Nothing was changed; load a checkpoint where one has lost a step.",
+        ),
+        Entry(
+            ["a step of this process failed after all processes had compared"],
+            "With `check_ranks`: a step raised, such as for want of memory, which others may have taken.",
+            "Load a checkpoint into all processes.",
+        ),
+        Entry(
             ["a gradient with placements"],
             "The gradient is sharded in another way than its parameter.",
             "Redistribute the gradient.",
@@ -339,7 +349,7 @@ TRAINING: Mapping[str, Sequence[Entry]] = {
             'Use `torch.load(path, map_location="cpu", weights_only=True)`.',
         ),
         Entry(
-            ["expected a whole number >= 0"],
+            ["expected a whole number >= 0", "expected a whole number from 0"],
             "A step count that was edited, or went through a format that cannot hold it.",
             "Write a whole number.",
         ),

@@ -24,7 +24,7 @@ MEANINGS = {
     "exp_avg_sq": "state",
     "max_exp_avg_sq": "state, with amsgrad",
     "master": "what completes a 16-bit weight: remainder or float32 copy",
-    "step": "the step count, float32",
+    "step": "the step count, float64",
     "number": "the parameter's number, for random rounding",
     "numel": "elements",
     "hyper_index": "which set of hyper-parameters",

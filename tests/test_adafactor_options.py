@@ -158,7 +158,7 @@ def test_the_state_is_what_was_promised(shape, dtype, beta1):
     state = optimizer.state[p]
     assert {name: tuple(value.shape) for name, value in state.items()} == expected
     assert {value.dtype for name, value in state.items() if name != "step"} == {DTYPES[dtype]}
-    assert state["step"].dtype == torch.float32
+    assert state["step"].dtype == torch.float64
 
 
 def test_the_state_of_a_matrix_takes_no_more_memory_than_a_row_and_a_column():
@@ -168,7 +168,7 @@ def test_the_state_of_a_matrix_takes_no_more_memory_than_a_row_and_a_column():
     storages = {
         value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in optimizer.state[p].values()
     }
-    assert sum(storages.values()) == 4 * (300 + 200 + 1 + 1)
+    assert sum(storages.values()) == 4 * (300 + 200 + 1) + 8
 
 
 def test_state_follows_the_layout_of_its_parameter():
@@ -228,7 +228,10 @@ def test_the_originals_state_before_any_rms_and_in_16_bits():
     saved["state"] = {0: {"step": 3, "RMS": 0, "exp_avg_sq_row": row, "exp_avg_sq_col": column}}
     optimizer.load_state_dict(saved)
     state = optimizer.state[p]
-    assert {name: value.dtype for name, value in state.items()} == dict.fromkeys(state, torch.float32)
+    assert {name: value.dtype for name, value in state.items()} == {
+        **dict.fromkeys(state, torch.float32),
+        "step": torch.float64,
+    }
     assert state["step"] == 3 and state["RMS"] == 0 and (state["exp_avg_sq_row"] == 0.5).all()
 
 

@@ -10,6 +10,7 @@ from helpers.comparing import assert_same
 from hypothesis import given, settings
 
 from fusedopt.backends.triton.rows import Rows
+from fusedopt.precision import COUNTS
 from fusedopt_kernels import table as tables
 from fusedopt_kernels.table import LaunchClass, LaunchTable, addresses, launch_class
 
@@ -171,14 +172,12 @@ def test_a_state_elsewhere_is_refused_whenever_it_is_put_there(state):
         rows.refresh([p], [g], [state])
 
 
-@pytest.mark.parametrize(
-    "step", [torch.tensor(1), torch.tensor(1.0).double(), torch.tensor(1.0, device="meta")], ids=str
-)
+@pytest.mark.parametrize("step", [torch.tensor(1), torch.tensor(1.0), torch.tensor(1.0, device="meta")], ids=str)
 def test_a_step_count_that_kernels_cannot_read_is_refused(step):
     p = torch.nn.Parameter(torch.zeros(16))
     rows = Rows()
     rows.refresh([p], [torch.zeros(16)])
-    good = torch.tensor(1.0)
+    good = torch.tensor(1.0, dtype=COUNTS)
     assert rows.counts([good]) == rows.counts([good]) == [good.data_ptr()]
     with pytest.raises(RuntimeError, match=f"a step count is {step.dtype} on {step.device}"):
         rows.counts([step])

@@ -57,7 +57,12 @@ LAYERS = [
         "fusedopt.optimizer.whose",
         "fusedopt.optimizer.clipping",
     },
-    {"fusedopt.optimizer.state_check", "fusedopt.optimizer.numbering", "fusedopt.optimizer.distributed_checkpoint"},
+    {
+        "fusedopt.optimizer.ranks",
+        "fusedopt.optimizer.state_check",
+        "fusedopt.optimizer.numbering",
+        "fusedopt.optimizer.distributed_checkpoint",
+    },
     {"fusedopt.optimizer.state"},
     {"fusedopt.optimizer.state_changes", "fusedopt.optimizer.loading", "fusedopt.optimizer.saving"},
     {"fusedopt.optimizer.engine"},

@@ -145,7 +145,7 @@ def test_saved_step_counts_are_tensors_of_their_own():
     train(m, optimizer, 2)
     saved = optimizer.state_dict()
     steps = [state["step"] for state in saved["state"].values()]
-    assert all(step.ndim == 0 and step.untyped_storage().nbytes() == 4 for step in steps)
+    assert all(step.ndim == 0 and step.untyped_storage().nbytes() == 8 for step in steps)
     train(m, optimizer, 1)
     assert [step.item() for step in steps] == [2.0] * 4
 

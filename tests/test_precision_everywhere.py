@@ -403,7 +403,7 @@ def test_a_model_made_on_meta_or_lazily_or_by_fake_tensors_has_a_state():
         optimizer.step()
         specs = optimizer.state_specs(p, optimizer.param_groups[0])
         assert {k: v.dtype for k, v in optimizer.state[p].items()} == {
-            "step": torch.float32,
+            "step": torch.float64,
             **{k: spec.dtype for k, spec in specs.items()},
         }
         assert all(t.is_meta for t in optimizer.state[p].values())

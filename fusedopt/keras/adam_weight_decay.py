@@ -58,7 +58,7 @@ class AdamWeightDecay(AdamW):
         backend: "auto" (Triton for CUDA and ROCm tensors, eager for the others), "triton" or "eager".
         max_grad_norm: as in `AdamW`; excludes Keras' clippings.
         skip_nonfinite, skip_grad_norm_above, skip_outliers: as in `AdamW`, by the norm before any clipping.
-        master_weights, stochastic_rounding, state_dtype, seed, track_statistics: as in `AdamW`.
+        master_weights, stochastic_rounding, state_dtype, seed, track_statistics, check_ranks: as in `AdamW`.
         **kwargs: Keras' `clipvalue`, `clipnorm`, `global_clipnorm` (the last two exclude each other), `decay` (the rate
             is divided by 1 + decay * iterations) and `lr` (instead of `learning_rate`, with a warning). With `betas`,
             all options may have torch's names, as in `defaults`.
@@ -119,6 +119,7 @@ class AdamWeightDecay(AdamW):
         state_dtype: torch.dtype | None = None,
         seed: int = 0,
         track_statistics: bool | int = False,
+        check_ranks: bool = False,
         **kwargs: Any,
     ) -> None:
         if not isinstance(name, str):
@@ -178,6 +179,7 @@ class AdamWeightDecay(AdamW):
             state_dtype=state_dtype,
             seed=seed,
             track_statistics=track_statistics,
+            check_ranks=check_ranks,
             **as_torch,
         )
         if self.schedule is not None:
@@ -387,6 +389,7 @@ class AdamWeightDecay(AdamW):
             **{name: value for name, value in self.guard.options().items() if value not in (None, False)},
             **_config_of(Precision.of(self.defaults, self.seed)),
             **({"track_statistics": self.tracker.every} if self.tracker else {}),
+            **({"check_ranks": True} if self.ranks else {}),
             "learning_rate": describe(rate),
             "decay": self.decay,
             "beta_1": beta_1,

@@ -15,6 +15,7 @@ from fusedopt.optimizer.described import described
 from fusedopt.optimizer.distributed_checkpoint import torch_looks_at_state
 from fusedopt.optimizer.engine import Engine, Part
 from fusedopt.optimizer.numbering import Numbers
+from fusedopt.optimizer.ranks import Ranks
 from fusedopt.optimizer.saving import packed, through_hooks
 from fusedopt.optimizer.skipped import SkippedSteps
 from fusedopt.optimizer.state import make_states
@@ -53,7 +54,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     clipping: Clipping = Clipping()
     """Clipping as in Keras, after that of `guard`."""
 
-    constructor_options: ClassVar[tuple[str, ...]] = ("backend", "guard", "seed", "tracker")
+    constructor_options: ClassVar[tuple[str, ...]] = ("backend", "guard", "seed", "tracker", "ranks")
     """Attributes that belong to the optimizer, not to a group or a checkpoint; copies and pickles carry them."""
 
     _step_supports_amp_scaling = True
@@ -73,12 +74,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         guard: Guard | None = None,
         precision: Precision = PLAIN,
         tracker: Tracker | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         refuse_unknown(type(self).__name__, unknown)
         backends.check(backend)
         self.backend = backend
         self.guard = guard or Guard()
         self.tracker = tracker or Tracker()
+        self.ranks = ranks or Ranks()
         checks.seed("seed", precision.seed)
         self.seed = precision.seed
         precision.check()
@@ -124,12 +127,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             "backend": self.backend,
             **self.guard.options(),
             "track_statistics": self.tracker.every,
+            "check_ranks": self.ranks.check,
             "seed": self.seed,
         }
 
     def needs_all_gradients(self) -> str | None:
         """The option that makes no sense before all gradients are known, as `name=value`; None if there is none."""
-        return self.guard.option()
+        return self.guard.option() or ("check_ranks=True" if self.ranks else None)
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -225,7 +229,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 twice; nothing was changed.
             RuntimeError: a gradient is sparse, or a gradient or a state does not fit its parameter, which has been
                 given another size or an expanded tensor, for instance; nothing was changed. Or a CUDA graph is being
-                captured, and a parameter that requires a gradient has none.
+                captured, and a parameter that requires a gradient has none. Or, with `check_ranks`, another process
+                does not bring the same to the step; nothing was changed in any.
         """
         loss = None
         if closure is not None:
@@ -245,18 +250,20 @@ class FusedOptimizer(torch.optim.Optimizer):
             self.__dict__.pop(name, None)
 
     def _step(self, given: Given | None) -> None:
+        if not self.state and torch_looks_at_state():
+            self.init_state()
+            return
+        self.ranks.begin_step()
         values, args = (None, StepArgs()) if given is None else given
         args = args._replace(
             grad_scale=getattr(self, "grad_scale", None), found_inf=getattr(self, "found_inf", None)
         ).checked()
-        if not self.state and torch_looks_at_state():
-            self.init_state()
-            return
         self.before_step()
         groups = self.param_groups
         grads = [[p.grad if values is None else values.get(p) for p in group["params"]] for group in groups]
         args = self._engine.step(self, groups, grads, args, values)
         self.tracker.close(self)
+        self.ranks.end_step()
         self.after_step(args)
 
     def apply_gradients(
@@ -409,7 +416,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("tracker", Tracker())  # an older pickle lacks it
+        self.__dict__.setdefault("tracker", Tracker())  # older pickles lack it, and the next one
+        self.__dict__.setdefault("ranks", Ranks()).forget()
         # torch puts it there for optimizers of its own.
         self.defaults.pop("differentiable", None)
         for options in (self.defaults, *self.param_groups):  # an older pickle lacks them

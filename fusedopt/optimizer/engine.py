@@ -76,7 +76,7 @@ class Engine:
         args: StepArgs,
         mentioned: Collection[Tensor] | None = None,
     ) -> StepArgs:
-        """Takes one step, in eight phases; the first raises before anything has changed.
+        """Takes one step, in nine phases; the first raises before anything has changed.
 
         Args:
             optimizer: which declares the update, and has the states.
@@ -89,23 +89,12 @@ class Engine:
             The arguments that the backends got: with the factor of clipping, and with what makes the step skip.
         """
         # 1. Options, gradients, states and shards must fit.
-        for group in groups:
-            options = {name: checks.in_use(group[name]) for name in optimizer.checks if name != "lr"}
-            optimizer.check_group({**group, **options, "lr": checks.rate_in_use(group.get("lr"))})
+        try:
+            grads, updated, sharded = self._checked(optimizer, groups, grads, mentioned)
+        except Exception as error:
+            optimizer.ranks.tell(optimizer, groups, grads, error)
+            raise
         flat = _present(grads)
-        if any(map(Tensor.is_neg, flat)):
-            # Autograd of complex numbers makes them: in memory they have the other sign.
-            grads = [[g if g is None else g.resolve_neg() for g in row] for row in grads]
-            flat = _present(grads)
-        params = [p for group in groups for p in group["params"]]
-        updated = [p for p, g in zip(params, chain.from_iterable(grads)) if g is not None]
-        shapes = _check_gradients(updated, flat)
-        if len(updated) < len(params):
-            _refuse_untrained(optimizer, groups, grads, mentioned)
-        self._states.check(optimizer, groups, grads, shapes if len(updated) == len(params) else None)
-        sharded = sharding.check(groups, grads)
-        if self._states.regrouped:
-            self._parts = None
 
         # 2. States follow their parameters; those without data get a state, which is all there is to do.
         self._states.settle(optimizer, groups)
@@ -113,7 +102,13 @@ class Engine:
             grads = _leave_out(optimizer, groups, grads)
             flat, updated = _present(grads), list(filter(has_data, updated))
 
-        # 3. A scaler's findings are those of all processes.
+        # 3. All processes bring the same.
+        squared = flat if optimizer.guard else list(filter(sharding.is_shared, flat)) if optimizer.ranks else []
+        sums = self._sums_of_squares(squared, optimizer.backend, sharded)
+        if optimizer.ranks:
+            optimizer.ranks.compare(optimizer, groups, grads, args, sums)
+
+        # 4. A scaler's findings are those of all processes.
         if sharded and args.found_inf is not None:
             args = args._replace(found_inf=sharding.all_reduce_found_inf(args.found_inf, flat))
 
@@ -121,23 +116,23 @@ class Engine:
         if flat and optimizer.tracker.due(optimizer):
             measurement = optimizer.tracker.open(optimizer, updated, args)
 
-        # 4. Clipping and skipping. Norms come first: by value, an infinite gradient would become a finite one.
+        # 5. Clipping and skipping. Norms come first: by value, an infinite gradient would become a finite one.
         if flat and optimizer.guard:
-            squares = self._squares(flat, optimizer.backend, sharded)
+            squares = sharding.all_reduce_sums(sums)
             args = optimizer.guard(squares, args, lambda home: self._stepper((home, "verdict"), optimizer.backend))
         clipped, args = optimizer.clipping.clip(grads, args)
         if not flat:
             return args
         args = args._replace(measurement=measurement)
 
-        # 5. Backends, which may not work here.
+        # 6. Backends, which may not work here.
         steppers = self._steppers(optimizer, groups)
 
-        # 6. States that are missing are made.
+        # 7. States that are missing are made.
         if self._states.missing:
             make_states(optimizer, groups, clipped)
 
-        # 7. One call per device and rule; from here on DTensors are local shards.
+        # 8. One call per device and rule; from here on DTensors are local shards.
         param_sets = self.param_sets(optimizer, groups, clipped, measured=measurement is not None)
         if self._states.some_without_data:
             param_sets = [param_set.only(has_data) for param_set in param_sets]
@@ -151,7 +146,7 @@ class Engine:
         if measurement is not None and clipped is not grads:
             optimizer.tracker.replace_gradients(updated, flat, measurement)
 
-        # 8. Neither torch's fused kernel nor ours tells autograd that it wrote to the parameters.
+        # 9. Neither torch's fused kernel nor ours tells autograd that it wrote to the parameters.
         torch.autograd.graph.increment_version(updated)
         return args
 
@@ -171,14 +166,40 @@ class Engine:
                 param_sets.append(param_set if places is None else param_set.at(places))
         return param_sets
 
-    def _squares(self, grads: list[Tensor], backend: str, sharded: bool) -> list[Tensor]:
-        """Returns sums of squares of all gradients, one or more per device, over all processes."""
+    def _checked(
+        self, optimizer: "FusedOptimizer", groups: Groups, grads: Gradients, mentioned: Collection[Tensor] | None
+    ) -> tuple[Gradients, list[Tensor], bool]:
+        """Returns the gradients as they can be read, the parameters that have one, and if any parameter is sharded.
+
+        Raises for what this step cannot work with.
+        """
+        for group in groups:
+            options = {name: checks.in_use(group[name]) for name in optimizer.checks if name != "lr"}
+            optimizer.check_group({**group, **options, "lr": checks.rate_in_use(group.get("lr"))})
+        flat = _present(grads)
+        if any(map(Tensor.is_neg, flat)):
+            # Autograd of complex numbers makes them: in memory they have the other sign.
+            grads = [[g if g is None else g.resolve_neg() for g in row] for row in grads]
+            flat = _present(grads)
+        params = [p for group in groups for p in group["params"]]
+        updated = [p for p, g in zip(params, chain.from_iterable(grads)) if g is not None]
+        shapes = _check_gradients(updated, flat)
+        if len(updated) < len(params):
+            _refuse_untrained(optimizer, groups, grads, mentioned)
+        self._states.check(optimizer, groups, grads, shapes if len(updated) == len(params) else None)
+        sharded = sharding.check(groups, grads)
+        if self._states.regrouped:
+            self._parts = None
+        return grads, updated, sharded
+
+    def _sums_of_squares(self, grads: list[Tensor], backend: str, sharded: bool) -> list[tuple[Tensor, ReduceDims]]:
+        """Returns the sums of squares of local gradients, one or more per device, and over what they are sharded."""
         alike: dict[tuple[torch.device, ReduceDims], list[Tensor]] = {}
         for g in grads:
             over = sharding.spread(g) if sharded else ()
             alike.setdefault((g.device, over), []).append(sharding.shard(g) if sharded else g)
         sums = [(self._stepper((device, "squares", over), backend)(own), over) for (device, over), own in alike.items()]
-        return sharding.all_reduce_sums([(squares.sum(), over) for squares, over in sums] if sharded else sums)
+        return [(squares.sum(), over) for squares, over in sums] if sharded else sums
 
     def _steppers(self, optimizer: "FusedOptimizer", groups: Groups) -> Steppers:
         """Returns the stepper of each device and rule.

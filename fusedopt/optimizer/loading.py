@@ -14,7 +14,7 @@ from fusedopt.checks import FLOATS
 from fusedopt.optimizer import whose
 from fusedopt.optimizer.clipping import AVERAGE
 from fusedopt.optimizer.state import new_tensor
-from fusedopt.precision import FLOAT32_COPIES, WEIGHT_STATES, StateSpec, master_state, named_dtype
+from fusedopt.precision import COUNTS, FLOAT32_COPIES, WEIGHT_STATES, StateSpec, master_state, named_dtype
 from fusedopt.without_data import is_lazy
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # Group keys of other implementations that choose how a step runs; none of them means anything here.
 _FOREIGN_GROUP_KEYS = ("fused", "foreach", "capturable", "differentiable", "decoupled_weight_decay")
 
-_LARGEST_COUNT = torch.finfo(torch.float32).max
+_LARGEST_COUNT = 2.0**53
 
 _Place = tuple[Any, Tensor, dict[str, Any]]
 
@@ -65,7 +65,7 @@ def loaded(optimizer: "FusedOptimizer", state_dict: Any) -> dict[str, Any]:
             counts = dict.fromkeys(counts, max(counts.values(), default=0.0))
         for device in dict.fromkeys(p.device for p in counts):
             here = [p for p in counts if p.device == device]
-            steps = torch.tensor([counts[p] for p in here], dtype=torch.float32, device=device)
+            steps = torch.tensor([counts[p] for p in here], dtype=COUNTS, device=device)
             for p, step in zip(here, steps.unbind()):
                 states[p]["step"] = step
     states.update(others)
@@ -283,5 +283,5 @@ def _count(who: str, p: Tensor, step: Any) -> float:
     if isinstance(count, bool) or not isinstance(count, (int, float)):
         raise ValueError(f"{who} has step={step!r}, expected a whole number >= 0")
     if not (0 <= count <= _LARGEST_COUNT and count == int(count)):
-        raise ValueError(f"{who} has step={step!r}, expected a whole number >= 0 that float32 can hold")
+        raise ValueError(f"{who} has step={step!r}, expected a whole number from 0 to 2**53")
     return float(count)

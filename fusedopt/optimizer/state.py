@@ -12,13 +12,15 @@ from torch import Tensor
 from fusedopt import checks, sharding
 from fusedopt.backends.graphs import capturing
 from fusedopt.optimizer.state_check import Specs
-from fusedopt.precision import NUMBER, Precision, StateSpec
+from fusedopt.precision import COUNTS, NUMBER, Precision, StateSpec
 from fusedopt.warn import warn_once
 from fusedopt.without_data import has_data
 from fusedopt_kernels.memory import outside_inference_mode
 
 if TYPE_CHECKING:
     from fusedopt.optimizer.base import FusedOptimizer
+
+_COUNT = StateSpec(COUNTS, without="all")
 
 
 def make_states(optimizer: "FusedOptimizer", groups: list[dict[str, Any]], wanted: list[list[Tensor | None]]) -> None:
@@ -41,7 +43,7 @@ def make_states(optimizer: "FusedOptimizer", groups: list[dict[str, Any]], wante
     with outside_inference_mode():
         for device, entries in missing.items():
             _warn_of_frozen_moments(optimizer, entries)
-            steps = torch.zeros(len(entries), dtype=torch.float32, device=device)
+            steps = torch.zeros(len(entries), dtype=COUNTS, device=device)
             if begun is not None:
                 steps += begun.to(device, non_blocking=True)
             for (p, group), step in zip(entries, steps.unbind()):
@@ -65,7 +67,7 @@ def settle_states(optimizer: "FusedOptimizer", groups: list[dict[str, Any]]) -> 
         for (p, group, state), new in zip(entries, added):
             specs = specs_of(p, group)
             for name, t in {**new, **state}.items():
-                spec = specs.get(name)
+                spec = specs.get(name, _COUNT if name == "step" else None)
                 state[name] = _settled(t, p, None if spec is None or spec.keeps_loaded_dtype else spec.dtype)
             if NUMBER in specs:
                 incomplete.setdefault(p.device, []).append(p)

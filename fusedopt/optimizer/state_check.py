@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fusedopt import sharding
 from fusedopt.checks import FLOATS
-from fusedopt.precision import StateSpec
+from fusedopt.precision import COUNTS, StateSpec
 from fusedopt.without_data import has_data
 from fusedopt_kernels.layout import overlaps_itself
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 _WAY_OUT = (
     "nothing was changed: delete optimizer.state[parameter] to begin with a new state, or load a checkpoint that fits"
 )
+
+_COUNTS = {COUNTS, torch.float32}
+"""Counts of float32 are those of other optimizers and of older pickles; a step makes them float64."""
 
 
 class Specs:
@@ -61,12 +64,12 @@ def all_fit(optimizer: "FusedOptimizer", groups: list[dict[str, Any]], grads: li
 
 def _wrong_count(p: Tensor, state: dict[str, Any]) -> str | None:
     step = state.get("step")
-    if isinstance(step, Tensor) and step.dim() == 0 and step.dtype is torch.float32 and _has_data(step, p):
+    if isinstance(step, Tensor) and step.dim() == 0 and step.dtype in _COUNTS and _has_data(step, p):
         if step.device.type == "cpu" and has_data(step) and not step >= 0.0:  # Other devices are not waited for.
             return f"the state step of a parameter of shape {tuple(p.shape)} is {step.item()}: a count must be >= 0"
         return None
     return (
-        f"the state step of a parameter of shape {tuple(p.shape)} is {_described(step)}: it must be a 0-d float32 "
+        f"the state step of a parameter of shape {tuple(p.shape)} is {_described(step)}: it must be a 0-d float64 "
         f"tensor on {p.device}, as init_state() and load_state_dict() make it"
     )
 

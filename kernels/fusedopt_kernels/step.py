@@ -67,9 +67,9 @@ def begin_step(rows, hyper, scalars, T: tl.constexpr):
     finite = load_behind(tl.load(h + T.hyper.found_inf), tl.float32, 0.0) == 0.0
     has_gradient = tl.load(row + T.row.grad) != 0
     step = tl.load(row + T.row.step)
-    count = load_behind(step, tl.float32, 0.0) + 1.0
+    count = load_behind(step, tl.float64, 0.0) + 1.0
     advances = finite & (step != 0) & (has_gradient | (tl.load(h + T.hyper.shared_steps) != 0))
-    tl.store(step.to(tl.pointer_type(tl.float32)), count, mask=advances)
+    tl.store(step.to(tl.pointer_type(tl.float64)), count, mask=advances)
 
     scale = load_float64(h + T.hyper.sign) * load_number(h + T.hyper.scale)
     unscaled_by = load_behind(tl.load(h + T.hyper.grad_scale), tl.float32, 1.0).to(tl.float64)
@@ -77,10 +77,10 @@ def begin_step(rows, hyper, scalars, T: tl.constexpr):
     tl.store(out + T.scalars.factor, scale / unscaled_by)
     if T.random:
         number = load_behind(tl.load(row + T.row.number), tl.int64, 0)
-        key0, key1 = rounding_keys(tl.load(h + T.hyper.seed), number, count.to(tl.float64))
+        key0, key1 = rounding_keys(tl.load(h + T.hyper.seed), number, count)
         store_keys(out + T.scalars.keys, key0, key1)
         tl.store(out + T.scalars.one_by_length, 1.0 / tl.load(row + T.row.shard_length).to(tl.float64))
-    return h, out, count.to(tl.float64)
+    return h, out, count
 
 
 def room_for_scalars(table: LaunchTable, places: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,13 @@ from typing import Any
 ROOT = Path(__file__).parent.parent.parent
 
 
-def run_together(script: str, number: int, folder: Path, *words: str, timeout: float, **environment: str) -> None:
-    """Runs `script RANK FOLDER WORDS` as so many processes, and fails with what the first that failed has to say."""
+def run_together(
+    script: str, number: int, folder: Path, *words: str, timeout: float, killed: int | None = None, **environment: str
+) -> None:
+    """Runs `script RANK FOLDER WORDS` as so many processes, and fails with what the first that failed has to say.
+
+    `killed`: the rank that ends by SIGKILL.
+    """
     path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
     variables = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
     processes = [
@@ -21,9 +27,9 @@ def run_together(script: str, number: int, folder: Path, *words: str, timeout: f
         for rank in range(number)
     ]
     try:
-        for process in processes:
+        for rank, process in enumerate(processes):
             _, errors = process.communicate(timeout=timeout)
-            assert process.returncode == 0, errors.decode()
+            assert process.returncode == (-signal.SIGKILL if rank == killed else 0), errors.decode()
     finally:
         for process in processes:
             process.kill()

@@ -6,7 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_ITEMSIZE = 4
+from fusedopt.precision import COUNTS
+
+_ITEMSIZE = COUNTS.itemsize
 
 
 def advance(steps: Sequence[Tensor]) -> list[float]:
@@ -16,7 +18,7 @@ def advance(steps: Sequence[Tensor]) -> list[float]:
     own, as loading or sharing leaves them, one by one.
 
     Args:
-        steps: 0-d float32 tensors on one device.
+        steps: 0-d float64 tensors on one device.
     """
     if not steps or steps[0].device.type != "cpu":
         return _advance_each(steps)
@@ -55,20 +57,20 @@ def _advance_in(flat: Tensor, places: np.ndarray) -> list[float]:
         some += 1
         return some.tolist()
     index = torch.from_numpy(places)
-    flat.index_add_(0, index, torch.ones(count, dtype=torch.float32, device="cpu"))
+    flat.index_add_(0, index, torch.ones(count, dtype=COUNTS, device="cpu"))
     return flat[index].tolist()
 
 
 def _advance_each(steps: Sequence[Tensor]) -> list[float]:
     if not steps:
         return []
-    torch._foreach_add_(list(steps), torch.ones((), dtype=torch.float32, device=steps[0].device))
+    torch._foreach_add_(list(steps), torch.ones((), dtype=COUNTS, device=steps[0].device))
     counts: list[float] = torch.stack(list(steps)).tolist()
     return counts
 
 
 def _storage_of(step: Tensor) -> tuple[Tensor, int]:
-    """Returns the whole storage of `step` as float32, and its address."""
+    """Returns the whole storage of `step` as counts, and its address."""
     storage = step.untyped_storage()
-    flat = torch.empty(0, dtype=torch.float32, device="cpu").set_(storage, 0, (storage.nbytes() // _ITEMSIZE,), (1,))
+    flat = torch.empty(0, dtype=COUNTS, device="cpu").set_(storage, 0, (storage.nbytes() // _ITEMSIZE,), (1,))
     return flat, storage.data_ptr()

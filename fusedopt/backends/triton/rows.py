@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fusedopt.backends.triton.rounding import Rounding
+from fusedopt.precision import COUNTS
 from fusedopt_kernels.layout import is_dense, same_layout
 from fusedopt_kernels.table import addresses, are_aligned, dtype_codes, launch_keys
 
@@ -121,14 +122,14 @@ class Rows:
         """Addresses of step counts, one per row.
 
         Raises:
-            RuntimeError: a count is not a float32 tensor on its parameter's device.
+            RuntimeError: a count is not a float64 tensor on its parameter's device.
         """
         at = addresses(steps)
         if at != self._counts_at or not _same(steps, self._counts):
             for p, step in zip(self._seen[0], steps):
-                if step is not None and p is not None and (step.dtype, step.device) != (torch.float32, p.device):
+                if step is not None and p is not None and (step.dtype, step.device) != (COUNTS, p.device):
                     raise RuntimeError(
-                        f"a step count is {step.dtype} on {step.device}: it must be a float32 tensor on {p.device}, as "
+                        f"a step count is {step.dtype} on {step.device}: it must be a float64 tensor on {p.device}, as "
                         "init_state() and load_state_dict() make it"
                     )
             self._counts, self._counts_at = list(steps), at

@@ -1,0 +1,228 @@
+"""What each of two processes sees of steps to which they do not bring the same; at the end one is killed.
+
+`python ranks_on_two_processes.py RANK FOLDER`
+"""
+
+import copy
+import datetime
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from sharded_on_four_processes import counted
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from fusedopt import Adafactor, AdamW, AdamWeightDecay, Lion
+
+OPTIMIZERS = {
+    "AdamW": lambda named, **kw: AdamW(named, lr=0.1, weight_decay=0.1, **kw),
+    "AdamW-skipping": lambda named, **kw: AdamW(named, lr=0.1, skip_nonfinite=True, max_grad_norm=1.0, **kw),
+    "AdamWeightDecay": lambda named, **kw: AdamWeightDecay(named, 0.1, global_clipnorm=0.5, **kw),
+    "Adafactor": lambda named, **kw: Adafactor(named, weight_decay=0.1, **kw),
+    "Lion": lambda named, **kw: Lion(named, lr=0.1, **kw),
+}
+
+LAYOUTS = {"rows": Shard(0), "replicated": Replicate(), "whole": None}
+
+
+def model(mesh, layout):
+    generator = torch.Generator().manual_seed(0)
+    named = [(name, torch.randn(4, 3, generator=generator)) for name in ("first", "second")]
+    place = LAYOUTS[layout]
+    return [
+        (name, torch.nn.Parameter(t if place is None else distribute_tensor(t, mesh, [place]))) for name, t in named
+    ]
+
+
+def backward(named):
+    for _, p in named:
+        p.grad = torch.ones_like(p) + 0.0
+
+
+def spoilt_gradient(optimizer, named):
+    """On this process alone: the other's shard, or copy, is right."""
+    g = named[0][1].grad
+    (g.to_local() if isinstance(g, DTensor) else g)[0, 0] = torch.nan
+
+
+def another_gradient(optimizer, named):
+    g = named[0][1].grad
+    (g.to_local() if isinstance(g, DTensor) else g)[0, 0] += 2.0**-20
+
+
+def another_rate(optimizer, named):
+    optimizer.param_groups[0]["lr" if optimizer.param_groups[0].get("lr") is not None else "weight_decay"] = 0.3
+
+
+def frozen(optimizer, named):
+    named[1][1].requires_grad_(False)
+    named[1][1].grad = None
+
+
+def refused(optimizer, named):
+    optimizer.param_groups[0]["weight_decay"] = -1.0
+
+
+def without_first_gradient(optimizer, named):
+    named[0][1].grad = None
+
+
+def without_state(optimizer, named):
+    del optimizer.state[named[0][1]]
+
+
+def another_limit(optimizer, named):
+    optimizer.guard.skip_grad_norm_above = 5.0
+
+
+def with_one_group_more(optimizer, named):
+    optimizer.add_param_group({"params": [("third", torch.nn.Parameter(torch.ones(2)))]})
+
+
+SPOILT = {
+    "a gradient is missing": without_first_gradient,
+    "a parameter is frozen": frozen,
+    "another rate": another_rate,
+    "an option that is refused": refused,
+    "no state": without_state,
+    "another limit": another_limit,
+    "NaN": spoilt_gradient,
+    "another gradient": another_gradient,
+    "one group more": with_one_group_more,
+}
+"""What happens to the second process alone before the second step."""
+
+
+def cases():
+    for name in OPTIMIZERS:
+        for spoilt in SPOILT:
+            for layout in LAYOUTS if "gradient" in spoilt or spoilt == "NaN" else ("rows",):
+                yield name, spoilt, layout
+
+
+def step(optimizer) -> str | None:
+    try:
+        optimizer.step()
+    except (RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def everything(optimizer, named):
+    """What lies in this process."""
+    states = [{key: t for key, t in optimizer.state[p].items()} for _, p in named if p in optimizer.state]
+    return copy.deepcopy([here([p.detach() for _, p in named]), [here(state) for state in states]])
+
+
+def here(tensors):
+    if isinstance(tensors, dict):
+        return {key: here([t])[0] for key, t in tensors.items()}
+    return [t.to_local().clone() if isinstance(t, DTensor) else t.clone() for t in tensors]
+
+
+def one(rank, mesh, name, spoilt, layout):
+    named = model(mesh, layout)
+    optimizer = OPTIMIZERS[name](named, check_ranks=True)
+    backward(named)
+    optimizer.step()
+    backward(named)
+    if rank == 1:
+        SPOILT[spoilt](optimizer, named)
+    before = everything(optimizer, named)
+    error = step(optimizer)
+    return {"error": error, "before": before, "after": everything(optimizer, named)}
+
+
+def undisturbed(mesh, name, layout):
+    """Weights after three steps with the check and without it, and the all-reduces of each."""
+    found = []
+    for check in (True, False):
+        named = model(mesh, layout)
+        optimizer = OPTIMIZERS[name](named, check_ranks=check)
+        with counted() as calls:
+            for _ in range(3):
+                backward(named)
+                optimizer.step()
+        found.append((everything(optimizer, named), len(calls)))
+    return found
+
+
+def lost_step(rank, mesh, name, where):
+    """One process fails in the first step, before the comparison or after it, and goes on; then all load."""
+    named = model(mesh, "rows")
+    optimizer = OPTIMIZERS[name](named, check_ranks=True)
+    saved = copy.deepcopy(optimizer.state_dict())
+    outcomes = []
+
+    def fail(*args):
+        raise RuntimeError("out of memory")
+
+    backward(named)
+    patched, method = (optimizer, "before_step") if where == "before" else (optimizer._engine, "_steppers")
+    if rank == 1:
+        setattr(patched, method, fail)
+    outcomes.append(step(optimizer))
+    if rank == 1:
+        delattr(patched, method)
+        outcomes.append(step(optimizer))
+    optimizer.load_state_dict(saved)
+    backward(named)
+    return outcomes, step(optimizer)
+
+
+def after_the_other_was_killed(mesh, rank):
+    """The errors of steps that need the other process, the seconds until then, and all there is before and after."""
+    makes = {
+        "AdamW-checked": lambda named: OPTIMIZERS["AdamW"](named, check_ranks=True),
+        "Adafactor-checked": lambda named: OPTIMIZERS["Adafactor"](named, check_ranks=True),
+        "AdamW-clipped": lambda named: AdamW(named, max_grad_norm=1.0),
+        "Adafactor": OPTIMIZERS["Adafactor"],
+    }
+    made = {}
+    for name, make in makes.items():
+        named = model(mesh, "rows")
+        optimizer = make(named)
+        backward(named)
+        optimizer.step()
+        made[name] = named, optimizer
+    dist.barrier()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    found = {}
+    for name, (named, optimizer) in made.items():
+        backward(named)
+        before, start = everything(optimizer, named), time.monotonic()
+        error = step(optimizer)
+        found[name] = error, time.monotonic() - start, before, everything(optimizer, named)
+    return found
+
+
+def main(rank: int, folder: Path) -> None:
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    torch.set_num_threads(1)
+    mesh = init_device_mesh("cpu", (2,))
+    results = {case: one(rank, mesh, *case) for case in cases()}
+    for name in OPTIMIZERS:
+        for layout in LAYOUTS:
+            results["undisturbed", name, layout] = undisturbed(mesh, name, layout)
+        for where in ("before", "after") if name != "Adafactor" else ("before",):  # others wait for its sums
+            results["lost", name, where] = lost_step(rank, mesh, name, where)
+    torch.save(results, folder / f"{rank}.pt")
+    found = after_the_other_was_killed(mesh, rank)
+    torch.save(found, folder / "killed.pt")
+    os._exit(0)  # what takes leave of the group would wait for the other process
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
