@@ -1,6 +1,7 @@
 """Malformed checkpoints: what a bug, another program or an attacker may make of a state dict. The same for a seed."""
 
 import copy
+import functools
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -27,9 +28,6 @@ class _Refuses:
 
     def __hash__(self) -> int:
         return 0
-
-    def __repr__(self) -> str:
-        raise RuntimeError("no")
 
     def __deepcopy__(self, memo: Any) -> Any:
         raise RuntimeError("no")
@@ -94,6 +92,8 @@ VALUES: list[Callable[[], Any]] = [
     lambda: torch.ones(1, requires_grad=True),
     _quantized,
     _nested,
+    lambda: torch.ones(()).expand(1 << 40),
+    lambda: functools.reduce(lambda inner, _: [inner] * 10, range(12), 0.5),
     lambda: [[0.5, [0.5]], 0.5],
     lambda: [0.5] * 3,
     lambda: (0.9, 0.999, 0.5),
@@ -161,7 +161,25 @@ NUMBERS: list[Callable[[Any], Any]] = [
 ]
 """What may become of a number."""
 
-KEYS: list[Any] = [None, True, 1, 0, -1, 1.0, 0.0, math.nan, "0", "1", "step", "params", "lr", "exp_avg", (0,), b"0", 10**30]
+KEYS: list[Any] = [
+    None,
+    True,
+    1,
+    0,
+    -1,
+    1.0,
+    0.0,
+    math.nan,
+    "0",
+    "1",
+    "step",
+    "params",
+    "lr",
+    "exp_avg",
+    (0,),
+    b"0",
+    10**30,
+]
 
 
 def _places(node: Any, depth: int = 0) -> Iterator[tuple[Any, Any]]:
