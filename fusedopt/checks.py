@@ -76,8 +76,8 @@ def _held(name: str, value: Any) -> Any:
     """The number in a floating tensor of one element; anything else but tensors as it is."""
     if not isinstance(value, Tensor):
         return value
-    if value.numel() != 1 or not value.is_floating_point():
-        got = f"shape {tuple(value.shape)}, {value.dtype}"
+    if value.layout is not torch.strided or value.numel() != 1 or not value.is_floating_point():
+        got = f"shape {tuple(value.shape)}, {value.dtype}{'' if value.layout is torch.strided else f', {value.layout}'}"
         raise ValueError(f"{name} as a tensor must hold one floating-point number, got {got}")
     if value.is_meta:
         raise ValueError(f"{name} is a tensor on the meta device, where it holds no number: make it on a real one")

@@ -1,8 +1,10 @@
 """Writes files such that a crash or a full disk leaves the old one, and every error names the file."""
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -56,10 +58,61 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
-        # The folder has to reach the disk as well; Windows cannot open one, and need not.
-        if os.name == "posix":
-            folder = os.open(target.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        _bring_to_disk(target.parent)
+
+
+_NEVER_WILL = (errno.EACCES, errno.EINVAL, errno.ENOTSUP)
+"""Errors of a folder that may not be read, or of a file system whose folders cannot be brought to the disk."""
+
+
+def _bring_to_disk(folder: Path) -> None:
+    if os.name != "posix":  # Windows cannot open a folder, and need not.
+        return
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NEVER_WILL:
+            raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces the file `path` by this text, in UTF-8, as `write_atomically` does."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def save_figure(figure: Any, path: str | os.PathLike[str], **options: Any) -> None:
+    """Replaces the file `path` by a picture, as `write_atomically` does.
+
+    Args:
+        figure: of matplotlib.
+        path: its ending says in which format; without one it gets matplotlib's usual one.
+        options: of matplotlib's `savefig`.
+    """
+    target = Path(path)
+    if not target.suffix:
+        target = target.with_name(f"{target.name}.{figure.canvas.get_default_filetype()}")
+    suffix = target.suffix.removeprefix(".").lower()
+    # By the name: some formats are text, and some are written by another program.
+    write_atomically(target, lambda file: figure.savefig(file.name, format=suffix, **options))
+
+
+def append(file: FileIO, line: bytes) -> None:
+    """Adds a line to a file that was opened for appending without a buffer: whole, or not at all.
+
+    Raises:
+        OSError: the line does not fit; the error names the file.
+    """
+    start = file.seek(0, os.SEEK_END)
+    with naming(Path(os.fsdecode(file.name))):
+        try:
+            left = memoryview(line)
+            while left:  # A disk that fills up takes a part, and says so the next time.
+                left = left[file.write(left) :]
+        except BaseException:
+            with suppress(OSError):
+                file.truncate(start)
+            raise

@@ -9,6 +9,8 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from fusedopt import files
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -58,9 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     for name in chosen:
         path, make = ROOT / PARTS[name][0], PARTS[name][1]
-        path.write_text(filled(path.read_text(), name, make()))
+        files.write_text(path, filled(path.read_text(), name, make()))
         print(f"{PARTS[name][0]}: {name}")
-    (ROOT / "docs/img/step.svg").write_text(svg())
+    files.write_text(ROOT / "docs/img/step.svg", svg())
 
 
 if __name__ == "__main__":

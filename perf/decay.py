@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from fusedopt import files
 from perf import report, results, traffic
 from perf.providers import LR, Provider
 from perf.results import Record, Run
@@ -154,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results.append(options.out, records)
     print(report.text(Run(records)))
     for path in options.into:
-        path.write_text(report.between_marks(path.read_text(), Run(records)))
+        files.write_text(path, report.between_marks(path.read_text(), Run(records)))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from fusedopt import files
 from perf import goals, results
 from perf.plans import COPY
 from perf.providers import BELOW
@@ -273,10 +274,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run = Run([record for path in options.files for record in results.read(path)])
     print(text(run, options.markdown), flush=True)
     for path in options.into:
-        path.write_text(between_marks(path.read_text(), run))
+        files.write_text(path, between_marks(path.read_text(), run))
     if options.picture:
         options.picture.parent.mkdir(parents=True, exist_ok=True)
-        steps_picture(run).savefig(options.picture, dpi=130)
+        files.save_figure(steps_picture(run), options.picture, dpi=130)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from fusedopt import files
+
 Record = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,8 +72,8 @@ def machine(record: Record) -> str:
 def append(path: Path, records: Iterable[Record]) -> None:
     """Adds records to a file, so that what is measured is not lost with what comes after it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
+    with path.open("ab", buffering=0) as file:
+        files.append(file, "".join(json.dumps(record) + "\n" for record in records).encode())
 
 
 def read(path: Path) -> list[Record]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import tomllib
 
+from fusedopt import files
 from perf import report, results
 from perf.results import ROOT, Record
 
@@ -153,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results.append(RESULTS, map(check_syntax, options.pythons))
     records = results.read(RESULTS)
     if options.command == "table" and options.into:
-        options.into.write_text(report.filled(options.into.read_text(), "versions", table(records)))
+        files.write_text(options.into, report.filled(options.into.read_text(), "versions", table(records)))
     else:
         print(table(records))
 

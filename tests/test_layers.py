@@ -31,6 +31,7 @@ LAYERS = [
         "fusedopt.warn",
         "fusedopt.wrappers",
         "fusedopt.files",
+        "fusedopt.out_of_memory",
         "fusedopt.columns",
         "fusedopt.drawing",
         "fusedopt.statistics.findings",

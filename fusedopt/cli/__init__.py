@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import fusedopt
 from fusedopt.cli.threads import share_the_cores
+from fusedopt.out_of_memory import is_out_of_memory
 
 
 class _Parser(argparse.ArgumentParser):
@@ -83,10 +84,10 @@ def _leave_nothing_unwritten() -> None:
 
 def _sentence(error: Exception) -> str:
     """Returns a sentence for the user; empty for a defect, where the traceback says more."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if is_out_of_memory(error):
         return "there is not enough memory for this; take a smaller model or a smaller batch"
-    if isinstance(error, RuntimeError):  # The CPU's allocator raises no MemoryError.
-        return _sentence(MemoryError()) if "can't allocate memory" in str(error) else ""
+    if isinstance(error, RuntimeError):
+        return ""
     if isinstance(error, ModuleNotFoundError):
         ours = (error.name or "fusedopt").startswith("fusedopt")
         return "" if ours else f"{error.name} is not installed; run: pip install {error.name}"

@@ -1,5 +1,6 @@
 """Checkpoints of the demo, whose errors name what does not fit."""
 
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -10,6 +11,7 @@ import torch
 
 from fusedopt.demo.settings import Settings
 from fusedopt.files import write_atomically
+from fusedopt.out_of_memory import is_out_of_memory
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
@@ -26,6 +28,7 @@ _PARTS = {
     "runs": dict,
 }
 _RECORD = {"run": str, "step": int, "train_loss": float, "lr": (float, type(None)), "optimizer_ms": float}
+_MAY_BE_IN_A_RECORD = {"val_loss": float}
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -37,6 +40,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise ValueError(f"nothing to resume: {path} does not exist; start without resuming, or name another folder")
     with reading(path):
+        _check_archive(path)
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         missing = _PARTS.keys() - set(checkpoint)
         wrong = [name for name, kind in _PARTS.items() if not missing and not _is(checkpoint[name], kind)]
@@ -51,12 +55,27 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
+def _check_archive(path: Path) -> None:
+    """Raises where a byte is another one than was written, which torch does not check, or the file would swell."""
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+        if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+            raise ValueError("it is compressed")
+        if sum(part.file_size for part in parts) > path.stat().st_size:
+            raise ValueError("its parts are larger than itself")
+        damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged} is wrong")
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns every error of the block into one ValueError that names `path`."""
+    """Turns every error of the block, but that there is no memory, into one ValueError that names `path`."""
     try:
         yield
     except Exception as error:  # torch.load alone raises a dozen kinds for damaged files
+        if is_out_of_memory(error):
+            raise
         text = " ".join(str(error).split())
         said = f": {text}" if text and isinstance(error, (ValueError, TypeError)) else ""
         raise ValueError(
@@ -77,11 +96,17 @@ def _check_contents(checkpoint: dict[str, Any]) -> None:
     for name in defaults.keys() - checkpoint["settings"].keys():
         raise ValueError(f"the setting {name} is missing")
     step, records = checkpoint["step"], checkpoint["records"]
+    for name, value in checkpoint["identity"].items():
+        if not isinstance(value, (str, int, float, type(None))):
+            raise ValueError(f"{name} of the run is {type(value).__name__}")
     for record in records:
-        for name, kind in _RECORD.items():
+        given = {name: kind for name, kind in _MAY_BE_IN_A_RECORD.items() if name in record}
+        for name, kind in {**_RECORD, **given}.items():
             if not _is(record[name], kind):
                 raise ValueError(f"{name} of a record is {record[name]!r}")
-    if sorted(record["step"] for record in records) != sorted([*range(1, step + 1)] * 2):
+        if unknown := record.keys() - _RECORD.keys() - given.keys():
+            raise ValueError(f"a record has {sorted(map(str, unknown))} besides")
+    if len(records) != 2 * step or sorted(record["step"] for record in records) != sorted([*range(1, step + 1)] * 2):
         raise ValueError(f"there are {len(records)} records of {step} steps")
 
 

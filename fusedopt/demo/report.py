@@ -8,7 +8,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from fusedopt.columns import aligned
-from fusedopt.files import write_atomically
+from fusedopt.files import save_figure
 from fusedopt.statistics.plotting import draw_statistics, height_of
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def _what(outcome: Outcome) -> str:
 
 def save_picture(outcome: Outcome, path: Path) -> None:
     """Writes `figure(outcome)` as a PNG."""
-    write_atomically(path, lambda file: figure(outcome).savefig(file, format="png", dpi=150))
+    save_figure(figure(outcome), path, dpi=150)
 
 
 def figure(outcome: Outcome) -> Figure:

@@ -21,7 +21,7 @@ from fusedopt.demo.checkpoint import check_same_run, load_checkpoint, reading, s
 from fusedopt.demo.model import GPT
 from fusedopt.demo.settings import CHECKPOINT, CONTEXT, METRICS, OPTIMIZERS, Settings
 from fusedopt.demo.text import Text, read_text
-from fusedopt.files import naming, write_atomically
+from fusedopt.files import append, write_atomically
 from fusedopt.schedules import example_arguments, get_scheduler
 from fusedopt.statistics.recorder import StatisticsRecorder
 
@@ -201,8 +201,7 @@ def train(settings: Settings, *, resume: bool = False, statistics: bool = False)
                 if step == 1 or step % MEASURE_EVERY == 0 or step == settings.steps:
                     record["val_loss"] = validation_loss(run.model, *held_out)
                 records.append({**record, "lr": lr, "optimizer_ms": optimizer_ms})
-                with naming(out / METRICS):
-                    log.write(_line(records[-1]))
+                append(log, _line(records[-1]))
                 run.advance_schedule(train_loss)
 
             bar.set_postfix_str("loss " + ", ".join(f"{r['run']} {r['train_loss']:.4f}" for r in records[-2:]), False)

@@ -336,9 +336,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             [0, 0]
         """
         for p, state in self.state.items():
-            if "remainder" in state:
+            if isinstance(p, Tensor) and "remainder" in state:
                 state["remainder"].zero_()
-            if "master_weight" in state:
+            if isinstance(p, Tensor) and "master_weight" in state:
                 state["master_weight"].copy_(p)
 
     def describe(self) -> str:
@@ -404,7 +404,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 other error, running out of memory included, nothing was changed.
         """
         hooks = self._optimizer_load_state_dict_pre_hooks.values()
-        passed = through_hooks(hooks, self, copy.copy(state_dict))
+        passed = through_hooks(hooks, self, copy.copy(state_dict) if isinstance(state_dict, dict) else state_dict)
         self.guard.save(self.param_groups)
         self.__setstate__(loading.loaded(self, passed))
         for hook in self._optimizer_load_state_dict_post_hooks.values():

@@ -14,6 +14,7 @@ from fusedopt.checks import FLOATS
 from fusedopt.optimizer import whose
 from fusedopt.optimizer.clipping import AVERAGE
 from fusedopt.optimizer.state import new_tensor
+from fusedopt.out_of_memory import is_out_of_memory
 from fusedopt.precision import COUNTS, FLOAT32_COPIES, WEIGHT_STATES, StateSpec, master_state, named_dtype
 from fusedopt.without_data import is_lazy
 
@@ -24,6 +25,13 @@ if TYPE_CHECKING:
 _FOREIGN_GROUP_KEYS = ("fused", "foreach", "capturable", "differentiable", "decoupled_weight_decay")
 
 _LARGEST_COUNT = 2.0**53
+
+_DEEPEST = 32
+"""Lists in lists that an option may be made of: reading, copying and showing it goes down so far."""
+
+_MOST = 1 << 20
+"""Values that an option may have, in all its lists together. A few lists in each other hold billions, with each list
+there once, and a walk through them would not end."""
 
 _Place = tuple[Any, Tensor, dict[str, Any]]
 
@@ -82,15 +90,25 @@ def _parts(state_dict: Any) -> tuple[list[dict[str, Any]], dict[Any, dict[str, A
         if not isinstance(group, dict) or not isinstance(group.get("params"), (list, tuple)):
             raise ValueError(f"this is no optimizer's checkpoint: param group {number} has no list of 'params'")
     others = dict(found["state"])
-    states = {}
-    for group in found["param_groups"]:
+    states: dict[Any, dict[str, Any]] = {}
+    seen: set[Any] = set()
+    for number, group in enumerate(found["param_groups"]):
         for index in group["params"]:
+            if not isinstance(index, (int, str, np.integer)) or isinstance(index, bool):
+                raise ValueError(
+                    f"param group {number} of the checkpoint has a parameter whose key is {type(index).__name__}, "
+                    "expected its number or its name"
+                )
+            if index in seen:
+                raise ValueError(f"parameter {index} comes twice in the checkpoint, and has one state: list it once")
+            seen.add(index)
             # JSON makes a string of a number that is a key.
-            state = others.pop(index, None) or others.pop(str(index), None)
-            if state is not None and not isinstance(state, dict):
-                raise ValueError(f"the checkpoint's state of parameter {index} is {type(state).__name__}, no dict")
-            if state:
-                states[index] = state
+            for key in (index, str(index)):
+                state = None if index in states else others.pop(key, None)
+                if not isinstance(state, (dict, type(None))):
+                    raise ValueError(f"the checkpoint's state of parameter {index} is {type(state).__name__}, no dict")
+                if state:
+                    states[index] = state
     return list(found["param_groups"]), states, others
 
 
@@ -124,7 +142,8 @@ def _merged(optimizer: "FusedOptimizer", number: int, group: dict[str, Any], sav
     left_out = {"params", *_FOREIGN_GROUP_KEYS, *optimizer.whole_options()}
     if optimizer.guard.skip_outliers is None:
         left_out.add(AVERAGE)
-    options = {name: copy.deepcopy(checks.plain(v, tensors=False)) for name, v in saved.items() if name not in left_out}
+    what = f"param group {number} of the checkpoint has"
+    options = {name: _copied(f"{what} {name!r:.80}", v) for name, v in saved.items() if name not in left_out}
     known = (optimizer.defaults.keys() | optimizer.counters | {AVERAGE}) - {"lr"}
     options.update({name: named_dtype(_option(options[name], group.get(name))) for name in known & options.keys()})
     if isinstance(options.get("lr"), np.ndarray):
@@ -139,28 +158,66 @@ def _merged(optimizer: "FusedOptimizer", number: int, group: dict[str, Any], sav
         not isinstance(names, (list, tuple)) or [type(n) for n in names] != [str] * len(group["params"])
     ):
         raise ValueError(
-            f"param group {number} of the checkpoint has param_names={names!r}, expected {len(group['params'])} strings"
+            f"param group {number} of the checkpoint has param_names={names!r:.200}, expected {len(group['params'])} strings"
         )
     if "param_names" in group:  # Those of the model that is here, which may have been renamed or wrapped.
         options.pop("param_names", None)
     merged = {**group, **options}
     lr: Any = merged.get("lr")
     # A schedule may have brought the rate below 0; what it was made with has been checked.
-    is_number = isinstance(lr, (int, float, Tensor)) and not isinstance(lr, bool)
+    is_number = (isinstance(lr, (int, float)) and not isinstance(lr, bool)) or _is_one_number(lr)
     optimizer.check_group({**merged, "lr": abs(lr)} if is_number else merged)
     return merged
+
+
+def _copied(what: str, value: Any) -> Any:
+    """A copy of an option, with numpy's numbers as Python's own; raises ValueError where there can be none."""
+    _refuse_endless(what, value, _MOST)
+    try:
+        return copy.deepcopy(checks.plain(value, tensors=False))
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"{what} as {type(value).__name__}, which cannot be copied: {error}") from error
+
+
+def _refuse_endless(what: str, value: Any, most: int) -> None:
+    """Raises ValueError for lists or dicts that are too deep, too many, or in themselves."""
+    level, left = [value], most
+    for _ in range(_DEEPEST):
+        inner: list[Any] = []
+        for one in level:
+            if isinstance(one, (list, tuple, dict, set, frozenset)):
+                left -= len(one)
+                if left < 0:
+                    raise ValueError(f"{what} with more than {most:,} values in it")
+                inner += [*one.keys(), *one.values()] if isinstance(one, dict) else one
+        if not inner:
+            return
+        level = inner
+    raise ValueError(f"{what} with lists in each other, {_DEEPEST} deep or more")
 
 
 def _option(value: Any, present: Any) -> Any:
     """A saved option: a tensor where this optimizer has one, on its device, else a number."""
     if isinstance(present, (tuple, list)) and isinstance(value, (tuple, list)) and len(present) == len(value):
         return type(value)(map(_option, value, present))
-    is_tensor = isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point() and not value.is_meta
-    if is_tensor and isinstance(present, Tensor):
+    if _is_one_number(value) and value.is_floating_point() and isinstance(present, Tensor):
         return value.to(present.device)
     number = _number(value)
     is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
     return torch.full_like(present, number) if is_number and isinstance(present, Tensor) else number
+
+
+def _is_one_number(value: Any) -> bool:
+    """True for a tensor of one element that can be read."""
+    return (
+        isinstance(value, Tensor)
+        and not is_lazy(value)
+        and value.layout is torch.strided
+        and value.numel() == 1
+        and not value.is_meta
+    )
 
 
 def _number(value: Any) -> Any:
@@ -169,15 +226,15 @@ def _number(value: Any) -> Any:
     It is the shortest decimal that rounds to this element: 0.999 that was put into a float32 is 0.999 again, while
     1 - 0.99900001287 would be another weight by 1e-5.
     """
-    if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 1 and len(value) != 1:
+    if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 1 and 1 != len(value) <= _DEEPEST:
         value = tuple(value)
     if isinstance(value, (list, tuple)):
         return type(value)(map(_number, value))
-    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
+    if _is_one_number(value):
         value = value.item() if value.dtype not in (torch.float16, torch.float32) else value.detach().cpu().numpy()
     if isinstance(value, np.ndarray) and value.size == 1:
-        value = value.reshape(())[()]
-        return float(str(value)) if isinstance(value, np.floating) else value.item()
+        one = value.reshape(())[()]
+        return float(str(one)) if isinstance(one, np.floating) else value.item()
     return value
 
 
@@ -216,7 +273,7 @@ def _laid_out(
 ) -> dict[str, Tensor]:
     """A saved state, without its step, on its parameter's device, in its layout, in the dtype that serves."""
     _, most = _specs(optimizer, p, group)
-    values = {name: _tensor(saved[name], most[name]) for name in most if name in saved}
+    values = {name: _tensor(f"{who} has {name}", saved[name], most[name], p) for name in most if name in saved}
     for name, value in values.items():
         _check_value(f"{who} has {name}", value, most[name], p)
     state = {}
@@ -236,8 +293,9 @@ def _laid_out(
     return state
 
 
-def _tensor(value: Any, spec: StateSpec) -> Any:
+def _tensor(what: str, value: Any, spec: StateSpec, p: Tensor) -> Any:
     """Returns arrays, and the lists and numbers that JSON makes of them, as tensors; anything else as it is."""
+    _refuse_endless(what, value, 2 * spec.shape(p).numel() + _DEEPEST)
     try:
         if isinstance(value, np.ndarray):
             return torch.from_numpy(np.array(value))
@@ -250,7 +308,7 @@ def _tensor(value: Any, spec: StateSpec) -> Any:
 
 def _check_value(what: str, value: Any, spec: StateSpec, p: Tensor) -> None:
     shape = tuple(spec.shape(p))
-    if not isinstance(value, Tensor):
+    if not isinstance(value, Tensor) or is_lazy(value):
         raise ValueError(f"{what} of type {type(value).__name__}, expected a tensor of shape {shape}")
     if value.shape != shape:
         raise ValueError(f"{what} of shape {tuple(value.shape)}, expected shape {shape}")
@@ -271,17 +329,18 @@ def _check_value(what: str, value: Any, spec: StateSpec, p: Tensor) -> None:
 
 
 def _count(who: str, p: Tensor, step: Any) -> float:
+    _refuse_endless(f"{who} has step", step, _DEEPEST)
     count = step
     step = step.full_tensor() if sharding.is_sharded(step) else step
     if isinstance(step, Tensor):
         if step.is_meta and p.is_meta:
             return 0.0
-        if step.numel() == 1 and step.layout is torch.strided and not step.is_meta:
+        if _is_one_number(step):
             count = step.item()
     else:
         count = _number(checks.plain(step, tensors=False))
     if isinstance(count, bool) or not isinstance(count, (int, float)):
-        raise ValueError(f"{who} has step={step!r}, expected a whole number >= 0")
+        raise ValueError(f"{who} has step={step!r:.80}, expected a whole number >= 0")
     if not (0 <= count <= _LARGEST_COUNT and count == int(count)):
-        raise ValueError(f"{who} has step={step!r}, expected a whole number from 0 to 2**53")
+        raise ValueError(f"{who} has step={step!r:.80}, expected a whole number from 0 to 2**53")
     return float(count)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fusedopt.backends.graphs import capturing, on_device
+from fusedopt.files import save_figure
 from fusedopt.optimizer.base import FusedOptimizer
 from fusedopt.statistics.findings import QUANTITIES
 from fusedopt.statistics.measured import MeasuredParameters
@@ -211,7 +212,7 @@ class StatisticsRecorder:
 
         figure = plot_statistics(self)
         if path is not None:
-            figure.savefig(path)
+            save_figure(figure, path)
         return figure
 
     def _after_step(self) -> None:

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from fusedopt import files
 from perf import report, results
 from perf.primers import Primer, clipping, launches, second_moment, weight_decay
 
@@ -30,8 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{question.splitlines()[0]}\n\n{report.table(found.rows)}\n")
         if options.write:
             page = results.ROOT / "docs" / "primers" / f"{name}.md"
-            page.write_text(report.filled(page.read_text(), "numbers", report.table(found.rows, markdown=True)))
-            found.figure.savefig(results.ROOT / "docs" / "img" / f"{name}.png", dpi=130)
+            files.write_text(page, report.filled(page.read_text(), "numbers", report.table(found.rows, markdown=True)))
+            files.save_figure(found.figure, results.ROOT / "docs" / "img" / f"{name}.png", dpi=130)
 
 
 if __name__ == "__main__":

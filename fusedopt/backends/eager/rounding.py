@@ -108,7 +108,12 @@ def random_keys(seed: int, numbers: Sequence[int], step: float) -> np.ndarray:
 
     with np.errstate(over="ignore"):
         keys = rules.rounding_keys(
-            word(seed), word(seed >> 32), word(numbers), word(int(step)), scramble, lambda x, c: x * np.uint32(c)
+            word(seed),
+            word(seed >> 32),
+            word(numbers),
+            word(int(step) & 0xFFFFFFFF),
+            scramble,
+            lambda x, c: x * np.uint32(c),
         )
     return np.stack(np.broadcast_arrays(*keys), axis=1)
 

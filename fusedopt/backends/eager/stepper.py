@@ -17,7 +17,7 @@ class Bucket(NamedTuple):
     """Parameters with a gradient that take the same update; lists of the same length.
 
     Attributes:
-        hyper: the hyper-parameters; those that are tensors as floats, whatever their dtype.
+        hyper: the hyper-parameters; those that are tensors or whole numbers as floats, whatever their dtype.
         step: number of the update, from 1.
         factor: what gradients are multiplied by; without the sign of `maximize`.
         shard_infos: None where all parameters are whole.
@@ -100,8 +100,10 @@ def _buckets(
     for i, step in zip(advanced, counts):
         if param_set.grads[i] is not None:
             alike.setdefault(step, []).append(i)
-    tensors = {name: value for name, value in param_set.hyper._asdict().items() if isinstance(value, Tensor)}
-    hyper = param_set.hyper._replace(**{name: float(value) for name, value in tensors.items()})
+    options = param_set.hyper._asdict().items()
+    hyper = param_set.hyper._replace(
+        **{name: float(v) for name, v in options if type(v) is int or isinstance(v, Tensor)}
+    )
     for step, which in alike.items():
         columns: Any = (param_set.params, param_set.grads, param_set.states, param_set.shard_infos)
         some: Any = [column and [column[i] for i in which] for column in columns]
