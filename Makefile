@@ -6,7 +6,7 @@ JOBS   ?= auto
 
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-all lint format bench docs dist clean
+.PHONY: help demo test test-all test-ptx mutants lint format bench docs dist clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,12 @@ test: $(VENV)/.test  ## run the tests, but for those marked as slow (options: AR
 
 test-all: $(VENV)/.test $(VENV)/.docs  ## run every test: the slow ones, kernels for every architecture, the site in a browser
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup $(ARGS)
+
+test-ptx: $(VENV)/.test  ## run what Triton compiles for sm_90 on the CPU, and compare it with eager steps and recorded runs
+	$(BIN)/python -m pytest -q -n $(JOBS) tests/ptx $(ARGS)
+
+mutants: $(VENV)/.test  ## spoil compiled instructions one by one, and count what those tests notice (options: ARGS="--number 50")
+	PYTHONPATH=.:kernels:tests $(BIN)/python -m ptx.mutants $(ARGS)
 
 lint: $(VENV)/.test  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ if not GPU:
     # Before anything imports triton. Compile-only tests run in processes of their own, without it.
     os.environ["TRITON_INTERPRET"] = "1"
 
+collect_ignore = ["ptx"]  # a session of its own, without the interpreter: `make test-ptx`
 
 if importlib.util.find_spec("triton") is None:  # as on macOS and Windows
     collect_ignore_glob = [

@@ -1,0 +1,15 @@
+"""The kernels as they are compiled, executed without a GPU.
+
+Triton compiles each kernel for sm_90 to PTX, as it would for a GPU, and `gpu.standing_in` executes that PTX thread by
+thread on the CPU tensors of this process, watching what a GPU would not report: accesses out of bounds, misaligned
+vectors, races. `make test-ptx` runs the tests of this folder; `make mutants` spoils instructions and counts what they
+notice.
+
+    reader.py       PTX as text -> basic blocks of instructions
+    arithmetic.py   what instructions compute, on arrays of bits with an element per thread
+    translator.py   a basic block -> a Python function that calls those
+    memory.py       global and shared memory: who may touch what; what was touched
+    races.py        accesses of two threads that nothing orders
+    machine.py      a launch: threads, warps, blocks, barriers
+    gpu.py          the stand-in for Triton's driver
+"""

@@ -1,0 +1,348 @@
+"""Steps that run on every backend, as rows of a table: `CASES`."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from helpers.comparing import Tolerance, assert_near
+from torch import Tensor
+
+from fusedopt import Adafactor, AdamW, Lion
+from fusedopt.accumulate import GradientAccumulator
+
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+DTYPES = {"float32": F32, "float64": F64, "bfloat16": BF16, "float16": F16}
+Shape = tuple[int, ...]
+Outcome = dict[str, Tensor]
+
+ELEMENTWISE: tuple[Shape, ...] = ((4096,), (1,), (7,), (1025,), (0,), (2064,), (3, 5), ())
+FACTORED: tuple[Shape, ...] = (
+    *((), (0,), (19,), (1025,), (2, 3, 4), (1, 6), (5, 1), (40, 40), (64, 144), (300, 33), (3, 33, 5)),
+    (2, 2, 3, 3),
+)
+"""Vectors, small matrices, odd and even ones, tall and wide ones, stacks, and what has no elements."""
+
+FEW: tuple[Shape, ...] = ((), (0,), (19,), (2, 3, 4), (40, 40), (300, 33), (64, 144))
+
+_PARAMETERS = {
+    F32: Tolerance("a few float32 roundings per step", rtol=2e-6, atol=2e-6),
+    F64: Tolerance("a few float64 roundings per step", rtol=1e-12, atol=1e-12),
+    BF16: Tolerance("a tie may fall to the other side", ulps=1, of_largest=2**-13),
+    F16: Tolerance("a tie may fall to the other side", ulps=1, of_largest=2**-16),
+}
+_STATES = {
+    F32: Tolerance("sums in another order, which may cancel", rtol=2e-6, of_largest=2e-6, ulps=1),
+    F64: Tolerance("sums in another order, which may cancel", rtol=1e-12, of_largest=1e-12),
+    BF16: Tolerance("a tie may fall to the other side", ulps=1, of_largest=2**-13),
+    F16: Tolerance("a tie may fall to the other side", ulps=1, of_largest=2**-16),
+}
+_STATISTICS = Tolerance("sums over float32 numbers that are as near as the weights", rtol=2e-5, atol=1e-30)
+_SUM_OF_SQUARES = Tolerance("float32 squares, summed in another order", rtol=1e-6)
+
+
+def assert_agree(actual: Outcome, expected: Outcome, parameters: Tolerance | None = None) -> None:
+    """Asserts that two backends did the same; parameters may have a tolerance of their own."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        tolerance = _STATES.get(value.dtype) if "." in name else parameters or _PARAMETERS.get(value.dtype)
+        if name == "statistics":
+            tolerance = _STATISTICS
+        elif name == "grad_norm":
+            tolerance = _SUM_OF_SQUARES
+        elif name.endswith(".remainder"):  # part of a weight, which is compared as a whole
+            continue
+        assert_near(actual[name], value, tolerance, name=name, equal_nan=True)
+
+
+def normal(shapes: Sequence[Shape], seed: int, dtype: torch.dtype = F32, spread: bool = False) -> list[Tensor]:
+    """Normally distributed numbers; with `spread` of magnitudes from 1e-6 to 10, and some zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for shape in shapes:
+        x = torch.randn(shape, generator=generator, dtype=F64)
+        if spread:
+            x = x * 10.0 ** torch.randint(-6, 2, x.shape, generator=generator).double() * (x.abs() > 0.1)
+        found.append(x.to(dtype))
+    return found
+
+
+def laid_out(t: Tensor, offset: int, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """A copy so many elements behind a multiple of 64 bytes."""
+    if offset == 0:
+        return t.clone(memory_format=memory_format)
+    room = torch.zeros(t.numel() + offset, dtype=t.dtype)
+    return room[offset:].view(t.shape).copy_(t)
+
+
+def with_float32_weights(outcome: Outcome) -> Outcome:
+    """Adds the weights that bfloat16 parameters and remainders make."""
+    weights = {}
+    for name, value in outcome.items():
+        if name.endswith(".remainder"):
+            p = outcome[name.removesuffix(".remainder")].contiguous()
+            bits = (p.view(torch.int16).to(torch.int64) << 16) + value.contiguous().to(torch.int64)
+            weight = (((bits + 2**31) % 2**32) - 2**31).to(torch.int32).view(F32)
+            weights[name.removesuffix("remainder") + "weight"] = torch.where(p.isnan(), torch.nan, weight)
+    return outcome | weights
+
+
+def spoil_workspaces(optimizer: Any) -> None:
+    """Fills with NaN what a step leaves in its workspace, which is none of the next one's business."""
+    for stepper in optimizer._engine.steppers.values():
+        if hasattr(stepper, "_tables"):
+            for t in stepper._tables._eager._scratch.values():
+                t.fill_(torch.nan)
+
+
+def states_of(optimizer: Any, params: Sequence[Tensor]) -> Outcome:
+    """Parameters and what is kept of them, by name."""
+    found = {f"p{i}": p.detach().clone() for i, p in enumerate(params)}
+    for i, p in enumerate(params):
+        for name, value in optimizer.state.get(p, {}).items():
+            found[f"p{i}.{name}"] = torch.as_tensor(value).clone()
+    return with_float32_weights(found)
+
+
+def plain_step(optimizer: Any, number: int) -> None:
+    optimizer.step()
+
+
+@dataclass(frozen=True)
+class Case:
+    """Some steps of an optimizer.
+
+    Attributes:
+        make: the optimizer's class.
+        options: of the optimizer.
+        dtype, grad_dtype: of the parameters, and of gradients if they differ.
+        offset: by how many elements parameters, gradients and states are off an aligned address.
+        edit: changes the gradients, [step][parameter].
+        step: takes a step.
+        groups: parameters as the optimizer gets them.
+        parameters: what parameters may differ by; that of their dtype if None.
+    """
+
+    make: Any
+    options: dict[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = F32
+    shapes: tuple[Shape, ...] = ELEMENTWISE
+    grad_dtype: torch.dtype | None = None
+    steps: int = 2
+    offset: tuple[int, int, int] = (0, 0, 0)
+    spread: bool = False
+    memory_format: torch.memory_format = torch.contiguous_format
+    edit: Callable[[list[list[Any]]], None] | None = None
+    step: Callable[[Any, int], None] = plain_step
+    groups: Callable[[list[Any]], list[Any]] = list
+    parameters: Tolerance | None = None
+
+    def run(self, backend: str) -> Outcome:
+        """Returns what the steps leave behind, by name."""
+        at_p, at_g, at_state = self.offset
+        params = [torch.nn.Parameter(laid_out(t, at_p, self.memory_format)) for t in normal(self.shapes, 1, self.dtype)]
+        grads: list[list[Any]] = [
+            [
+                laid_out(g, at_g, self.memory_format)
+                for g in normal(self.shapes, 10 + k, self.grad_dtype or self.dtype, self.spread)
+            ]
+            for k in range(self.steps)
+        ]
+        if self.edit:
+            self.edit(grads)
+        optimizer = self.make(self.groups(params), backend=backend, **copy.deepcopy(self.options))
+        if at_state:
+            optimizer.init_state()
+            for state in optimizer.state.values():
+                moved = {name: laid_out(t, at_state) for name, t in state.items() if t.dim()}
+                state.update(moved)
+        found: Outcome = {}
+        for k, row in enumerate(grads):
+            if self.grad_dtype not in (None, self.dtype):
+                optimizer.apply_gradients(zip(row, params))
+            else:
+                for p, g in zip(params, row):
+                    p.grad = g
+                self.step(optimizer, k)
+            if optimizer.tracker:
+                found["statistics"] = optimizer.statistics.tensor.clone()
+            spoil_workspaces(optimizer)
+        found |= states_of(optimizer, params)
+        found["skipped steps"] = torch.tensor(int(optimizer.skipped_steps or 0))
+        if optimizer.grad_norm is not None:
+            found["grad_norm"] = optimizer.grad_norm.clone()
+        return found
+
+
+@dataclass(frozen=True)
+class Accumulation:
+    """Gradients that `GradientAccumulator` adds up."""
+
+    dtype: torch.dtype
+    grad_dtype: torch.dtype
+    weights: tuple[Any, ...]
+    offset: int = 0
+    parameters: Tolerance | None = None
+
+    def run(self, backend: str) -> Outcome:
+        accumulator = GradientAccumulator(self.dtype, backend=backend)
+        for k, weight in enumerate(self.weights):
+            grads = normal(ELEMENTWISE, k, self.grad_dtype, spread=True)
+            accumulator([laid_out(g, self.offset) for g in grads], weight)
+        return {f"g{i}": g.clone() for i, g in enumerate(accumulator.gradients) if g is not None}
+
+
+# ---- what a step may be given
+
+
+def scaled_step(optimizer: Any, number: int) -> None:
+    """As under a GradScaler of which the second step finds infinite gradients."""
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor([1024.0]), torch.tensor([float(number == 1)])
+    optimizer.step()
+    optimizer.forget_scaler()
+
+
+def rate_on_the_device(optimizer: Any, number: int) -> None:
+    optimizer.param_groups[0]["lr"].fill_((0.5, 0.0, 0.25)[number])
+    optimizer.step()
+
+
+def missing(grads: list[list[Any]]) -> None:
+    for k, i in ((0, 0), (0, 1), (1, 1), (2, 0), (2, 3)):
+        grads[k][i] = None
+
+
+def infinite(grads: list[list[Any]]) -> None:
+    """The second step has an infinite gradient behind the first piece of a tensor."""
+    large = max(grads[1], key=torch.Tensor.numel)
+    large.view(-1)[-1] = torch.inf
+
+
+def not_finite(grads: list[list[Any]]) -> None:
+    for row in grads:
+        for g in row:
+            if g.numel() > 8:
+                g.view(-1)[:4] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0])
+
+
+def tiny_and_huge(grads: list[list[Any]]) -> None:
+    for row in grads:
+        for i, g in enumerate(row):
+            g.mul_(10.0 ** (-38 - i % 5) if i % 2 else 1e18)
+
+
+def zero(grads: list[list[Any]]) -> None:
+    for row in grads:
+        for g in row:
+            g.zero_()
+
+
+def three_groups(params: list[Any]) -> list[dict[str, Any]]:
+    return [
+        {"params": params[:3], "lr": 0.3, "weight_decay": 0.5},
+        {"params": params[3:5], "lr": 0.02, "maximize": True},
+        {"params": params[5:], "lr": 0.1},
+    ]
+
+
+# ---- the table
+
+ADAMW = {"lr": 3e-2, "betas": (0.85, 0.97), "eps": 1e-5, "weight_decay": 0.1}
+LION = {"lr": 3e-3, "weight_decay": 0.1}
+GIVEN_RATE = {"lr": 0.1, "relative_step": False}
+IMAGES: tuple[Shape, ...] = ((8, 4, 3, 3), (2, 5, 7, 3), (16, 8, 5, 5))
+
+CASES: dict[str, Any] = {}
+
+for _label, _dtype in DTYPES.items():
+    for _convention in ("transformers", "torch", "keras"):
+        CASES[f"AdamW {_convention} {_label}"] = Case(AdamW, {**ADAMW, "convention": _convention}, _dtype, spread=True)
+    CASES[f"AdamW amsgrad {_label}"] = Case(
+        AdamW, {**ADAMW, "convention": "torch", "amsgrad": True, "maximize": True}, _dtype, spread=True
+    )
+    CASES[f"Lion {_label}"] = Case(Lion, LION, _dtype, spread=True)
+    CASES[f"Adafactor {_label}"] = Case(Adafactor, {"beta1": 0.9, "weight_decay": 0.1}, _dtype, FACTORED)
+    CASES[f"AdamW misaligned {_label}"] = Case(AdamW, ADAMW, _dtype, offset=(1, 3, 1))
+    CASES[f"Lion clipped {_label}"] = Case(Lion, {**LION, "max_grad_norm": 1.0}, _dtype)
+    CASES[f"accumulation {_label}"] = Accumulation(_dtype, _dtype, (1.0, 2.0, torch.tensor(3.0)))
+    CASES[f"accumulation misaligned {_label}"] = Accumulation(_dtype, _dtype, (1.0, 0.5), offset=1)
+
+MIXED = {
+    "bfloat16 of float32": (BF16, F32),
+    "float32 of bfloat16": (F32, BF16),
+    "float32 of float16": (F32, F16),
+    "float64 of float32": (F64, F32),
+}
+for _label, (_dtype, _grad) in MIXED.items():
+    CASES[f"AdamW {_label}"] = Case(AdamW, ADAMW, _dtype, grad_dtype=_grad)
+    CASES[f"accumulation {_label}"] = Accumulation(_dtype, _grad, (1.0, 2.0))
+
+PRECISIONS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "bfloat16 master": (BF16, {"master_weights": True}),
+    "float16 master": (F16, {"master_weights": True}),
+    "bfloat16 stochastic": (BF16, {"stochastic_rounding": True, "seed": 5}),
+    "float16 stochastic": (F16, {"stochastic_rounding": True, "seed": 5}),
+    "bfloat16 stochastic, float32 moments": (BF16, {"stochastic_rounding": True, "seed": 5, "state_dtype": F32}),
+    "float32, bfloat16 moments": (F32, {"state_dtype": BF16, "seed": 5}),
+}
+for _label, (_dtype, _policy) in PRECISIONS.items():
+    CASES[f"AdamW {_label}"] = Case(AdamW, {**ADAMW, **_policy}, _dtype, steps=3)
+    CASES[f"AdamW amsgrad {_label}"] = Case(AdamW, {**ADAMW, "amsgrad": True, **_policy}, _dtype)
+    CASES[f"Lion {_label}"] = Case(Lion, {**LION, **_policy}, _dtype, steps=3)
+    CASES[f"Adafactor {_label}"] = Case(Adafactor, {"beta1": 0.9, "weight_decay": 0.1, **_policy}, _dtype, FEW)
+
+_A_TIE = Tolerance("a moment may fall to the other side of a tie of bfloat16", rtol=1e-5, atol=1e-5)
+CASES["Adafactor float32, bfloat16 moments"] = replace(CASES["Adafactor float32, bfloat16 moments"], parameters=_A_TIE)
+
+for _label in ("bfloat16 master", "bfloat16 stochastic"):
+    _dtype, _policy = PRECISIONS[_label]
+    CASES[f"AdamW statistics {_label}"] = Case(AdamW, {**ADAMW, **_policy, "track_statistics": True}, _dtype)
+    CASES[f"Adafactor statistics {_label}"] = Case(Adafactor, {**_policy, "track_statistics": True}, _dtype, FEW)
+for _label, _dtype in DTYPES.items():
+    CASES[f"Lion statistics {_label}"] = Case(Lion, {**LION, "track_statistics": True}, _dtype)
+    CASES[f"Adafactor statistics {_label}"] = Case(Adafactor, {"beta1": 0.9, "track_statistics": True}, _dtype, FEW)
+CASES |= {
+    "AdamW statistics of a skipped step": Case(
+        AdamW, {**ADAMW, "track_statistics": True, "skip_nonfinite": True}, edit=infinite
+    ),
+    "Adafactor statistics of a skipped step": Case(
+        Adafactor, {"track_statistics": True, "skip_nonfinite": True}, BF16, FEW, edit=infinite
+    ),
+    "AdamW skipping": Case(AdamW, {**ADAMW, "skip_nonfinite": True, "max_grad_norm": 1.0}, steps=3, edit=infinite),
+    "Adafactor skipping": Case(Adafactor, {"skip_nonfinite": True}, BF16, FEW, steps=3, edit=infinite),
+    "AdamW scaled": Case(AdamW, ADAMW, steps=3, step=scaled_step),
+    "AdamW keras scaled": Case(AdamW, {**ADAMW, "convention": "keras"}, steps=3, step=scaled_step),
+    "Adafactor scaled": Case(Adafactor, {"beta1": 0.9}, F32, FEW, steps=3, step=scaled_step),
+    "AdamW clipped": Case(AdamW, {**ADAMW, "max_grad_norm": 1.0}, BF16, steps=1),
+    "Adafactor clipped": Case(Adafactor, {**GIVEN_RATE, "max_grad_norm": 1.0}, F32, FEW),
+    "AdamW without correction": Case(AdamW, {**ADAMW, "correct_bias": False}),
+    "AdamW eps 0, gradients 0": Case(AdamW, {**ADAMW, "eps": 0.0}, edit=zero),
+    "AdamW not finite": Case(AdamW, {**ADAMW, "amsgrad": True}, steps=1, edit=not_finite),
+    "Lion not finite": Case(Lion, LION, edit=not_finite),
+    "AdamW tiny and huge": Case(AdamW, ADAMW, edit=tiny_and_huge),
+    "AdamW missing gradients": Case(AdamW, ADAMW, steps=3, edit=missing),
+    "AdamW keras missing gradients": Case(AdamW, {**ADAMW, "convention": "keras"}, steps=3, edit=missing),
+    "AdamW three groups": Case(AdamW, ADAMW, steps=3, groups=three_groups),
+    "AdamW rate on the device": Case(AdamW, {"lr": torch.tensor(0.5)}, steps=3, step=rate_on_the_device),
+    "AdamW float64 rate on the device": Case(
+        AdamW, {"lr": torch.tensor(0.5, dtype=F64)}, steps=3, step=rate_on_the_device
+    ),
+    "AdamW channels last": Case(AdamW, ADAMW, shapes=IMAGES, memory_format=torch.channels_last),
+    "AdamW 200 tensors": Case(AdamW, ADAMW, shapes=tuple((n % 5 + 1,) for n in range(200)), steps=1),
+    "Adafactor defaults": Case(Adafactor, {}, F32, FACTORED),
+    "Adafactor given rate, low threshold": Case(
+        Adafactor, {**GIVEN_RATE, "clip_threshold": 0.1, "scale_parameter": False}, F32, FACTORED
+    ),
+    "Adafactor warmup, maximize": Case(
+        Adafactor, {"warmup_init": True, "maximize": True, "decay_rate": -0.5, "eps": (1e-3, 0.1)}, F32, FACTORED
+    ),
+    "Adafactor misaligned": Case(Adafactor, {"beta1": 0.9}, F32, FEW, offset=(1, 3, 1)),
+    "Adafactor channels last": Case(Adafactor, {}, F32, IMAGES, memory_format=torch.channels_last),
+    "Adafactor missing gradients": Case(Adafactor, {}, F32, FEW, steps=3, edit=missing),
+    "Adafactor three groups": Case(Adafactor, {"relative_step": False}, F32, FEW, groups=three_groups),
+    "Adafactor many tiles": Case(Adafactor, {}, F32, ((600, 520), (40, 1500), (1500, 40), (5000,)), steps=1),
+    "Adafactor many rows": Case(Adafactor, {}, F32, ((9000, 2), (2, 9000)), steps=1),
+    "Adafactor gradients 0": Case(Adafactor, {}, F32, FEW, edit=zero),
+    "Adafactor NaN and inf": Case(Adafactor, {"beta1": 0.9}, F32, FEW, edit=not_finite),
+}
