@@ -218,5 +218,5 @@ def test_states_of_adafactor_put_there_in_another_dtype_are_brought_to_that_of_t
     for state, dtype in zip(optimizer.state.values(), (torch.float64, torch.bfloat16)):
         state.update({name: value.to(dtype) for name, value in state.items() if name != "step"})
     step(optimizer)
-    dtypes = {value.dtype for state in optimizer.state.values() for value in state.values()}
+    dtypes = {value.dtype for state in optimizer.state.values() for name, value in state.items() if name != "step"}
     assert dtypes == {torch.float32}
