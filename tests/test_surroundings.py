@@ -1,89 +1,32 @@
-"""What surrounds a step reaches neither into it nor beyond it: defaults, modes, parameters without data."""
+"""What surrounds a step reaches neither into it nor beyond it: default devices and dtypes."""
 
 import ast
 import copy
-import gc
-import threading
-import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.comparing import assert_same
-from helpers.optimizers import OPTIMIZERS, VARIANTS
+from helpers.surroundings import (
+    DEVICE,
+    MAKE,
+    drawn,
+    in_a_thread,
+    outcome,
+    parameters,
+    step,
+)
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusedopt
 import fusedopt_kernels
 from fusedopt import Adafactor, AdamW, GradientAccumulator
-from fusedopt.backends import scratch
-from fusedopt.backends.triton import capture
 from fusedopt.in_backward import register_step_in_backward
 from fusedopt.schedules import SchedulerType, example_arguments, get_scheduler
-from fusedopt.schedules.metric import ReduceLROnPlateau
-
-GUARD = {"max_grad_norm": 0.5, "skip_nonfinite": True, "skip_grad_norm_above": 1e6, "skip_outliers": 6.0}
-MAKE: dict[str, Callable[..., Any]] = {
-    **OPTIMIZERS,
-    "AdamW guarded": partial(OPTIMIZERS["AdamW"], amsgrad=True, **GUARD),
-    "Adafactor guarded": partial(OPTIMIZERS["Adafactor"], **GUARD),
-    **{name: VARIANTS[name] for name in ("AdamWeightDecay-clipnorm", "Adafactor-lr-beta1")},
-}
-every_optimizer = pytest.mark.parametrize("name", MAKE)
-both_backends = pytest.mark.parametrize("backend", ["eager", "triton"])
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPES = {
-    backend: ((4, 3), (7,), large, (2, 3, 5), (), (0, 3))
-    # Eagerly, what is larger than 2^15 elements goes another way; the interpreter takes as long as there are elements.
-    for backend, large in {"eager": (190, 200), "triton": (40, 30)}.items()
-}
-
-
-def drawn(seed: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(DEVICE, dtype)
-
-
-def parameters(backend: str = "eager", dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
-    return [torch.nn.Parameter(drawn(seed, shape, dtype)) for seed, shape in enumerate(SHAPES[backend])]
-
-
-def step(optimizer: Any, number: int, dtype: torch.dtype = torch.float32) -> None:
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for seed, p in enumerate(params):
-        p.grad = drawn(100 * number + seed, tuple(p.shape), dtype)
-    optimizer.step()
-
-
-def outcome(optimizer: Any) -> list[Tensor]:
-    params = [p.detach() for group in optimizer.param_groups for p in group["params"]]
-    return params + [t for state in optimizer.state.values() for t in state.values()]
-
-
-def in_a_thread(work: Callable[[], Any]) -> Any:
-    """The result of `work` in a new thread, whose scratch memory is new."""
-    results: list[Any] = []
-
-    def run() -> None:
-        try:
-            results.append(work())
-        except BaseException as error:
-            results.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if isinstance(results[0], BaseException):
-        raise results[0]
-    return results[0]
-
-
-# Default device and default dtype.
 
 # What takes a device and a dtype from torch's defaults, unless it is told. `torch.frombuffer` takes no device.
 FACTORIES = (
@@ -300,218 +243,3 @@ def test_pinned_memory_is_asked_for_on_the_host_whatever_the_default_device(monk
     with pytest.raises((RuntimeError, AssertionError)) if not torch.cuda.is_available() else foreign("meta"):
         fusedopt_kernels.table.upload(fusedopt_kernels.table.np.zeros(3, "int64"), torch.device("cuda"))
     assert asked[:2] == [(True, "cpu"), (True, "cpu")]
-
-
-# Modes.
-
-
-def reachable(*roots: Any) -> list[Tensor]:
-    """All tensors that are kept by these objects."""
-    seen: set[int] = set()
-    found, todo = [], list(roots)
-    while todo:
-        one = todo.pop()
-        if id(one) in seen or isinstance(one, (types.ModuleType, type, types.FunctionType)):
-            continue
-        seen.add(id(one))
-        if isinstance(one, Tensor):
-            found.append(one)
-        else:
-            todo.extend(gc.get_referents(one))
-    return found
-
-
-@every_optimizer
-@both_backends
-@pytest.mark.parametrize(
-    "dtype",
-    [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)],
-    ids=["float32", "bfloat16"],
-)
-def test_steps_in_inference_mode_and_outside_of_it_follow_each_other(name, backend, dtype):
-    def run(modes: list[bool]) -> list[Tensor]:
-        optimizer = MAKE[name](parameters(backend, dtype), backend=backend)
-        for number, mode in enumerate(modes):
-            with torch.inference_mode(mode):
-                step(optimizer, number, dtype)
-        if modes[0]:
-            optimizer.zero_grad()
-            kept = reachable(optimizer.__dict__, scratch.scratch._flat, capture._reserves)
-            assert kept and not any(t.is_inference() for t in kept)
-        return outcome(optimizer)
-
-    assert_same(in_a_thread(lambda: run([True, False, True, False])), in_a_thread(lambda: run([False] * 4)))
-
-
-@both_backends
-def test_sums_that_began_in_inference_mode_go_on_outside_of_it(backend):
-    accumulator = GradientAccumulator(backend=backend)
-    for mode in (True, False):
-        with torch.inference_mode(mode):
-            accumulator([torch.ones(3, device=DEVICE)])
-    assert accumulator.gradients[0].tolist() == [2.0] * 3
-
-
-@both_backends
-def test_a_state_loaded_in_inference_mode_can_be_updated_outside_of_it(backend):
-    optimizer = AdamW(parameters(backend), backend=backend)
-    step(optimizer, 1)
-    with torch.inference_mode():
-        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    step(optimizer, 2)
-    assert {float(state["step"]) for state in optimizer.state.values()} == {2.0}
-
-
-@every_optimizer
-@both_backends
-def test_parameters_made_in_inference_mode_are_updated_there_and_refused_elsewhere(name, backend):
-    with torch.inference_mode():
-        optimizer = MAKE[name](parameters(backend), backend=backend)
-        step(optimizer, 1)
-    expected = MAKE[name](parameters(backend), backend=backend)
-    step(expected, 1)
-    assert_same(outcome(optimizer), outcome(expected))
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match="was made in torch"):
-            step(optimizer, 2)
-    assert_same(outcome(optimizer), outcome(expected))
-
-
-def test_scratch_memory_made_under_a_mode_of_fake_tensors_is_not_kept():
-    def work() -> list[Tensor]:
-        with FakeTensorMode():
-            scratch.scratch.like(torch.empty(3, dtype=torch.float32, device="cpu"), "gradient", torch.float32)
-        assert not scratch.scratch._flat
-        optimizer = AdamW(parameters(dtype=torch.bfloat16), lr=0.1, max_grad_norm=0.1, backend="eager")
-        step(optimizer, 1, torch.bfloat16)
-        return outcome(optimizer)
-
-    expected = AdamW(parameters(dtype=torch.bfloat16), lr=0.1, max_grad_norm=0.1, backend="eager")
-    step(expected, 1, torch.bfloat16)
-    assert_same(in_a_thread(work), outcome(expected))
-
-
-def test_a_launch_table_that_could_not_be_copied_is_copied_at_the_next_step():
-    from fusedopt_kernels.table import LaunchTable, np, upload
-
-    failing = [True]
-
-    def copied(host: Any, device: torch.device) -> Tensor:
-        if failing.pop():
-            raise torch.OutOfMemoryError("no memory")
-        return upload(host, device)
-
-    failing = [False, True]
-    table = LaunchTable(torch.device(DEVICE), copied)
-    rows, hyper = np.ones((1, 2), np.int64), np.full((1, 2), 7, np.int64)
-    with pytest.raises(torch.OutOfMemoryError):
-        table.update(rows, hyper)
-    table.update(rows, hyper)
-    assert table.hyper.tolist() == [[7, 7]]
-
-
-# Parameters without data.
-
-
-@every_optimizer
-@both_backends
-def test_lazy_layers_train_from_their_first_forward_pass_on_and_are_left_alone_before(name, backend):
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.LazyLinear(3), torch.nn.Linear(5, 2)).to(DEVICE)
-    optimizer = MAKE[name](model.parameters(), backend=backend)
-    with pytest.raises(RuntimeError, match="forward pass"):
-        optimizer.init_state()
-    lazy, other = model[0], model[1]
-    before = other.weight.detach().clone()
-    other(drawn(0, (2, 5))).square().sum().backward()
-    optimizer.step()
-    assert not torch.equal(before, other.weight) and torch.nn.parameter.is_lazy(lazy.weight)
-    lazy(drawn(1, (2, 5))).square().sum().backward()
-    before = lazy.weight.detach().clone()
-    optimizer.step()
-    assert not torch.equal(before, lazy.weight)
-    assert optimizer.state[lazy.weight]["step"].item() >= 1.0
-
-
-def test_a_checkpoint_for_a_lazy_layer_is_refused_until_its_shape_is_known():
-    saved = AdamW(torch.nn.Linear(5, 3).parameters())
-    saved.init_state()
-    model = torch.nn.LazyLinear(3)
-    optimizer = AdamW(model.parameters())
-    with pytest.raises(ValueError, match="forward pass"):
-        optimizer.load_state_dict(saved.state_dict())
-    model(torch.ones(1, 5))
-    optimizer.load_state_dict(saved.state_dict())
-    assert optimizer.state[model.weight]["exp_avg"].shape == (3, 5)
-
-
-@every_optimizer
-@both_backends
-@pytest.mark.parametrize("kind", ["meta", "fake"])
-def test_a_step_without_data_makes_the_state_and_nothing_else(name, backend, kind):
-    options = {"device": "meta"} if kind == "meta" else {}
-    expected = MAKE[name](torch.nn.Linear(4, 3).parameters(), backend=backend)
-    expected.init_state()
-    shapes = [{k: (t.shape, t.dtype) for k, t in state.items()} for state in expected.state.values()]
-    with FakeTensorMode() if kind == "fake" else torch.device("cpu"):
-        model = torch.nn.Linear(4, 3, **options)
-        optimizer = MAKE[name](model.parameters(), backend=backend)
-        for _ in range(2):
-            model(torch.ones(2, 4, **options)).sum().backward()
-            optimizer.step()
-        assert [{k: (t.shape, t.dtype) for k, t in s.items()} for s in optimizer.state.values()] == shapes
-    step(expected, 1)
-
-
-@every_optimizer
-@both_backends
-def test_parameters_beside_one_on_meta_are_updated(name, backend):
-    beside = torch.nn.Parameter(torch.empty(3, 4, device="meta"))
-    optimizer = MAKE[name]([beside, *parameters(backend)], backend=backend)
-    expected = MAKE[name](parameters(backend), backend=backend)
-    for number in (1, 2):
-        for seed, (p, q) in enumerate(zip(optimizer.param_groups[0]["params"][1:], expected.param_groups[0]["params"])):
-            p.grad, q.grad = drawn(seed + number, tuple(p.shape)), drawn(seed + number, tuple(p.shape))
-        beside.grad = torch.empty_like(beside)
-        optimizer.step()
-        expected.step()
-    assert_same(
-        [p.detach() for p in optimizer.param_groups[0]["params"][1:]], outcome(expected)[: len(SHAPES[backend])]
-    )
-    assert optimizer.state[beside]["step"].is_meta
-
-
-# Numbers that are tensors.
-
-LR_DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-
-
-@pytest.mark.parametrize("dtype", LR_DTYPES, ids=str)
-@both_backends
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_rate_in_a_tensor_is_the_number_that_it_holds_whatever_its_dtype(name, backend, dtype):
-    lr = torch.tensor(3e-3, dtype=dtype)
-    row = OPTIMIZERS[name]
-    options = {"relative_step": False} if row.cls is Adafactor else {}
-    updated = []
-    for rate in (lr, lr.item()):
-        optimizer = row(parameters(backend), **{row.rate: rate}, backend=backend, **options)
-        for number in range(3):
-            step(optimizer, number)
-        shown = [optimizer.effective_lr(p) for p in optimizer.param_groups[0]["params"]] if options else []
-        updated.append([*outcome(optimizer), *shown])
-    assert_same(*updated)
-
-
-@pytest.mark.parametrize("dtype", LR_DTYPES, ids=str)
-def test_a_plateau_reduces_a_rate_in_a_tensor_as_it_would_the_number(dtype):
-    lr = torch.tensor(0.3, dtype=dtype)
-    rates = []
-    for rate in (lr, lr.item()):
-        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=rate)
-        scheduler = ReduceLROnPlateau(optimizer, factor=0.7, patience=0, min_lr=1e-4)
-        for loss in (2.0, 2.0):
-            scheduler.step(loss)
-        rates.append(optimizer.param_groups[0]["lr"])
-    assert rates[0].dtype is dtype
-    assert rates[0].item() == torch.tensor(rates[1], dtype=torch.float64).to(dtype).item()
