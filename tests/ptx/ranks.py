@@ -14,7 +14,20 @@ from fusedopt import Adafactor, AdamW, Lion, backends
 from fusedopt.interface import ParamSet, ReduceDims, ShardInfo, ShardPosition, StepArgs
 from fusedopt.precision import Precision
 from fusedopt_kernels.measures import PLACES
-from ptx.workloads import ADAMW, BF16, F16, F32, LION, Case, Outcome, Shape, normal, states_of, with_float32_weights
+from ptx.workloads import (
+    ADAMW,
+    BF16,
+    F16,
+    F32,
+    F64,
+    LION,
+    Case,
+    Outcome,
+    Shape,
+    normal,
+    states_of,
+    with_float32_weights,
+)
 
 RANKS = 2
 OVER: ReduceDims = (("a mesh", 0),)
@@ -90,7 +103,7 @@ class Shards:
     """Steps of parameters of which each rank has a half of the rows (`dim` -2) or of the columns (-1).
 
     Attributes:
-        make, options, dtype: as in `Case`.
+        make, options, dtype, shapes, steps, parameters, watched: as in `Case`.
         dim: that is cut; that of a vector always is.
     """
 
@@ -101,6 +114,7 @@ class Shards:
     shapes: tuple[Shape, ...] = SHAPES
     steps: int = 2
     parameters: Tolerance | None = None
+    watched: bool = True
 
     def run(self, backend: str) -> Outcome:
         """Returns what the steps leave of the whole parameters, by name."""
@@ -190,7 +204,9 @@ AVERAGED = {"beta1": 0.9, "weight_decay": 0.1}
 CASES = {
     "Adafactor float32, rows": Shards(Adafactor, AVERAGED, F32, -2),
     "Adafactor float32, columns": Shards(Adafactor, AVERAGED, F32, -1),
-    "Adafactor float64, columns": Shards(Adafactor, {}, torch.float64, -1, SHAPES[:6]),
+    "Adafactor float64, columns": Shards(Adafactor, {}, F64, -1, SHAPES[:6]),
+    "Adafactor float64, many pieces": Shards(Adafactor, {}, F64, -1, ((2_200_000,),), steps=1, watched=False),
+    "Adafactor float32, many tiles": Shards(Adafactor, {}, F32, -2, ((2, 600, 520), (1500, 40)), steps=1),
     "Adafactor bfloat16, rows, stochastic": Shards(Adafactor, {**AVERAGED, **ROUNDED}, BF16, -2),
     "Adafactor bfloat16, columns, master": Shards(Adafactor, {**AVERAGED, "master_weights": True}, BF16, -1),
     "Adafactor float16, columns, stochastic": Shards(Adafactor, {**AVERAGED, **ROUNDED}, F16, -1),

@@ -122,6 +122,8 @@ class Case:
         step: takes a step.
         groups: parameters as the optimizer gets them.
         parameters: what parameters may differ by; that of their dtype if None.
+        steps_before: that the state says were taken.
+        watched: whether races are looked for, which takes longer than all else where tensors are large.
     """
 
     make: Any
@@ -137,6 +139,8 @@ class Case:
     step: Callable[[Any, int], None] = plain_step
     groups: Callable[[list[Any]], list[Any]] = list
     parameters: Tolerance | None = None
+    steps_before: int = 0
+    watched: bool = True
 
     def run(self, backend: str) -> Outcome:
         """Returns what the steps leave behind, by name."""
@@ -152,9 +156,10 @@ class Case:
         if self.edit:
             self.edit(grads)
         optimizer = self.make(self.groups(params), backend=backend, **copy.deepcopy(self.options))
-        if at_state:
+        if at_state or self.steps_before:
             optimizer.init_state()
             for state in optimizer.state.values():
+                state["step"].fill_(self.steps_before)
                 moved = {name: laid_out(t, at_state) for name, t in state.items() if t.dim()}
                 state.update(moved)
         found: Outcome = {}
@@ -184,6 +189,7 @@ class Accumulation:
     weights: tuple[Any, ...]
     offset: int = 0
     parameters: Tolerance | None = None
+    watched: bool = True
 
     def run(self, backend: str) -> Outcome:
         accumulator = GradientAccumulator(self.dtype, backend=backend)
@@ -238,6 +244,18 @@ def zero(grads: list[list[Any]]) -> None:
             g.zero_()
 
 
+def louder(grads: list[list[Any]]) -> None:
+    """Of 106 steps with gradients alike, the 103rd and the 105th have ten times as large ones."""
+    for k in (102, 104):
+        for g in grads[k]:
+            g.mul_(10.0)
+
+
+def louder_or_infinite(grads: list[list[Any]]) -> None:
+    grads[2][0].mul_(1e3)
+    grads[3][0].view(-1)[0] = torch.nan
+
+
 def three_groups(params: list[Any]) -> list[dict[str, Any]]:
     return [
         {"params": params[:3], "lr": 0.3, "weight_decay": 0.5},
@@ -251,6 +269,7 @@ def three_groups(params: list[Any]) -> list[dict[str, Any]]:
 ADAMW = {"lr": 3e-2, "betas": (0.85, 0.97), "eps": 1e-5, "weight_decay": 0.1}
 LION = {"lr": 3e-3, "weight_decay": 0.1}
 GIVEN_RATE = {"lr": 0.1, "relative_step": False}
+THREE_WEIGHTS = (0.5, torch.tensor(3.0), torch.tensor(0.7, dtype=F64))
 IMAGES: tuple[Shape, ...] = ((8, 4, 3, 3), (2, 5, 7, 3), (16, 8, 5, 5))
 
 CASES: dict[str, Any] = {}
@@ -265,8 +284,8 @@ for _label, _dtype in DTYPES.items():
     CASES[f"Adafactor {_label}"] = Case(Adafactor, {"beta1": 0.9, "weight_decay": 0.1}, _dtype, FACTORED)
     CASES[f"AdamW misaligned {_label}"] = Case(AdamW, ADAMW, _dtype, offset=(1, 3, 1))
     CASES[f"Lion clipped {_label}"] = Case(Lion, {**LION, "max_grad_norm": 1.0}, _dtype)
-    CASES[f"accumulation {_label}"] = Accumulation(_dtype, _dtype, (1.0, 2.0, torch.tensor(3.0)))
-    CASES[f"accumulation misaligned {_label}"] = Accumulation(_dtype, _dtype, (1.0, 0.5), offset=1)
+    CASES[f"accumulation {_label}"] = Accumulation(_dtype, _dtype, THREE_WEIGHTS)
+    CASES[f"accumulation misaligned {_label}"] = Accumulation(_dtype, _dtype, THREE_WEIGHTS, offset=1)
 
 MIXED = {
     "bfloat16 of float32": (BF16, F32),
@@ -276,7 +295,7 @@ MIXED = {
 }
 for _label, (_dtype, _grad) in MIXED.items():
     CASES[f"AdamW {_label}"] = Case(AdamW, ADAMW, _dtype, grad_dtype=_grad)
-    CASES[f"accumulation {_label}"] = Accumulation(_dtype, _grad, (1.0, 2.0))
+    CASES[f"accumulation {_label}"] = Accumulation(_dtype, _grad, THREE_WEIGHTS)
 
 PRECISIONS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "bfloat16 master": (BF16, {"master_weights": True}),
@@ -292,7 +311,7 @@ for _label, (_dtype, _policy) in PRECISIONS.items():
     CASES[f"Lion {_label}"] = Case(Lion, {**LION, **_policy}, _dtype, steps=3)
     CASES[f"Adafactor {_label}"] = Case(Adafactor, {"beta1": 0.9, "weight_decay": 0.1, **_policy}, _dtype, FEW)
 
-_A_TIE = Tolerance("a moment may fall to the other side of a tie of bfloat16", rtol=1e-5, atol=1e-5)
+_A_TIE = Tolerance("a moment may fall to the other side of a tie of bfloat16", rtol=1e-5, atol=4e-5)
 CASES["Adafactor float32, bfloat16 moments"] = replace(CASES["Adafactor float32, bfloat16 moments"], parameters=_A_TIE)
 
 for _label in ("bfloat16 master", "bfloat16 stochastic"):
@@ -311,6 +330,20 @@ CASES |= {
     ),
     "AdamW skipping": Case(AdamW, {**ADAMW, "skip_nonfinite": True, "max_grad_norm": 1.0}, steps=3, edit=infinite),
     "Adafactor skipping": Case(Adafactor, {"skip_nonfinite": True}, BF16, FEW, steps=3, edit=infinite),
+    "AdamW skipping outliers": Case(
+        AdamW, {**ADAMW, "skip_outliers": 3.0}, shapes=((40,), (33,)), steps=106, edit=louder
+    ),
+    "Lion skipping large gradients": Case(
+        Lion, {**LION, "skip_grad_norm_above": 30.0}, shapes=((40,), (33,)), steps=5, edit=louder_or_infinite
+    ),
+    "AdamW later": Case(AdamW, {"lr": 0.1}, shapes=((40,), (33,)), steps_before=1000),
+    "Adafactor later": Case(Adafactor, {"weight_decay": 0.1}, shapes=((40,), (33, 40), (4, 3)), steps_before=1000),
+    "Adafactor warmup, later": Case(
+        Adafactor, {"warmup_init": True, "decay_rate": -0.5}, shapes=((40,), (33, 40), (4, 3)), steps_before=11
+    ),
+    "Lion statistics of many pieces": Case(
+        Lion, {**LION, "track_statistics": True}, shapes=((2_200_000,),), steps=1, watched=False
+    ),
     "AdamW scaled": Case(AdamW, ADAMW, steps=3, step=scaled_step),
     "AdamW keras scaled": Case(AdamW, {**ADAMW, "convention": "keras"}, steps=3, step=scaled_step),
     "Adafactor scaled": Case(Adafactor, {"beta1": 0.9}, F32, FEW, steps=3, step=scaled_step),
