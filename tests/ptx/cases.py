@@ -19,10 +19,11 @@ ONE_OF_EVERY_KERNEL = (
 OF_MUTANTS = (
     *ONE_OF_EVERY_KERNEL,
     *("AdamW later", "AdamW keras scaled", "AdamW three groups", "AdamW rate on the device", "AdamW not finite"),
-    *("AdamW tiny and huge", "AdamW keras missing gradients", "AdamW skipping outliers"),
-    *("Lion skipping large gradients", "Lion statistics of many pieces"),
-    *("Adafactor later", "Adafactor warmup, later", "Adafactor three groups", "Adafactor scaled"),
-    *("Adafactor missing gradients", "Adafactor given rate, low threshold", "Adafactor NaN and inf"),
-    *("shards, Adafactor float64, many pieces", "shards, Adafactor float32, many tiles"),
+    *("AdamW clipped, tiny and huge", "AdamW keras missing gradients", "AdamW skipping outliers"),
+    *("AdamW not finite, bfloat16 master", "AdamW not finite, bfloat16 stochastic"),
+    *("Lion skipping large gradients", "Lion not finite", "Adafactor later", "Adafactor warmup, later"),
+    *("Adafactor three groups", "Adafactor scaled", "Adafactor missing gradients", "Adafactor small matrices"),
+    *("Adafactor given rate, low threshold", "Adafactor NaN and inf", "Adafactor many rows"),
+    "shards, Adafactor float32, many tiles",
 )
 """Cases whose instructions are spoilt, and that are to notice it: those above, and other ways through the kernels."""
