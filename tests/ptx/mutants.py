@@ -21,9 +21,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from tqdm import tqdm
 
-from ptx.cases import CASES
+from ptx.cases import CASES, OF_MUTANTS
 from ptx.gpu import FindingsError, listing_of, standing_in
-from ptx.machine import StuckError
+from ptx.machine import Schedule, StuckError
 from ptx.reader import Block, UnknownInstructionError
 from ptx.spoiling import Spoilt, is_dead, spoilt, with_statement
 from ptx.translator import Kernel, translate
@@ -79,7 +79,7 @@ def baseline(name: str) -> Baseline:
     """Runs a case as it should run."""
     expected = CASES[name].run("eager")
     began = time.perf_counter()
-    with standing_in() as gpu:
+    with standing_in(Schedule(watched=CASES[name].watched)) as gpu:
         outcome = CASES[name].run("triton")
     assert_agree(outcome, expected, CASES[name].parameters)
     executed = {text: _statements(text, numbers) for text, numbers in gpu.executed.items()}
@@ -104,7 +104,7 @@ def try_out(kernel: Kernel, text: str, names: Sequence[str], baselines: dict[str
     """Returns how a spoilt kernel is noticed by the first of these cases that does."""
     for name in names:
         try:
-            with standing_in(spoilt={text: kernel}):
+            with standing_in(Schedule(watched=CASES[name].watched), {text: kernel}):
                 outcome = CASES[name].run("triton")
             assert_agree(outcome, baselines[name].expected, CASES[name].parameters)
         except FindingsError:
@@ -130,17 +130,6 @@ def in_a_child(work: Any) -> str:
     return HOW[os.WEXITSTATUS(status)] if os.WIFEXITED(status) else "stuck"
 
 
-def sampled(sites: Sequence[Site], number: int, random: Random) -> list[Site]:
-    """Returns so many sites, of every kernel as many, by its name; all of a kernel that has fewer."""
-    by_kernel: dict[str, list[Site]] = {}
-    for site in random.sample(sites, len(sites)):
-        by_kernel.setdefault(listing_of(site.text).name, []).append(site)
-    found: list[Site] = []
-    while len(found) < number and any(by_kernel.values()):
-        found += [of_kernel.pop() for of_kernel in by_kernel.values() if of_kernel]
-    return found[:number]
-
-
 def trials(sites: Sequence[Site], baselines: dict[str, Baseline], random: Random, most: int) -> Iterator[Trial]:
     """Spoils these sites, each in one way."""
     for site in sites:
@@ -160,7 +149,7 @@ def trials(sites: Sequence[Site], baselines: dict[str, Baseline], random: Random
 
 
 def report(done: Sequence[Trial], executed: int, dead: int) -> None:
-    """Prints a table by kernel, and what survived."""
+    """Prints a table by kernel."""
     counts = Counter((listing_of(trial.site.text).name, trial.how) for trial in done)
     counts += Counter(("all", trial.how) for trial in done)
     print(f"\n{executed} executed instructions, and {dead} whose results are overwritten unread; {len(done)} spoilt\n")
@@ -169,28 +158,33 @@ def report(done: Sequence[Trial], executed: int, dead: int) -> None:
         row = [counts[name, how] for how in HOW]
         share = 1 - counts[name, SURVIVED] / max(1, sum(row))
         print(f"{name:20} {sum(row):7} " + " ".join(f"{n:9}" for n in row) + f" {share:9.1%}")
-    survivors = [trial for trial in done if trial.how == SURVIVED]
-    if survivors:
-        print("\nSurvived:\n" + "\n".join(map(str, survivors)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="How many spoilt instructions the tests notice.")
     parser.add_argument("--number", type=int, default=300, help="how many instructions to spoil (default: 300)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default: 0)")
-    parser.add_argument("--most", type=int, default=4, help="how many cases a spoilt kernel runs at most (default: 4)")
-    parser.add_argument("-k", default="", metavar="WORDS", help="only cases with one of these words, commas between")
+    parser.add_argument("--most", type=int, default=12, help="that a spoilt kernel runs at most (default: 12 cases)")
+    parser.add_argument("--minutes", type=float, default=60.0, help="to stop after (default: 60)")
+    parser.add_argument("-k", default="", metavar="WORD", help="cases with this word (default: some of every kernel)")
     given = parser.parse_args()
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)
-    words = given.k.split(",")
-    names = [name for name in CASES if any(word in name for word in words)]
+    names = [name for name in CASES if given.k in name] if given.k else OF_MUTANTS
     baselines = {name: baseline(name) for name in tqdm(names, "as they are")}
     executed = {Site(text, at) for b in baselines.values() for text, done in b.executed.items() for at in done}
     dead = {site for site in executed if is_dead(listing_of(site.text), site.at)}
     random = Random(given.seed)
-    sites = sampled(sorted(executed - dead), given.number, random)
-    done = list(tqdm(trials(sites, baselines, random, given.most), "spoilt", len(sites)))
+    alive = sorted(executed - dead)
+    sites = random.sample(alive, min(given.number, len(alive)))
+    done: list[Trial] = []
+    end = time.monotonic() + 60 * given.minutes
+    for trial in tqdm(trials(sites, baselines, random, given.most), "spoilt", len(sites)):
+        done.append(trial)
+        if trial.how == SURVIVED:
+            tqdm.write(f"survived: {trial}")
+        if time.monotonic() > end:
+            break
     report(done, len(executed - dead), len(dead))
 
 

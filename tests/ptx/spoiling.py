@@ -91,7 +91,7 @@ def _ways(i: Instruction, registers: list[str], random: Random) -> Iterator[tupl
         for name, others in (("other word", OTHER_WORDS), ("other border", OTHER_BORDERS)):
             if w in others and not (place and word[0] in ("mul", "mad", "and", "or", "xor", "mov")):
                 yield name, replace(i, opcode=".".join([*word[:place], others[w], *word[place + 1 :]]))
-    if word[0] in ORDERED and len(i.operands) >= 3:
+    if word[0] in ORDERED and not {"eq", "ne"} & set(word) and len(i.operands) >= 3:
         result, first, second, *rest = i.operands
         yield "operands swapped", replace(i, operands=[result, second, first, *rest])
     for place, operand in enumerate(i.operands):
@@ -116,7 +116,7 @@ def _other_operands(operand: str, registers: list[str], word: list[str], random:
             yield random.choice(others), "other operand"
     elif word[0] == "shfl":
         if operand in ("1", "2", "4", "8", "16"):
-            yield str(int(operand) ^ 24), "other lane"
+            yield "2" if operand == "1" else "1", "other lane"
     elif re.fullmatch(r"-?\d+", operand):
         yield str(int(operand) + 1) if word[-1] != "pred" else str(1 - abs(int(operand))), "other number"
     elif re.fullmatch(r"0f[0-9A-Fa-f]{8}", operand):

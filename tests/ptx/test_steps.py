@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 from helpers.comparing import assert_same
 
-from ptx.cases import CASES
+from ptx.cases import CASES, ONE_OF_EVERY_KERNEL
 from ptx.gpu import standing_in
 from ptx.machine import Schedule
 from ptx.workloads import Outcome, assert_agree
@@ -17,7 +17,7 @@ def eager(name: str) -> Outcome:
 
 
 def compiled(name: str, schedule: Schedule | None = None) -> Outcome:
-    with standing_in(schedule) as gpu:
+    with standing_in(schedule or Schedule(watched=CASES[name].watched)) as gpu:
         outcome = CASES[name].run("triton")
     assert gpu.launches
     return outcome
@@ -28,16 +28,7 @@ def test_compiled_steps_are_the_eager_ones(name: str) -> None:
     assert_agree(compiled(name), eager(name), CASES[name].parameters)
 
 
-IN_ANOTHER_ORDER = (
-    *("AdamW amsgrad float32", "AdamW bfloat16 stochastic", "AdamW statistics bfloat16 master", "AdamW 200 tensors"),
-    *("Lion statistics float16", "AdamW clipped", "accumulation float32"),
-    *("Adafactor float32", "Adafactor statistics bfloat16 stochastic", "Adafactor skipping", "Adafactor many tiles"),
-    *("shards, Adafactor float32, rows", "shards, Adafactor float32, columns"),
-)
-"""One case of every kernel."""
-
-
-@pytest.mark.parametrize("name", IN_ANOTHER_ORDER)
+@pytest.mark.parametrize("name", ONE_OF_EVERY_KERNEL)
 def test_the_order_of_blocks_and_warps_changes_no_bit(name: str) -> None:
     in_order = compiled(name, Schedule(watched=False))
     assert_same(compiled(name, Schedule(seed=7, batch=8, watched=False)), in_order, name, equal_nan=True)
