@@ -71,7 +71,7 @@ def kill(out: Path, options: list[str], comes: Callable[[float], bool]) -> bool:
 
 
 def check(out: Path) -> None:
-    """Asserts that a killed run has left a checkpoint that can be loaded, and no file that the next one leaves alone."""
+    """Asserts that a killed run has left a checkpoint that can be loaded, and no file that the next one would leave."""
     names = set(os.listdir(out)) if out.exists() else set()
     assert names <= LEFT_BY_A_RUN | BEING_WRITTEN, f"a killed run left {names}"
     assert len(names & BEING_WRITTEN) <= 1

@@ -1,4 +1,4 @@
-"""A disk that is full, or may not be written to: one sentence that names the file, the old one as it was, no part left."""
+"""A disk that is full, or may not be written to: one sentence names the file, the old one is as it was, no part left."""
 
 import errno
 import os
@@ -19,7 +19,7 @@ from fusedopt.statistics.recorder import StatisticsRecorder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-DEMO = "demo --steps=2 --batch-size=2 --layers=1 --width=8 --device=cpu --checkpoint-every=1".split()
+DEMO = ["demo", "--steps=2", "--batch-size=2", "--layers=1", "--width=8", "--device=cpu", "--checkpoint-every=1"]
 
 
 def plot(folder: Path) -> None:

@@ -44,7 +44,7 @@ LAYERS = [
         "fusedopt.reference",
         "fusedopt.statistics",
     },
-    {"fusedopt.backends.scratch", "fusedopt.backends.eager", "fusedopt.backends.triton"},
+    {"fusedopt.backends.scratch", "fusedopt.backends.work", "fusedopt.backends.eager", "fusedopt.backends.triton"},
     {"fusedopt.backends"},
     {"fusedopt.schedules.base", "fusedopt.schedules.checks", "fusedopt.schedules.forms", "fusedopt.schedules.followed"},
     {"fusedopt.schedules.functions", "fusedopt.schedules.metric"},

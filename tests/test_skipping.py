@@ -367,10 +367,10 @@ def test_a_verdict_waits_for_nothing(device):
     guard, verdict = Guard(1.0, True, 5.0, 3.0), Verdict(device)
     squares = [torch.full((2,), 50.0, dtype=torch.float64, device=device)]
     args = StepArgs(grad_scale=torch.ones((), device=device), found_inf=torch.zeros((), device=device))
-    guard(squares, args, lambda home: verdict)
+    guard(squares, args, lambda home: verdict).write()
     with Waits() as waits:
         for _ in range(3):
-            guard(squares, args, lambda home: verdict)
+            guard(squares, args, lambda home: verdict).write()
         skipped = guard.skipped_steps
     assert waits.count == 0 and skipped.tensor.tolist() == [0.0, 4.0, 0.0]
     with waits:

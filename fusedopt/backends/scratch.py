@@ -65,6 +65,11 @@ class _Scratch(threading.local):
             self._views += len(each)
         return row
 
+    def retire(self) -> None:
+        """Leaves the memory to those that have it: from now on others get other memory."""
+        self._flat.clear()
+        self._forget_rows()
+
     def _forget_rows(self) -> None:
         self._rows.clear()
         self._views = 0

@@ -30,6 +30,7 @@ class StepCount:
 
     def __init__(self) -> None:
         self._tensor: Tensor | None = None
+        self._counts: Tensor | None = None  # memory for 1 or 0
         self._host_is_behind = False
 
     def read(self, groups: Groups) -> int:
@@ -54,8 +55,10 @@ class StepCount:
                     "replay would start again: take one step before the capture"
                 )
             with outside_inference_mode():
+                self._counts = torch.empty((), dtype=torch.bool, device=device)
                 self._tensor = torch.full((), float(groups[0]["iterations"]), dtype=torch.float64, device=device)
         elif self._tensor.device != device:
+            self._counts = torch.empty((), dtype=torch.bool, device=device)
             self._tensor = self._tensor.to(device)
         return self._tensor
 
@@ -74,7 +77,10 @@ class StepCount:
                 return
         else:
             taken = self.tensor(groups, device)
-            taken += 1.0 if skips is None else skips.to(device, non_blocking=True) == 0.0
+            if skips is None:
+                taken += 1.0
+            else:
+                taken += torch.eq(skips.to(device, non_blocking=True).reshape(()), 0.0, out=self._counts)
             self._host_is_behind = self._host_is_behind or skips is not None or capturing()
             if self._host_is_behind:
                 return

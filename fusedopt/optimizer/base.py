@@ -258,9 +258,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         args = args._replace(
             grad_scale=getattr(self, "grad_scale", None), found_inf=getattr(self, "found_inf", None)
         ).checked()
-        self.before_step()
         groups = self.param_groups
         grads = [[p.grad if values is None else values.get(p) for p in group["params"]] for group in groups]
+        if self._engine.unfinished is not None:
+            done = self._engine.finish()
+            self.tracker.close(self)
+            self.after_step(done.args)
+            if done.is_of([g for row in grads for g in row if g is not None]):
+                return
+        self.before_step()
         args = self._engine.step(self, groups, grads, args, values)
         self.tracker.close(self)
         self.ranks.end_step()
@@ -415,7 +421,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         return {**super().__getstate__(), **{name: getattr(self, name) for name in self.constructor_options}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        # First what takes memory: after an error, everything is as before.
+        groups = state["param_groups"]
+        separate_tensors(groups, self.checks.keys() | {"lr"})
+        guard: Any = state.get("guard", getattr(self, "guard", None))
+        load_averages = guard.loaded(groups)
         super().__setstate__(state)
+        load_averages()
         self.__dict__.setdefault("tracker", Tracker())  # older pickles lack it, and the next one
         self.__dict__.setdefault("ranks", Ranks()).forget()
         # torch puts it there for optimizers of its own.
@@ -423,10 +435,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         for options in (self.defaults, *self.param_groups):  # an older pickle lacks them
             for name, value in PLAIN.options().items():
                 options.setdefault(name, value)
-        separate_tensors(self.param_groups, self.checks.keys() | {"lr"})
-        self.guard.load(self.param_groups)
         compile.exclude_step(type(self))
         self._forget()
+        self._engine.unfinished = None
 
 
 def refuse_unknown(where: str, options: dict[str, Any]) -> None:

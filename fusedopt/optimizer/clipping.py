@@ -5,7 +5,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -33,8 +33,28 @@ _MOMENTS = 3
 _SKIPPING = {"skip_nonfinite": False, "skip_grad_norm_above": None, "skip_outliers": None}
 """The options that skip steps, by name; their values that skip none."""
 
-Verdict = Callable[[Tensor, Tensor | None, Tensor, rules.Limits], Tensor]
-"""Whether a step is skipped: see `fusedopt_kernels.verdict`."""
+
+class Verdict(Protocol):
+    """Whether a step is skipped."""
+
+    def prepare(
+        self, norm: Tensor, found_inf: Tensor | None, ledger: Tensor, limits: rules.Limits
+    ) -> tuple[Tensor, Callable[[], object]]:
+        """Returns where the verdict will stand, see `fusedopt_kernels.verdict`, and what writes it."""
+
+
+class Guarded(NamedTuple):
+    """What a `Guard` makes of a step.
+
+    Attributes:
+        args: the arguments of the step.
+        write: brings `grad_norm` and the ledger up to date, and what makes the step skip; takes no memory.
+        undo: takes that back.
+    """
+
+    args: StepArgs
+    write: Callable[[], object]
+    undo: Callable[[], object]
 
 
 class Guard:
@@ -102,11 +122,15 @@ class Guard:
         return {name: getattr(self, name) for name in ("max_grad_norm", *_SKIPPING)}
 
     def __call__(
-        self, squares: list[Tensor], args: StepArgs, verdict_on: Callable[[torch.device], Verdict]
-    ) -> StepArgs:
-        """Returns the arguments for a step whose gradients have these sums of squares, one tensor per device.
+        self,
+        squares: list[Tensor],
+        args: StepArgs,
+        verdict_on: Callable[[torch.device], Verdict],
+        undoable: bool = False,
+    ) -> Guarded:
+        """Returns a step whose gradients have these sums of squares, one tensor per device; it is not written yet.
 
-        `verdict_on` returns what judges norms on a device.
+        `verdict_on` returns what judges norms on a device; with `undoable`, the ledger can be brought back.
         """
         home = squares[0].device
         total = squares[0].sum() if len(squares) == 1 else torch.stack([s.sum().to(home) for s in squares]).sum()
@@ -117,17 +141,33 @@ class Guard:
             elif factor is not None and factor != 1.0:
                 norm = norm * abs(factor)
         with outside_inference_mode():
-            self.grad_norm = norm.clone() if norm.is_inference() else norm
+            kept_norm = norm.clone() if norm.is_inference() else norm
+        before = self.grad_norm, self._ledger
+        ledger = saved = None
+        write_verdict: Callable[[], object] | None = None
         if self.skips:
             found = args.found_inf
             found = None if found is None else found.to(home, torch.float32, non_blocking=True)
             ledger = self._ledger_on(home)
-            args = args._replace(found_inf=verdict_on(home)(self.grad_norm, found, ledger, self._limits()))
+            saved = ledger.clone() if undoable else None
+            flag, write_verdict = verdict_on(home).prepare(kept_norm, found, ledger, self._limits())
+            args = args._replace(found_inf=flag)
         if self.max_grad_norm is not None and self.max_grad_norm < math.inf:
             factor = rules.clip_factor(norm, self.max_grad_norm, torch.clamp_max)
             scale = args.scale.to(home, non_blocking=True) if isinstance(args.scale, Tensor) else args.scale
             args = args._replace(scale=factor * scale)
-        return args
+
+        def write() -> None:
+            self.grad_norm, self._ledger = kept_norm, before[1] if ledger is None else ledger
+            if write_verdict is not None:
+                write_verdict()
+
+        def undo() -> None:
+            if ledger is not None and saved is not None:
+                ledger.copy_(saved)
+            self.grad_norm, self._ledger = before
+
+        return Guarded(args, write, undo)
 
     def _limits(self) -> rules.Limits:
         above, deviations = (
@@ -146,7 +186,7 @@ class Guard:
             with outside_inference_mode():
                 size = len(rules.REASONS) + _MOMENTS
                 new = torch.zeros(size, dtype=torch.float64, device=device)
-                self._ledger = ledger = new if ledger is None else new.copy_(ledger)
+                ledger = new if ledger is None else new.copy_(ledger)
         return ledger
 
     # The averages of norms in checkpoints.
@@ -158,18 +198,23 @@ class Guard:
             for group in groups:
                 group[AVERAGE] = tuple(moments)
 
-    def load(self, groups: list[dict[str, Any]]) -> None:
-        """Goes on from the averages in the groups, if there are any."""
+    def loaded(self, groups: list[dict[str, Any]]) -> Callable[[], object]:
+        """Returns what goes on from the averages in the groups, if there are any; it takes no memory."""
         saved = groups[0].get(AVERAGE) if groups else None
         if saved is None or self.skip_outliers is None:
-            return
-        if self._ledger is None:
-            # Not later: a capture may come next.
-            params = [p for group in groups for p in group["params"]]
-            self._ledger_on(params[0].device if params and has_data(params[0]) else torch.device("cpu"))
-        assert self._ledger is not None
-        with torch.no_grad():
-            self._ledger[-_MOMENTS:].copy_(torch.tensor(saved, dtype=torch.float64, device="cpu"))
+            return lambda: None
+        # Not later: a capture may come next.
+        params = [p for group in groups for p in group["params"]]
+        home = params[0].device if params and has_data(params[0]) else torch.device("cpu")
+        ledger = self._ledger_on(home) if self._ledger is None else self._ledger
+        moments = torch.tensor(saved, dtype=torch.float64, device="cpu")
+
+        def load() -> None:
+            self._ledger = ledger
+            with torch.no_grad():
+                ledger[-_MOMENTS:].copy_(moments)
+
+        return load
 
 
 def _finite_above(name: str, value: Any, least: int) -> None:

@@ -5,8 +5,9 @@ backend, `begin_step` in the kernels) and advances step counts in place (`backen
 """
 
 from collections.abc import Callable, Collection
+from functools import partial
 from itertools import chain, repeat
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,11 +15,13 @@ from torch import Tensor
 
 from fusedopt import backends, checks, sharding
 from fusedopt.backends.graphs import capturing
+from fusedopt.backends.work import Work
 from fusedopt.checks import FLOATS
 from fusedopt.interface import ParamSet, ReduceDims, StepArgs
-from fusedopt.optimizer.clipping import Gradients
-from fusedopt.optimizer.state import make_states
+from fusedopt.optimizer.clipping import Gradients, Guarded
+from fusedopt.optimizer.state import forget_states, make_states
 from fusedopt.optimizer.state_changes import States
+from fusedopt.out_of_memory import is_out_of_memory
 from fusedopt.precision import Precision
 from fusedopt.without_data import has_data
 from fusedopt_kernels.layout import overlaps_itself
@@ -27,9 +30,14 @@ if TYPE_CHECKING:
     from fusedopt.optimizer.base import FusedOptimizer
 
 Groups = list[dict[str, Any]]
-Steppers = dict[tuple[torch.device, str], Callable[..., None]]
+Steppers = dict[tuple[torch.device, str], Any]
 
 _NO_STATE: dict[str, Tensor] = {}
+
+_GOES_ON = (
+    "The step had begun to write. Call step() again: it goes on from there, and ends as if there had been no error. "
+    "Other gradients are a step of their own after that."
+)
 
 
 class Part(NamedTuple):
@@ -46,6 +54,26 @@ class Part(NamedTuple):
     options: dict[str, Any] = {}
 
 
+class Unfinished(NamedTuple):
+    """A step that is to be done, from where it stands.
+
+    Attributes:
+        work: what is left to do.
+        grads: the gradients that it was given.
+        updated: the parameters that they are of.
+        args: what it has to return.
+    """
+
+    work: Work
+    grads: list[Tensor]
+    updated: list[Tensor]
+    args: StepArgs
+
+    def is_of(self, grads: list[Tensor]) -> bool:
+        """True if it is the step of these gradients."""
+        return len(grads) == len(self.grads) and all(map(is_, grads, self.grads))
+
+
 class Engine:
     """Runs the steps of one list of groups, and keeps what the next step can use again.
 
@@ -54,11 +82,13 @@ class Engine:
     Attributes:
         steppers: by device and rule.
         captured: steppers of the past that CUDA graphs go on reading.
+        unfinished: a step that an error has ended after it had begun to write; None if there is none.
     """
 
     def __init__(self) -> None:
         self.steppers: dict[Any, Any] = {}
         self.captured: list[Any] = []
+        self.unfinished: Unfinished | None = None
         self.forget()
 
     def forget(self) -> None:
@@ -76,7 +106,7 @@ class Engine:
         args: StepArgs,
         mentioned: Collection[Tensor] | None = None,
     ) -> StepArgs:
-        """Takes one step, in nine phases; the first raises before anything has changed.
+        """Takes one step, in nine phases; those before the last raise before anything has changed.
 
         Args:
             optimizer: which declares the update, and has the states.
@@ -88,13 +118,20 @@ class Engine:
         Returns:
             The arguments that the backends got: with the factor of clipping, and with what makes the step skip.
         """
+        given, flat = grads, _present(grads)
+        if self.unfinished is not None:
+            done = self.finish()
+            if done.is_of(flat):
+                return done.args
+        own_grads = flat
+
         # 1. Options, gradients, states and shards must fit.
         try:
             grads, updated, sharded = self._checked(optimizer, groups, grads, mentioned)
         except Exception as error:
             optimizer.ranks.tell(optimizer, groups, grads, error)
             raise
-        flat = _present(grads)
+        flat = flat if grads is given else _present(grads)
 
         # 2. States follow their parameters; those without data get a state, which is all there is to do.
         self._states.settle(optimizer, groups)
@@ -116,10 +153,15 @@ class Engine:
         if flat and optimizer.tracker.due(optimizer):
             measurement = optimizer.tracker.open(optimizer, updated, args)
 
+        spread = len(set(self._states.devices)) > 1  # over several devices
+
         # 5. Clipping and skipping. Norms come first: by value, an infinite gradient would become a finite one.
+        guarded: Guarded | None = None
         if flat and optimizer.guard:
             squares = sharding.all_reduce_sums(sums)
-            args = optimizer.guard(squares, args, lambda home: self._stepper((home, "verdict"), optimizer.backend))
+            undoable = spread or backends.choose(squares[0].device, optimizer.backend) == "eager"
+            guarded = optimizer.guard(squares, args, partial(self._verdict_on, optimizer.backend), undoable)
+            args = guarded.args
         clipped, args = optimizer.clipping.clip(grads, args)
         if not flat:
             return args
@@ -129,26 +171,58 @@ class Engine:
         steppers = self._steppers(optimizer, groups)
 
         # 7. States that are missing are made.
-        if self._states.missing:
-            make_states(optimizer, groups, clipped)
+        made = make_states(optimizer, groups, clipped) if self._states.missing else []
 
-        # 8. One call per device and rule; from here on DTensors are local shards.
-        param_sets = self.param_sets(optimizer, groups, clipped, measured=measurement is not None)
-        if self._states.some_without_data:
-            param_sets = [param_set.only(has_data) for param_set in param_sets]
-        if sharded:
-            param_sets = list(map(sharding.local, param_sets))
-        several_devices = len({device for device, _ in steppers}) > 1
-        for (device, rule), stepper in steppers.items():
-            own = [param_set for param_set in param_sets if param_set.rule == rule]
-            stepper([param_set.on(device) for param_set in own] if several_devices else own, args)
+        # 8. One piece of work per device and rule, which gets its memory; from here on DTensors are local shards.
+        works: list[Work] = []
+        try:
+            if guarded is not None and spread:  # The other devices get a copy of what makes the step skip.
+                guarded.write()
+            param_sets = self.param_sets(optimizer, groups, clipped, measured=measurement is not None)
+            if self._states.some_without_data:
+                param_sets = [param_set.only(has_data) for param_set in param_sets]
+            if sharded:
+                param_sets = list(map(sharding.local, param_sets))
+            for (device, rule), stepper in steppers.items():
+                own = [param_set for param_set in param_sets if param_set.rule == rule]
+                works.append(stepper.prepare([param_set.on(device) for param_set in own] if spread else own, args))
+            parts: list[Callable[[], object]] = [*works]
+            if guarded is not None and not spread:
+                parts.insert(0, guarded.write)
+            if measurement is not None and clipped is not grads:
+                parts.append(optimizer.tracker.with_gradients(updated, flat, measurement))
 
-        if measurement is not None and clipped is not grads:
-            optimizer.tracker.replace_gradients(updated, flat, measurement)
+            # 9. The work is done. An error in the middle of it leaves the rest to the next step.
+            self.unfinished = Unfinished(Work(*parts), own_grads, updated, args)
+            return self.finish().args
+        except BaseException as error:
+            if any(work.begun for work in works):
+                if self.unfinished is not None:
+                    error.add_note(_GOES_ON)
+            else:
+                self.unfinished = None
+                if guarded is not None:
+                    guarded.undo()
+                forget_states(optimizer, made)
+            raise
 
-        # 9. Neither torch's fused kernel nor ours tells autograd that it wrote to the parameters.
-        torch.autograd.graph.increment_version(updated)
-        return args
+    def finish(self) -> "Unfinished":
+        """Does what is left of a step; returns it. Where it may succeed later, an error leaves the rest of it."""
+        done, self.unfinished = self.unfinished, None
+        assert done is not None
+        try:
+            done.work()
+        except BaseException as error:
+            if is_out_of_memory(error) or isinstance(error, KeyboardInterrupt):
+                self.unfinished = done
+            raise
+        finally:
+            # Neither torch's fused kernel nor ours tells autograd that it wrote to the parameters.
+            torch.autograd.graph.increment_version(done.updated)
+        return done
+
+    def _verdict_on(self, backend: str, device: torch.device) -> Any:
+        return self._stepper((device, "verdict"), backend)
 
     def param_sets(
         self, optimizer: "FusedOptimizer", groups: Groups, grads: Gradients, measured: bool = False

@@ -158,7 +158,8 @@ def _merged(optimizer: "FusedOptimizer", number: int, group: dict[str, Any], sav
         not isinstance(names, (list, tuple)) or [type(n) for n in names] != [str] * len(group["params"])
     ):
         raise ValueError(
-            f"param group {number} of the checkpoint has param_names={names!r:.200}, expected {len(group['params'])} strings"
+            f"param group {number} of the checkpoint has param_names={names!r:.200}, "
+            f"expected {len(group['params'])} strings"
         )
     if "param_names" in group:  # Those of the model that is here, which may have been renamed or wrapped.
         options.pop("param_names", None)

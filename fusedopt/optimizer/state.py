@@ -4,6 +4,7 @@
 `state_changes` knows when there is something to do.
 """
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from fusedopt import checks, sharding
 from fusedopt.backends.graphs import capturing
+from fusedopt.optimizer.numbering import Numbers
 from fusedopt.optimizer.state_check import Specs
 from fusedopt.precision import COUNTS, NUMBER, Precision, StateSpec
 from fusedopt.warn import warn_once
@@ -23,15 +25,20 @@ if TYPE_CHECKING:
 _COUNT = StateSpec(COUNTS, without="all")
 
 
-def make_states(optimizer: "FusedOptimizer", groups: list[dict[str, Any]], wanted: list[list[Tensor | None]]) -> None:
-    """Makes missing states where `wanted` is not None; new counts on one device are views of one tensor."""
+def make_states(
+    optimizer: "FusedOptimizer", groups: list[dict[str, Any]], wanted: list[list[Tensor | None]]
+) -> list[Tensor]:
+    """Makes missing states where `wanted` is not None; new counts on one device are views of one tensor.
+
+    Returns the parameters that got one: all or, after an error, none.
+    """
     missing: dict[torch.device, list[tuple[Tensor, dict[str, Any]]]] = {}
     for group, row in zip(groups, wanted):
         for p, want in zip(group["params"], row):
             if want is not None and not optimizer.state.get(p):
                 missing.setdefault(p.device, []).append((p, group))
     if not missing:
-        return
+        return []
     if any(map(capturing, missing)):
         raise RuntimeError(
             "a CUDA graph is being captured before the optimizer has state, which every replay would set to zero "
@@ -41,6 +48,7 @@ def make_states(optimizer: "FusedOptimizer", groups: list[dict[str, Any]], wante
     counts = (state["step"] for p, state in optimizer.state.items() if isinstance(p, Tensor) and state)
     begun = next((count for count in counts if not count.is_meta), None) if optimizer.shares_steps() else None
     specs = Specs(optimizer)
+    made: dict[Tensor, dict[str, Tensor]] = {}
     with outside_inference_mode():
         for device, entries in missing.items():
             _warn_of_frozen_moments(optimizer, entries)
@@ -48,8 +56,22 @@ def make_states(optimizer: "FusedOptimizer", groups: list[dict[str, Any]], wante
             if begun is not None:
                 steps += begun.to(device, non_blocking=True)
             for (p, group), step in zip(entries, steps.unbind()):
-                optimizer.state[p] = {"step": step, **new_state(p, specs(p, group))}
-            optimizer.numbers.give(optimizer, [p for p, _ in entries])
+                made[p] = {"step": step, **new_state(p, specs(p, group))}
+        optimizer.state.update(made)
+        try:
+            for entries in missing.values():
+                optimizer.numbers.give(optimizer, [p for p, _ in entries])
+        except BaseException:
+            forget_states(optimizer, made)
+            raise
+    return list(made)
+
+
+def forget_states(optimizer: "FusedOptimizer", made: Iterable[Tensor]) -> None:
+    """Takes back what `make_states` has made."""
+    for p in made:
+        optimizer.state.pop(p, None)
+    optimizer.numbers = Numbers()
 
 
 def settle_states(optimizer: "FusedOptimizer", groups: list[dict[str, Any]]) -> None:
@@ -65,13 +87,16 @@ def settle_states(optimizer: "FusedOptimizer", groups: list[dict[str, Any]]) -> 
                 raise RuntimeError("an option that needs more state was set before a capture: take a step first")
             added.append({} if complete else new_state(p, specs_of(p, group)))
         incomplete: dict[torch.device, list[Tensor]] = {}
+        settled: list[dict[str, Any]] = []
         for (p, group, state), new in zip(entries, added):
             specs = specs_of(p, group)
-            for name, t in {**new, **state}.items():
-                spec = specs.get(name, _COUNT if name == "step" else None)
-                state[name] = _settled(t, p, None if spec is None or spec.keeps_loaded_dtype else spec.dtype)
+            dtypes = {name: spec.dtype for name, spec in specs.items() if not spec.keeps_loaded_dtype}
+            dtypes.setdefault("step", COUNTS)
+            settled.append({name: _settled(t, p, dtypes.get(name)) for name, t in {**new, **state}.items()})
             if NUMBER in specs:
                 incomplete.setdefault(p.device, []).append(p)
+        for (_, _, state), complete_state in zip(entries, settled):
+            state.update(complete_state)
         for params in incomplete.values():
             optimizer.numbers.give(optimizer, params)
 

@@ -1,7 +1,8 @@
 """Statistics of steps: which steps are measured, and what was."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
@@ -91,8 +92,11 @@ class Tracker:
         rows = [places.get(id(p), -1) for p in params]
         return None if rows == list(range(len(self._measured))) else rows
 
-    def replace_gradients(self, params: Sequence[Tensor], grads: Sequence[Tensor], measurement: Measurement) -> None:
-        """Puts these gradients' squares in the place of those that the update saw, which were clipped copies."""
+    def with_gradients(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], measurement: Measurement
+    ) -> Callable[[], None]:
+        """Returns what puts these gradients' squares in the place of those that the update saw, of clipped copies."""
+        writing = []
         factor: Any = measurement.scale
         if measurement.grad_scale is not None:
             factor = factor / measurement.grad_scale.double()
@@ -105,7 +109,13 @@ class Tracker:
             # Into views: an index would have to be copied to the device.
             column = self.sums[device][:, PLACES.gradient].unbind()
             own = [column[self._places[params[i]]] for i in which]
-            torch._foreach_copy_(own, list((squares * on_device**2).unbind()))
+            writing.append(partial(torch._foreach_copy_, own, list((squares * on_device**2).unbind())))
+
+        def write() -> None:
+            for copy in writing:
+                copy()
+
+        return write
 
     def close(self, optimizer: "FusedOptimizer") -> None:
         """Ends a step: sums of shards become those of whole tensors, in two collective operations per kind of split."""

@@ -47,7 +47,9 @@ def judge(norm, found_inf, ledger, flag, LIMITS: tl.constexpr):
     tl.store(flag, tl.where(reason > 0.0, reason.to(tl.float32), found))
 
 
-def verdict(norm: Tensor, found_inf: Tensor | None, ledger: Tensor, limits: rules.Limits) -> Tensor:
+def verdict(
+    norm: Tensor, found_inf: Tensor | None, ledger: Tensor, limits: rules.Limits, flag: Tensor | None = None
+) -> Tensor:
     """Returns a 0-d float32 tensor that is not 0 if the step is skipped: the reason, else what `found_inf` has.
 
     Args:
@@ -56,7 +58,9 @@ def verdict(norm: Tensor, found_inf: Tensor | None, ledger: Tensor, limits: rule
         ledger: float64, how many steps were skipped for each of `rules.REASONS`, and the count, mean and variance of
             norms; brought up to date.
         limits: what the verdict goes by.
+        flag: memory for what is returned; None: it is made.
     """
-    flag = torch.empty((), dtype=torch.float32, device=norm.device)
+    if flag is None:
+        flag = torch.empty((), dtype=torch.float32, device=norm.device)
     judge[(1,)](norm, found_inf, ledger, flag, limits, num_warps=1, enable_fp_fusion=False)
     return flag

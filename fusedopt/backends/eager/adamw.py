@@ -1,7 +1,9 @@
 """AdamW on the eager backend: torch's own fused CPU kernel wherever it can serve, the rules on tensors elsewhere."""
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import chain
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -14,6 +16,7 @@ from fusedopt.backends.eager.pieces import Joined, alike, joined, pieces
 from fusedopt.backends.eager.stepper import Bucket, EagerStepper
 from fusedopt.backends.eager.storage import Storage
 from fusedopt.backends.scratch import scratch
+from fusedopt.backends.work import Part
 from fusedopt.interface import AdamWHyper
 from fusedopt_kernels import rules
 from fusedopt_kernels.layout import is_dense, same_layout
@@ -51,7 +54,7 @@ class _Columns(NamedTuple):
 class EagerAdamW(EagerStepper):
     """The stepper of AdamW for one device."""
 
-    def update(self, bucket: Bucket) -> None:
+    def parts(self, bucket: Bucket) -> Iterable[Part]:
         hyper: AdamWHyper = bucket.hyper
         columns = _Columns(
             bucket.params,
@@ -63,6 +66,7 @@ class EagerAdamW(EagerStepper):
         scalars = _scalars(hyper, bucket.step)
         # torch's kernel gets an lr to divide by.
         may_fuse = self._on_cpu and scalars[1] > 0.0
+        parts: list[Iterable[Part]] = []
         stored = [] if bucket.precision.is_plain else _short(columns)
         if stored:
             fused_as_float32 = _of_one_layout(columns) if may_fuse and bucket.precision.master_weights else ()
@@ -70,7 +74,8 @@ class EagerAdamW(EagerStepper):
                 which = [i for i in stored if (i in fused_as_float32) == (step is not None)]
                 if which:
                     storage, measure = Storage.of(bucket, which), at(bucket.measure, which)
-                    _stored_update(hyper, columns.only(which), bucket.factor, storage, measure, step, *scalars)
+                    some = columns.only(which)
+                    parts.append(_stored_update(hyper, some, bucket.factor, storage, measure, step, *scalars))
         others = sorted(set(range(len(columns.p))).difference(stored))
         columns, measure = columns.only(others), at(bucket.measure, others)
         # Our factor comes through a copy, which would round 16 bits once more.
@@ -79,14 +84,17 @@ class EagerAdamW(EagerStepper):
             fused = columns.only(served)
             update = _fused(hyper, bucket.step, *scalars)
             if measure is not None:
-                _measured_update(update, fused, bucket.factor, measure.at(served))
+                parts.append(_measured_update(update, fused, bucket.factor, measure.at(served)))
+            elif bucket.factor == 1.0:
+                parts.append([partial(update, *fused)])
             else:
-                for each in [fused] if bucket.factor == 1.0 else _scaled_pieces(fused, bucket.factor):
-                    update(*each)
+                parts.append(_scaled_pieces(update, fused, bucket.factor))
         if len(served) < len(columns.p):
             rest = sorted(set(range(len(columns.p))).difference(served))
             plain = Storage([None] * len(rest), False, None, None)
-            _stored_update(hyper, columns.only(rest), bucket.factor, plain, at(measure, rest), None, *scalars)
+            some, measure = columns.only(rest), at(measure, rest)
+            parts.append(_stored_update(hyper, some, bucket.factor, plain, measure, None, *scalars))
+        return chain.from_iterable(parts)
 
 
 def _short(columns: _Columns) -> list[int]:
@@ -139,11 +147,14 @@ def _of_one_layout(columns: _Columns) -> Collection[int]:
     }
 
 
-def _scaled_pieces(columns: _Columns, factor: float) -> Iterator[_Columns]:
-    """The same parameters a cache-sized piece at a time, with copies of their gradients times `factor`."""
+def _scaled_pieces(update: Callable[..., None], columns: _Columns, factor: float) -> Iterator[Part]:
+    """The same update a cache-sized piece at a time, with copies of the gradients times `factor`."""
     for piece in pieces(columns, range(len(columns.p)), _SCALED_PIECE):
-        some = _Columns._make(piece.columns)
-        yield some._replace(g=_scaled(some.g, factor))
+        yield partial(_update_scaled, update, _Columns._make(piece.columns), factor)
+
+
+def _update_scaled(update: Callable[..., None], columns: _Columns, factor: float) -> None:
+    update(*columns._replace(g=_scaled(columns.g, factor)))
 
 
 def _scaled(grads: list[Tensor], factor: float) -> list[Tensor]:
@@ -155,22 +166,40 @@ def _scaled(grads: list[Tensor], factor: float) -> list[Tensor]:
     return list(torch._foreach_mul(grads, factor))
 
 
-def _measured_update(update: Callable[..., None], columns: _Columns, factor: float, measure: Measure) -> None:
+def _measured_update(update: Callable[..., None], columns: _Columns, factor: float, measure: Measure) -> Iterator[Part]:
     """The same update, a cache-sized piece at a time, with what is measured before and after."""
     for which in alike(columns):
         for piece in pieces(columns, which, _MEASURED_PIECE):
             some = _Columns._make(piece.columns)
-            raw = Joined.of(some.g, "measured gradient").whole
-            if some.p[0].dtype in _WIDE:
-                old = copy_of(some.p[0]) if len(some.p) == 1 else Joined.of(some.p, "old").whole
-                update(*some._replace(g=_scaled(some.g, factor)))
-                measure.add(piece.which, piece.sizes, raw, old, Joined.of(some.p, "new").whole)
-            else:  # torch's kernel keeps to itself what it rounds
-                unrounded = _Columns._make([[t.to(torch.float32) for t in column] for column in some])
-                old = joined(unrounded.p).clone()
-                update(*unrounded)
-                update(*some)
-                measure.add(piece.which, piece.sizes, raw, old, joined(unrounded.p), joined(some.p).to(torch.float32))
+            add = partial(measure.add, piece.which, piece.sizes)
+            rest: list[Callable[[], None]] = []
+            yield partial(_update_measured, update, some, factor, add, rest)
+            yield partial(_call, rest)
+
+
+def _call(rest: list[Callable[[], None]]) -> None:
+    rest[0]()
+
+
+def _update_measured(
+    update: Callable[..., None],
+    some: _Columns,
+    factor: float,
+    add: Callable[..., None],
+    rest: list[Callable[[], None]],
+) -> None:
+    """Updates some parameters, and leaves it to `rest` to add their measures."""
+    raw = Joined.of(some.g, "measured gradient").whole
+    if some.p[0].dtype in _WIDE:
+        old = copy_of(some.p[0]) if len(some.p) == 1 else Joined.of(some.p, "old").whole
+        rest[:] = [lambda: add(raw, old, Joined.of(some.p, "new").whole)]
+        update(*some._replace(g=_scaled(some.g, factor)))
+    else:  # torch's kernel keeps to itself what it rounds
+        unrounded = _Columns._make([[t.to(torch.float32) for t in column] for column in some])
+        old = joined(unrounded.p).clone()
+        update(*unrounded)
+        rest[:] = [lambda: add(raw, old, joined(unrounded.p), joined(some.p).to(torch.float32))]
+        update(*some)
 
 
 def _is_like(t: Tensor, p: Tensor) -> bool:
@@ -214,7 +243,7 @@ def _stored_update(
     decay_step: float,
     step_size: float,
     eps_hat: float,
-) -> None:
+) -> Iterable[Part]:
     """The update of tensors of any layout and dtype, in at least float32.
 
     With a `fused_step`, by torch's kernel, which would serve for float32 tensors laid out like these: master weights
@@ -229,8 +258,7 @@ def _stored_update(
         def once_more(p: Tensor, m: Tensor, *v: Tensor) -> Tensor:
             return p * (1.0 - decay_step) - step_size * m / (v[-1].sqrt() + eps_hat)
 
-        apply_in_place(fused, once_more, columns, signed, storage, stochastic, measure)
-        return
+        return apply_in_place(fused, once_more, columns, signed, storage, stochastic, measure)
     weight1, weight2 = 1.0 - hyper.beta1, 1.0 - hyper.beta2
 
     def rule(p: Tensor, g: Tensor, m: Tensor, v: Tensor, h: Tensor | None = None) -> list[Tensor]:
@@ -239,4 +267,4 @@ def _stored_update(
         p = rules.adamw_update(p, m, largest, decay_step, step_size, eps_hat, sqrt=torch.sqrt, div=torch.div)
         return [p, m, v] if h is None else [p, m, v, largest]
 
-    apply(rule, columns, signed, storage, stochastic, measure)
+    return apply(rule, columns, signed, storage, stochastic, measure)

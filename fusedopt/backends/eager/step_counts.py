@@ -1,6 +1,6 @@
 """Step counts on the eager backend: many 0-d tensors advanced in place, since others may hold them, by few calls."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -11,8 +11,12 @@ from fusedopt.precision import COUNTS
 _ITEMSIZE = COUNTS.itemsize
 
 
-def advance(steps: Sequence[Tensor]) -> list[float]:
-    """Adds one to every count and returns the new counts. On a device other than the CPU this synchronises.
+Advanced = tuple[list[float], Callable[[], object]]
+"""The counts plus one, and what writes them, which takes no memory."""
+
+
+def advanced(steps: Sequence[Tensor]) -> Advanced:
+    """Returns every count plus one, and what advances them. On a device other than the CPU this synchronises.
 
     Thousands of counts in one storage, as a step makes them, are advanced in one operation; those in a storage of their
     own, as loading or sharing leaves them, one by one.
@@ -21,18 +25,19 @@ def advance(steps: Sequence[Tensor]) -> list[float]:
         steps: 0-d float64 tensors on one device.
     """
     if not steps or steps[0].device.type != "cpu":
-        return _advance_each(steps)
+        return _each(steps)
     at = np.array(list(map(Tensor.data_ptr, steps)), np.int64)
     flat, start = _storage_of(steps[0])
     places = (at - start) // _ITEMSIZE
     if places.min() < 0 or places.max() >= len(flat):
-        return _advance_by_storage(steps, at)
-    return _advance_in(flat, places)
+        return _by_storage(steps, at)
+    return _in_one(flat, places)
 
 
-def _advance_by_storage(steps: Sequence[Tensor], at: np.ndarray) -> list[float]:
+def _by_storage(steps: Sequence[Tensor], at: np.ndarray) -> Advanced:
     counts = np.empty(len(steps))
     single: list[int] = []
+    writing: list[Callable[[], object]] = []
     order = np.argsort(at, kind="stable")
     done = 0
     while done < len(order):
@@ -43,30 +48,30 @@ def _advance_by_storage(steps: Sequence[Tensor], at: np.ndarray) -> list[float]:
         if len(which) == 1:
             single.append(int(first))
         else:
-            counts[which] = _advance_in(flat, (at[which] - start) // _ITEMSIZE)
+            counts[which], write = _in_one(flat, (at[which] - start) // _ITEMSIZE)
+            writing.append(write)
         done = end
-    counts[single] = _advance_each([steps[i] for i in single])
+    counts[single], write = _each([steps[i] for i in single])
+    writing.append(write)
     new: list[float] = counts.tolist()
-    return new
+    return new, lambda: [write() for write in writing]
 
 
-def _advance_in(flat: Tensor, places: np.ndarray) -> list[float]:
+def _in_one(flat: Tensor, places: np.ndarray) -> Advanced:
     first, count = int(places[0]), len(places)
     if np.array_equal(places, np.arange(first, first + count)):
         some = flat[first : first + count]
-        some += 1
-        return some.tolist()
-    index = torch.from_numpy(places)
-    flat.index_add_(0, index, torch.ones(count, dtype=COUNTS, device="cpu"))
-    return flat[index].tolist()
+        return (some + 1).tolist(), lambda: some.add_(1)
+    index, ones = torch.from_numpy(places), torch.ones(count, dtype=flat.dtype, device="cpu")
+    return flat.index_add(0, index, ones)[index].tolist(), lambda: flat.index_add_(0, index, ones)
 
 
-def _advance_each(steps: Sequence[Tensor]) -> list[float]:
+def _each(steps: Sequence[Tensor]) -> Advanced:
     if not steps:
-        return []
-    torch._foreach_add_(list(steps), torch.ones((), dtype=COUNTS, device=steps[0].device))
-    counts: list[float] = torch.stack(list(steps)).tolist()
-    return counts
+        return [], lambda: None
+    some, one = list(steps), torch.ones((), dtype=steps[0].dtype, device=steps[0].device)
+    counts: list[float] = (torch.stack(some) + one).tolist()
+    return counts, lambda: torch._foreach_add_(some, one)
 
 
 def _storage_of(step: Tensor) -> tuple[Tensor, int]:

@@ -1,14 +1,17 @@
 """The step of a rule on one device: skips it or counts it, then hands the rule what takes the same update."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusedopt.backends.eager.measures import Measure
-from fusedopt.backends.eager.step_counts import advance
+from fusedopt.backends.eager.step_counts import advanced
 from fusedopt.backends.eager.storage import master_of, read_weight
+from fusedopt.backends.scratch import scratch
+from fusedopt.backends.work import Part, Work
 from fusedopt.interface import Measurement, ParamSet, ShardInfo, StepArgs
 from fusedopt.precision import Precision
 
@@ -37,12 +40,19 @@ class Bucket(NamedTuple):
 
 
 class EagerStepper:
-    """The part that the steppers of all rules share. A subclass brings `update`."""
+    """The part that the steppers of all rules share. A subclass brings `parts`."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_cpu = device.type == "cpu"
 
     def __call__(self, param_sets: Sequence[ParamSet], args: StepArgs) -> None:
+        self.prepare(param_sets, args)()
+
+    def prepare(self, param_sets: Sequence[ParamSet], args: StepArgs) -> Work:
+        """Returns the step, which an error in the middle of it leaves to be gone on with by another call."""
+        return Work(partial(self._parts, param_sets, args), retire=scratch.retire)
+
+    def _parts(self, param_sets: Sequence[ParamSet], args: StepArgs) -> Iterable[Part]:
         # Shared counts go on, although all gradients of this step may belong to parameters of another device.
         shared = any(param_set.shares_steps for param_set in param_sets)
         advancing = [
@@ -50,31 +60,33 @@ class EagerStepper:
             for param_set in param_sets
         ]
         if not any(advancing):
-            return
+            return ()
         measures = [_measure(param_set, args.measurement) for param_set in param_sets]
         if args.skips():
             for param_set, measure in zip(param_sets, measures):
                 _measure_skipped(param_set, measure)
-            return
-        counts = iter(
-            advance([param_set.states[i]["step"] for param_set, which in zip(param_sets, advancing) for i in which])
+            return ()
+        new, write = advanced(
+            [param_set.states[i]["step"] for param_set, which in zip(param_sets, advancing) for i in which]
         )
-        factor = args.factor()
-        self.update_all(
-            [
-                bucket
-                for param_set, which, measure in zip(param_sets, advancing, measures)
-                for bucket in _buckets(param_set, which, counts, factor, measure)
-            ]
-        )
+        counts, factor = iter(new), args.factor()
+        buckets = [
+            bucket
+            for param_set, which, measure in zip(param_sets, advancing, measures)
+            for bucket in _buckets(param_set, which, counts, factor, measure)
+        ]
 
-    def update_all(self, buckets: Sequence[Bucket]) -> None:
-        """Updates everything; overridden where what one bucket needs depends on the others."""
-        for bucket in buckets:
-            self.update(bucket)
+        def count() -> None:
+            write()
 
-    def update(self, bucket: Bucket) -> None:
-        """Updates the parameters of a bucket and their states, but for the steps, in place."""
+        return [*self.parts_of_all(buckets), count]
+
+    def parts_of_all(self, buckets: Sequence[Bucket]) -> list[Part]:
+        """Returns the update of everything; overridden where what one bucket needs depends on the others."""
+        return [partial(self.parts, bucket) for bucket in buckets]
+
+    def parts(self, bucket: Bucket) -> Iterable[Part]:
+        """Returns the update of the parameters of a bucket and their states, but for the steps, in place."""
         raise NotImplementedError
 
 

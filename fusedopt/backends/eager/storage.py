@@ -1,13 +1,14 @@
 """Weights and moments as `precision` declares them: read at least in float32, and written back."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fusedopt.backends.eager.rounding import is_finite, random_keys, random_words, round_into
+from fusedopt.backends.eager.rounding import is_finite, random_keys, random_words, rounded
 from fusedopt.backends.scratch import scratch
 from fusedopt.interface import ShardInfo
 from fusedopt.precision import NUMBER, master_state
@@ -46,10 +47,17 @@ def join_weight(p: Tensor, master: Tensor | None, out: Tensor | None = None) -> 
     return weight
 
 
-def write_weight(
+def write_weight(p: Tensor, master: Tensor | None, weight: Tensor, bits: Tensor | None) -> None:
+    """Writes a weight, whose memory may be used up, into a parameter and what completes it; see `weight_writer`."""
+    weight_writer(p, master, weight, bits)()
+
+
+def weight_writer(
     p: Tensor, master: Tensor | None, weight: Tensor, bits: Tensor | None, finite: bool | None = None
-) -> None:
-    """Writes a weight, whose memory may be used up, into a parameter and what completes it.
+) -> Callable[[], object]:
+    """Returns what writes a weight, whose memory may be used up, into a parameter and what completes it.
+
+    To write takes no more memory.
 
     Args:
         p: the parameter.
@@ -59,22 +67,34 @@ def write_weight(
         finite: what `is_finite` says of the weight, if that is known.
     """
     if master is None:
-        if weight.data_ptr() != p.data_ptr() or weight.dtype != p.dtype:
-            round_into(p, weight, bits)
-    elif master.dtype == torch.float32:
-        master.copy_(weight)
-        p.copy_(weight)
-    elif is_finite(weight) if finite is None else finite:
-        words = weight.view(torch.int32)
-        master.copy_(words)  # the lower half
-        # Now no weight is on a tie, where bfloat16 would go to the even neighbour, and the remainder always up.
-        words.bitwise_or_(1)
-        p.copy_(weight)
-    else:
-        # A NaN may have its bits in the lower half alone.
-        words = torch.nan_to_num(weight, torch.nan, torch.inf, -torch.inf).view(torch.int32)
-        master.copy_(words)
-        p.view(torch.int16).copy_(words.add_(0x8000).bitwise_right_shift_(16))
+        if weight.data_ptr() == p.data_ptr() and weight.dtype == p.dtype:
+            return lambda: None
+        return partial(p.copy_, rounded(weight, p.dtype, bits))
+    if master.dtype == torch.float32:
+        return partial(_write_copy, p, master, weight)
+    if is_finite(weight) if finite is None else finite:
+        return partial(_write_halves, p, master, weight)
+    # A NaN may have its bits in the lower half alone.
+    words = torch.nan_to_num(weight, torch.nan, torch.inf, -torch.inf).view(torch.int32)
+    return partial(_write_rounded_halves, p, master, words)
+
+
+def _write_copy(p: Tensor, master: Tensor, weight: Tensor) -> None:
+    master.copy_(weight)
+    p.copy_(weight)
+
+
+def _write_halves(p: Tensor, master: Tensor, weight: Tensor) -> None:
+    words = weight.view(torch.int32)
+    master.copy_(words)  # the lower half
+    # Now no weight is on a tie, where bfloat16 would go to the even neighbour, and the remainder always up.
+    words.bitwise_or_(1)
+    p.copy_(weight)
+
+
+def _write_rounded_halves(p: Tensor, master: Tensor, words: Tensor) -> None:
+    master.copy_(words)
+    p.view(torch.int16).copy_(words.add_(0x8000).bitwise_right_shift_(16))
 
 
 def as_cached(t: Tensor, dtype: torch.dtype, factor: float = 1.0) -> Tensor:

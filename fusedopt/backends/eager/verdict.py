@@ -1,6 +1,7 @@
 """Whether a step is skipped, on the eager backend, whose steps have to know it in any case."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,7 +16,15 @@ class Verdict:
         self._device = device
 
     def __call__(self, norm: Tensor, found_inf: Tensor | None, ledger: Tensor, limits: rules.Limits) -> Tensor:
-        """See `fusedopt_kernels.verdict`. Waits for the device."""
+        """Returns the flag of `fusedopt_kernels.verdict`, and brings the ledger up to date. Waits for the device."""
+        flag, write = self.prepare(norm, found_inf, ledger, limits)
+        write()
+        return flag
+
+    def prepare(
+        self, norm: Tensor, found_inf: Tensor | None, ledger: Tensor, limits: rules.Limits
+    ) -> tuple[Tensor, Callable[[], object]]:
+        """Returns the flag, and what brings the ledger up to date, which takes no memory."""
         found = 0.0 if found_inf is None else float(found_inf)
         *skipped, count, mean, variance = ledger.tolist()
         reason, *moments = rules.skip_verdict(
@@ -32,5 +41,5 @@ class Verdict:
         )
         if reason:
             skipped[int(reason) - 1] += 1.0
-        ledger.copy_(torch.tensor([*skipped, *moments], dtype=torch.float64, device="cpu"))
-        return torch.tensor(reason or found, dtype=torch.float32, device=self._device)
+        new = torch.tensor([*skipped, *moments], dtype=torch.float64, device="cpu")
+        return torch.tensor(reason or found, dtype=torch.float32, device=self._device), lambda: ledger.copy_(new)

@@ -1,6 +1,7 @@
 """The step of a rule on one device: brings its launch table up to date, then launches the rule's kernels."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from fusedopt.backends.triton.capture import Tables as CapturableTables
 from fusedopt.backends.triton.rounding import Rounding
 from fusedopt.backends.triton.rows import Column, Rows
 from fusedopt.backends.triton.scalars import DeviceScalars
+from fusedopt.backends.work import Work
 from fusedopt.interface import Measurement, ParamSet, ReduceDims, ShardInfo, StepArgs
 from fusedopt.precision import master_state
 from fusedopt_kernels import record
@@ -59,8 +61,12 @@ class TritonStepper:
         return self._tables.workspace
 
     def __call__(self, param_sets: Sequence[ParamSet], args: StepArgs) -> None:
+        self.prepare(param_sets, args)()
+
+    def prepare(self, param_sets: Sequence[ParamSet], args: StepArgs) -> Work:
+        """Returns the launches of a step, which take no more memory than they have been given here."""
         if not any(_has_work(param_set) for param_set in param_sets):
-            return
+            return Work()
         params = [p for param_set in param_sets for p in param_set.params]
         states = [s for param_set in param_sets for s in param_set.states]
         with on_device(self._device):
@@ -71,13 +77,19 @@ class TritonStepper:
             if args.measurement is not None:
                 partials = self._fill_in_measures(rows, hyper, param_sets, args.measurement, scalars)
             table = self._tables.for_step(rows, hyper, keep=lambda: [params, [dict(s) for s in states], scalars.kept])
-            if args.measurement is None:
-                self.launch(table)
-            else:
+            measures = None
+            if args.measurement is not None:
                 measures = table.scratch("measures", partials, dtype=torch.float64)
-                self.launch(table, measures)
+            self.make_room(table, measured=measures is not None)
+        return Work(partial(self._launch, table, len(rows), measures, scalars))
+
+    def _launch(self, table: LaunchTable, rows: int, measures: Tensor | None, scalars: DeviceScalars) -> None:
+        """Launches everything; `scalars` have to live until then."""
+        with on_device(self._device):
+            self.launch(table, measures)
+            if measures is not None:
                 places = Tables(self.row.places, self.hyper.places, measures=PLACES)
-                finish_measures(table, len(rows), measures, places)
+                finish_measures(table, rows, measures, places)
             self._rows.copy_back()
 
     def reserve(self, param_sets: Sequence[ParamSet], measured: bool = False) -> Reserved:

@@ -1,5 +1,7 @@
 """Whether a step is skipped, on the Triton backend."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,15 @@ class Verdict:
         return bool(self._kept)
 
     def __call__(self, norm: Tensor, found_inf: Tensor | None, ledger: Tensor, limits: Limits) -> Tensor:
-        """See `fusedopt_kernels.verdict`. Waits for nothing.
+        """See `fusedopt_kernels.verdict`. Waits for nothing; raises as `prepare` does."""
+        flag, write = self.prepare(norm, found_inf, ledger, limits)
+        write()
+        return flag
+
+    def prepare(
+        self, norm: Tensor, found_inf: Tensor | None, ledger: Tensor, limits: Limits
+    ) -> tuple[Tensor, Callable[[], object]]:
+        """Returns the memory of the flag, and what launches the kernel, which takes none.
 
         Raises:
             RuntimeError: during a capture, limits that no step before it had: the kernel may not be compiled yet.
@@ -33,9 +43,13 @@ class Verdict:
                 "a CUDA graph is being captured, and no step before it had these limits for norms: take one step like "
                 "the captured one before the capture, so that its kernels are compiled"
             )
-        self._ran.add(variant)
-        with on_device(self._device):
-            flag = kernels.verdict(norm, found_inf, ledger, limits)
-        if capturing(self._device):
-            self._kept.append((norm, found_inf, ledger, flag))
-        return flag
+        flag = torch.empty((), dtype=torch.float32, device=self._device)
+
+        def write() -> None:
+            self._ran.add(variant)
+            with on_device(self._device):
+                kernels.verdict(norm, found_inf, ledger, limits, flag)
+            if capturing(self._device):
+                self._kept.append((norm, found_inf, ledger, flag))
+
+        return flag, write

@@ -1,7 +1,7 @@
 """Adafactor for one parameter on a CPU, in tiles that stay in the cache: no temporary of the parameter's size."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from fusedopt.backends.eager.measures import copy_of
+from fusedopt.backends.eager.rounding import rounded
 from fusedopt.backends.eager.stepper import Bucket
-from fusedopt.backends.eager.storage import Storage, read_weight, weight_bits, write_weight
+from fusedopt.backends.eager.storage import Storage, read_weight, weight_bits, weight_writer
 from fusedopt.backends.scratch import scratch
+from fusedopt.backends.work import Part
 from fusedopt.interface import AdafactorHyper
 from fusedopt_kernels import rules
 
@@ -77,10 +79,6 @@ class _Tiles:
         """Returns the gradient without its factor."""
         return self._g[i]
 
-    def rounded(self, i: int) -> Tensor | None:
-        """Returns where a tile is written if that rounds it to 16 bits."""
-        return self._p[i] if self._p[i].dtype.itemsize == 2 and self._masters[i] is None else None
-
     def parameter(self, i: int) -> Tensor:
         p = self._p[i]
         return (
@@ -96,13 +94,23 @@ class _Tiles:
         """The norm of each row of a tile, of the whole tile for a vector; flat."""
         return _flat(torch.linalg.vector_norm(t, dim=None if self._of_vector else -1))
 
-    def store(self, i: int, p: Tensor) -> None:
-        """Rounds what `parameter` returned back into the parameter, unless it is the parameter itself."""
+    def writer(self, i: int, p: Tensor) -> Callable[[], object]:
+        """Returns what writes what `parameter` returned back into the parameter, unless it is the parameter itself."""
+        return weight_writer(self._p[i], self._masters[i], p, self._bits(i, p))
+
+    def kept(self, i: int, p: Tensor) -> Tensor | None:
+        """Returns what can be read again of what `parameter` returned, if that is in 16 bits alone."""
+        dtype = self._p[i].dtype
+        if dtype.itemsize > 2 or self._masters[i] is not None:
+            return None
+        return rounded(p, dtype, self._bits(i, p)).to(dtype).to(p.dtype)
+
+    def _bits(self, i: int, p: Tensor) -> Tensor | None:
         bits = None
         if self._storage.stochastic and self._storage.keys is not None:
             start = sum(map(Tensor.numel, self._p[:i]))
             bits = weight_bits(self._storage.words([0], [p.numel()], start, p.device)).view(p.shape)
-        write_weight(self._p[i], self._masters[i], p, bits)
+        return bits
 
 
 def _as_matrices(p: Tensor) -> tuple[int, int, int]:
@@ -114,6 +122,7 @@ class _Update(NamedTuple):
 
     Attributes:
         made: makes it but for the row factors, in the update_buffer of the tile.
+        store: writes the averages of squares, which takes no memory.
         factors: the row factors of all tiles, flat, in their order.
         rows: the row factors of each tile, in a shape that broadcasts; takes the flat ones.
     """
@@ -121,11 +130,15 @@ class _Update(NamedTuple):
     made: Callable[[int], Tensor]
     factors: np.ndarray
     rows: Callable[[np.ndarray], list[Tensor]]
+    store: Callable[[], object]
 
 
 @np.errstate(all="ignore")
-def tiled_update(bucket: Bucket, which: int) -> None:
-    """One update of one parameter of a bucket; more than two dimensions must be contiguous, in the state as well.
+def tiled_update(bucket: Bucket, which: int) -> Iterable[Part]:
+    """Returns the update of a parameter of a bucket; more than two dimensions must be contiguous, in the state as well.
+
+    Before it returns, two passes have found out how far the update goes, and written nothing; the third one is what is
+    returned, two parts for each tile: the averages of updates, then the parameter.
 
     Three passes, each in the opposite direction of the last, so that it begins with what is still in the cache: the
     averages of g², the norms of update and parameter, the new parameter. The update is made twice and never stored.
@@ -140,13 +153,13 @@ def tiled_update(bucket: Bucket, which: int) -> None:
     average = _factored if "exp_avg_sq_row" in state else _unfactored
     update = average(tiles, state, weight, hyper.square_eps)
 
-    parameter_rms = state["RMS"].numpy()
     update_norms, parameter_norms = [], []
     for i in tiles.backward:
         u = update.made(i)
         update_norms.append(tiles.norms(u))
         if hyper.scale_parameter:
             parameter_norms.append(tiles.norms(tiles.parameter(i)))
+    parameter_rms = state["RMS"].numpy().copy()
     if hyper.scale_parameter:
         parameter_rms[...] = math.sqrt(_sum_of_squares(parameter_norms) / p.numel())
     rate = float(hyper.rate(step, float(parameter_rms)))
@@ -155,11 +168,16 @@ def tiled_update(bucket: Bucket, which: int) -> None:
 
     rows = update.rows(update.factors * step_size)
     averages = tiles.split(state["exp_avg"]) if hyper.beta1 is not None else None
-    for i in tiles.forward:
-        if i > 0:  # that of the first tile was made last
-            u = update.made(i)
+    first = [u]  # the update of the first tile was made last
+    new: list[tuple[Tensor, Tensor]] = []  # of one tile, in memory that all take turns in, and its old weights
+
+    def update_tile(i: int) -> None:
+        u = first.pop() if first else update.made(i)
+        first.append(u)
         wide_p = tiles.parameter(i)
         old = wide_p if bucket.measure is None else copy_of(wide_p)
+        first.clear()
+        new[:] = [(wide_p, old)]
         if averages is None and hyper.weight_decay == 0.0:
             wide_p.addcmul_(u, rows[i], value=-1.0)
         else:
@@ -168,11 +186,19 @@ def tiled_update(bucket: Bucket, which: int) -> None:
             else:
                 change = averages[i].mul_(hyper.beta1).addcmul_(u, rows[i], value=1.0 - hyper.beta1)
             wide_p.sub_(torch.add(change, wide_p, alpha=rate * hyper.weight_decay, out=u))
-        if bucket.measure is None:
-            tiles.store(i, wide_p)
-        else:
-            write, target = partial(tiles.store, i, wide_p), tiles.rounded(i)
-            bucket.measure.around(write, [which], [wide_p.numel()], tiles.raw_gradient(i), old, wide_p, target)
+
+    def write_tile(i: int) -> None:
+        wide_p, old = new[0]
+        if bucket.measure is not None:
+            sizes, kept = [wide_p.numel()], tiles.kept(i, wide_p)
+            bucket.measure.add([which], sizes, tiles.raw_gradient(i), old, wide_p, kept)
+        tiles.writer(i, wide_p)()
+
+    def write_state() -> None:
+        update.store()
+        state["RMS"].numpy()[...] = parameter_rms
+
+    return [*(partial(do, i) for i in tiles.forward for do in (update_tile, write_tile)), write_state]
 
 
 def _flat(t: Tensor) -> np.ndarray:
@@ -219,8 +245,8 @@ def _factored(tiles: _Tiles, state: dict[str, Tensor], weight: float, floor: flo
         column_sums += map(_flat, _column_sums(square))
         row_sums.append(_flat(square.sum(-1)))
     rows, columns = _joined(row_sums).reshape(batch, n), np.add.reduce(_joined(column_sums).reshape(batch, -1, m), 1)
-    row = _averaged(state["exp_avg_sq_row"], rows / m + floor, weight)
-    column = _averaged(state["exp_avg_sq_col"], columns / n + floor, weight)
+    row, store_rows = _averaged(state["exp_avg_sq_row"], rows / m + floor, weight)
+    column, store_columns = _averaged(state["exp_avg_sq_col"], columns / n + floor, weight)
     row_mean = np.add.reduce(row, -1, keepdims=True) / n
     row_factor = rules.row_factor(row, row_mean, np.sqrt, np.divide).reshape(-1)
     column_factor = torch.from_numpy(rules.column_factor(column, np.sqrt, np.divide))
@@ -229,15 +255,25 @@ def _factored(tiles: _Tiles, state: dict[str, Tensor], weight: float, floor: flo
     def made(i: int) -> Tensor:
         return torch.mul(tiles.gradient(i), columns_of[i], out=tiles.update_buffer(i))
 
-    return _Update(made, row_factor, lambda factors: tiles.pieces(torch.from_numpy(factors.reshape(batch, n, 1))))
+    def store() -> None:
+        store_rows()
+        store_columns()
+
+    def rows_of(factors: np.ndarray) -> list[Tensor]:
+        return tiles.pieces(torch.from_numpy(factors.reshape(batch, n, 1)))
+
+    return _Update(made, row_factor, rows_of, store)
 
 
-def _averaged(average: Tensor, new: np.ndarray, weight: float) -> np.ndarray:
-    """The running average [batch, any] with what is new; stored, too."""
+def _averaged(average: Tensor, new: np.ndarray, weight: float) -> tuple[np.ndarray, Callable[[], None]]:
+    """The running average [batch, any] with what is new, and what stores it."""
     stored = average.numpy()
     result: np.ndarray = rules.running_average(stored.reshape(new.shape), new, weight)
-    stored[...] = result.reshape(stored.shape)
-    return result
+
+    def store() -> None:
+        stored[...] = result.reshape(stored.shape)
+
+    return result, store
 
 
 def _column_sums(t: Tensor) -> list[Tensor]:
@@ -251,7 +287,8 @@ def _column_sums(t: Tensor) -> list[Tensor]:
 
 def _unfactored(tiles: _Tiles, state: dict[str, Tensor], weight: float, floor: float) -> _Update:
     """Averages the squares; returns the update, whose only row factor is 1."""
-    v = tiles.split(state["exp_avg_sq"])
+    average = state["exp_avg_sq"].clone()
+    v = tiles.split(average)
     for i in tiles.forward:
         g = tiles.gradient(i)
         square = torch.mul(g, g, out=tiles.update_buffer(i)).add_(floor)
@@ -262,4 +299,6 @@ def _unfactored(tiles: _Tiles, state: dict[str, Tensor], weight: float, floor: f
         return torch.div(tiles.gradient(i), torch.sqrt(v[i], out=update_buffer), out=update_buffer)
 
     one = torch.ones(1, dtype=tiles.dtype, device="cpu").numpy()
-    return _Update(made, one, lambda factors: [torch.from_numpy(factors)] * len(v))
+    return _Update(
+        made, one, lambda factors: [torch.from_numpy(factors)] * len(v), partial(state["exp_avg_sq"].copy_, average)
+    )

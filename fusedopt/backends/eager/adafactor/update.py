@@ -9,7 +9,7 @@ import math
 import operator
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from fusedopt.backends.eager.measures import at
 from fusedopt.backends.eager.norms import norm
-from fusedopt.backends.eager.rounding import round_into
+from fusedopt.backends.eager.rounding import rounded
 from fusedopt.backends.eager.stepper import Bucket
-from fusedopt.backends.eager.storage import Storage, read_weight, weight_bits, write_weight
+from fusedopt.backends.eager.storage import Storage, read_weight, weight_bits, weight_writer
 from fusedopt.interface import AdafactorHyper, ReduceDims, ShardInfo, fmax
 from fusedopt.sharding import all_reduce_sums
 from fusedopt_kernels import rules
@@ -48,6 +48,8 @@ class Stack:
         self.shard_info = shard_info or ShardInfo(self.params[0].shape, (), (), ())
         self._storage = Storage.of(bucket, which)
         self._measure = at(bucket.measure, which)
+        self._writing: list[Callable[[], object]] = []
+        self.written = False
 
     def join(self, tensors: list[Tensor]) -> Tensor:
         return torch.stack(tensors) if self.is_whole else tensors[0].unsqueeze(0)
@@ -67,43 +69,47 @@ class Stack:
         return read_weight(self.join(self.params), self.join(masters) if masters else None)
 
     def store_weight(self, old: Callable[[], Tensor], new: Tensor) -> None:
-        """Writes the new weights, and measures them beside the old ones."""
-        if self._measure is None:
-            self._write_weight(new)
-            return
-        sizes = [p.numel() for p in self.params]
-        measured = range(len(sizes)), sizes, self.join(self.grads), old(), new
-        if self.params[0].dtype.itemsize == 2 and self._storage.masters[0] is None:
-            self._write_weight(new)
-            self._measure.add(*measured, kept=self.join(self.params).to(self.dtype))
-        else:
-            self._measure.add(*measured)
-            self._write_weight(new)
-
-    def _write_weight(self, new: Tensor) -> None:
+        """Measures the new weights beside the old ones, and has them written by `write`."""
+        bits = self._bits(new)
+        if self._measure is not None:
+            sizes = [p.numel() for p in self.params]
+            kept = None
+            if self.params[0].dtype.itemsize == 2 and self._storage.masters[0] is None:
+                dtype = self.params[0].dtype
+                kept = self.join([rounded(v, dtype, b).to(dtype).to(self.dtype) for v, b in zip(new.unbind(), bits)])
+            self._measure.add(range(len(sizes)), sizes, self.join(self.grads), old(), new, kept)
         if not self._storage.stochastic and self._storage.masters[0] is None:
-            torch._foreach_copy_(self.params, list(new.unbind()))
+            self._writing.append(partial(torch._foreach_copy_, self.params, list(new.unbind())))
             return
+        for p, master, value, own in zip(self.params, self._storage.masters, new.unbind(), bits):
+            self._writing.append(weight_writer(p, master, value, own))
+
+    def _bits(self, new: Tensor) -> Sequence[Tensor | None]:
         bits: Sequence[Tensor | None] = [None] * len(new)
         if self._storage.stochastic and self._storage.keys is not None and new.numel():
             words = self._storage.words(range(len(new)), [new[0].numel()] * len(new), 0, new.device)
             bits = weight_bits(words).view(new.shape).unbind()
-        for p, master, value, own in zip(self.params, self._storage.masters, new.unbind(), bits):
-            write_weight(p, master, value, own)
+        return bits
 
     def state(self, name: str) -> Tensor:
         return self.join([s[name] for s in self.states]).to(self.dtype)
 
     def store(self, name: str, values: Tensor) -> None:
+        """Has a state written by `write`."""
         targets, each = [s[name] for s in self.states], list(values.unbind())
         if self.dtype == torch.float64 and any(t.dtype.itemsize == 2 for t in targets):
-            for target, value in zip(targets, each):
-                round_into(target, value)
-        else:  # one rounding, in one call for thousands
-            torch._foreach_copy_(targets, each)
+            each = [rounded(value, target.dtype) for target, value in zip(targets, each)]
+        # One rounding, in one call for thousands.
+        self._writing.append(partial(torch._foreach_copy_, targets, each))
+
+    def write(self) -> None:
+        """Writes all that is new, which takes no more memory."""
+        self.written = True
+        for write in self._writing:
+            write()
 
     def average(self, name: str, new: Tensor, weight: float) -> Tensor:
-        """A running average with what is new; stored, and returned before it is rounded."""
+        """A running average with what is new; has it stored, and returns it before it is rounded."""
         average: Tensor = rules.running_average(self.state(name), new, weight)
         self.store(name, average)
         return average
@@ -154,6 +160,7 @@ def update(bucket: Bucket, stack: Stack) -> Update:
         change = stack.average("exp_avg", change, 1.0 - hyper.beta1)
     new = rules.adafactor_apply(p(), change, rate * hyper.weight_decay)
     stack.store_weight(p, new)
+    stack.write()
 
 
 Unclipped = Callable[[], Tensor]
