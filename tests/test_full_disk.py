@@ -1,4 +1,4 @@
-"""A disk that is full, or may not be written to: one sentence names the file, the old one is as it was, no part left."""
+"""A disk that is full, or may not be written to: a sentence names the file, the old one is as it was, no part left."""
 
 import errno
 import os

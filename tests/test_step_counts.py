@@ -93,8 +93,8 @@ def test_the_work_for_different_counts_does_not_grow_with_their_square(monkeypat
     from fusedopt.backends.eager.adamw import EagerAdamW
 
     looked_at = []
-    update = EagerAdamW.update
-    monkeypatch.setattr(EagerAdamW, "update", lambda self, part: looked_at.extend(part.params) or update(self, part))
+    parts = EagerAdamW.parts
+    monkeypatch.setattr(EagerAdamW, "parts", lambda self, bucket: looked_at.extend(bucket.params) or parts(self, bucket))
     params = [weight(1) for _ in range(50)]
     optimizer = AdamW(params)
     optimizer.init_state()
