@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
 JOBS   ?= auto
+KILLS  ?= 50
 
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-all test-ptx mutants lint format bench docs dist clean
+.PHONY: help demo test test-all test-ptx mutants faults lint format bench docs dist clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +43,10 @@ test-ptx: $(VENV)/.test  ## run what Triton compiles for sm_90 on the CPU, and c
 
 mutants: $(VENV)/.test  ## spoil compiled instructions one by one, and count what those tests notice (options: ARGS="--number 50")
 	PYTHONPATH=.:kernels:tests $(BIN)/python -m ptx.mutants $(ARGS)
+
+faults: $(VENV)/.test  ## kill the demo KILLS times at random moments, and resume it; then run the tests of faults
+	PYTHONPATH=tests $(BIN)/python tests/killed_demo.py $(KILLS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup $(ARGS) tests/test_full_disk.py tests/test_out_of_memory.py tests/test_malformed_checkpoints.py
 
 lint: $(VENV)/.test  ## ruff and mypy
 	$(BIN)/ruff check .

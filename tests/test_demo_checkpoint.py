@@ -1,6 +1,7 @@
 """The demo resumes as if it had never stopped, or says why it cannot."""
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -79,6 +80,19 @@ def test_survives_sigkill(tiny, tmp_path):
     train(straight)
     assert without_times(metrics(stopped)) == without_times(metrics(straight))
     assert_same(weights(stopped), weights(straight))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+def test_survives_being_killed_at_random_moments():
+    """`make faults KILLS=50` kills it more often."""
+    script = Path(__file__).parent / "killed_demo.py"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run(
+        [sys.executable, str(script), "5"], capture_output=True, text=True, env=environment, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["kills"] == 5
 
 
 def test_a_longer_run_continues_a_shorter(tiny, tmp_path):

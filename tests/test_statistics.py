@@ -397,13 +397,19 @@ def test_norms_are_right_up_to_1e154_and_inf_beyond(backend):
 def test_gradients_before_keras_clipping_wait_for_nothing_whichever_there_are(monkeypatch):
     params = parameters(torch.float32)
     optimizer = AdamWeightDecay(params, clipnorm=0.01, track_statistics=True)
-    replace, waits = optimizer.tracker.replace_gradients, Waits()
+    with_gradients, waits = optimizer.tracker.with_gradients, Waits()
 
     def watched(*args):
         with waits:
-            replace(*args)
+            write = with_gradients(*args)
 
-    monkeypatch.setattr(optimizer.tracker, "replace_gradients", watched)
+        def watched_write():
+            with waits:
+                write()
+
+        return watched_write
+
+    monkeypatch.setattr(optimizer.tracker, "with_gradients", watched)
     for turn in range(3):
         give_gradients(params, turn)
         without = params[turn]

@@ -94,7 +94,9 @@ def test_the_work_for_different_counts_does_not_grow_with_their_square(monkeypat
 
     looked_at = []
     parts = EagerAdamW.parts
-    monkeypatch.setattr(EagerAdamW, "parts", lambda self, bucket: looked_at.extend(bucket.params) or parts(self, bucket))
+    monkeypatch.setattr(
+        EagerAdamW, "parts", lambda self, bucket: looked_at.extend(bucket.params) or parts(self, bucket)
+    )
     params = [weight(1) for _ in range(50)]
     optimizer = AdamW(params)
     optimizer.init_state()
