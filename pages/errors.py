@@ -263,6 +263,11 @@ TRAINING: Mapping[str, Sequence[Entry]] = {
             "The message says what differs where. Nothing was changed; load a checkpoint where one has lost a step.",
         ),
         Entry(
+            ["the last step ended in an error after it had updated some shards"],
+            "The eager Adafactor ran out of memory between two shards; the other processes have gone on since.",
+            "Load a checkpoint into all processes.",
+        ),
+        Entry(
             ["a step of this process failed after all processes had compared"],
             "With `check_ranks`: a step raised, such as for want of memory, which others may have taken.",
             "Load a checkpoint into all processes.",
