@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 
@@ -20,14 +21,15 @@ def main(names: Sequence[str]) -> None:
     import nbformat
     from nbclient import NotebookClient
 
+    untyped: Any = nbformat  # has no types
     os.environ.pop("TRITON_INTERPRET", None)  # as in a reader's kernel
     for path in [FOLDER / f"{name}.ipynb" for name in names] or sorted(FOLDER.glob("*.ipynb")):
-        notebook = nbformat.read(path, nbformat.NO_CONVERT)
+        notebook = untyped.read(path, untyped.NO_CONVERT)
         resources = {"metadata": {"path": FOLDER}}
         NotebookClient(notebook, timeout=1800, kernel_name="python3", resources=resources).execute()
         for cell in notebook.cells:
             cell.metadata.pop("execution", None)  # the time of day
-        nbformat.write(notebook, path)
+        untyped.write(notebook, path)
         print(path.name)
 
 

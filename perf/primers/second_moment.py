@@ -1,6 +1,6 @@
 """Why does a bfloat16 second moment freeze? Gradients become a tenth of what they were; v should follow."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from perf.primers import Primer, lines
 from perf.report import OTHERS, OURS
 
 STEPS, EVERY, BETA2 = 3000, 50, 0.999
+LOOKED_AT = (1000, 3000)
 NUMEL = 10_000
 
 RUNS: Mapping[str, tuple[Mapping[str, Any], str]] = {
@@ -46,9 +47,8 @@ def right(step: int) -> float:
     return remembered + (1 - remembered) * 0.1**2
 
 
-def _row(name: str, factor: Callable[[int], float], steps: int) -> dict[str, str]:
-    after = {f"after {n:,} steps": f"{factor(n):.2f}" for n in (1000, 3000) if n <= steps}
-    return {"AdamW, bfloat16": name, **after}
+def _row(name: str, after: Mapping[int, float]) -> dict[str, str]:
+    return {"AdamW, bfloat16": name, **{f"after {n:,} steps": f"{value:.2f}" for n, value in after.items()}}
 
 
 def run(steps: int = STEPS) -> Primer:
@@ -57,7 +57,8 @@ def run(steps: int = STEPS) -> Primer:
     for name, (options, color) in RUNS.items():
         found = excess(options, steps)
         curves[name] = (range(0, steps + 1, EVERY), found, color)
-        rows.append(_row(name, lambda step, found=found: found[step // EVERY], steps))
-    rows.append(_row("a v that stays at 1: 1 / sqrt(0.999^n + (1 - 0.999^n) / 100)", lambda n: right(n) ** -0.5, steps))
+        rows.append(_row(name, {n: found[n // EVERY] for n in LOOKED_AT if n <= steps}))
+    stays = {n: right(n) ** -0.5 for n in LOOKED_AT if n <= steps}
+    rows.append(_row("a v that stays at 1: 1 / sqrt(0.999^n + (1 - 0.999^n) / 100)", stays))
     title = "sqrt(v), of what it should be, after gradients fell to a tenth"
     return Primer(rows, lines(title, "steps after the fall", curves))
