@@ -22,6 +22,7 @@ import torch
 from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing import spawn
 from tqdm import tqdm
 
 from fusedopt import Adafactor, AdamW
@@ -200,7 +201,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="of each optimizer (default: %(default)s)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(process, (folder, args.layers, args.width, args.steps), PROCESSES)
+        spawn(process, (folder, args.layers, args.width, args.steps), PROCESSES)
         print(
             f"optimizer.step() of {2 * args.layers} parameters on {PROCESSES} processes: median time of the processor, "
             f"of the first and the last tenth of {args.steps} steps; functions called, and objects left to the "

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from fusedopt import Adafactor, AdamW, AdamWeightDecay, Lion, StatisticsRecorder, get_linear_schedule_with_warmup
 
-OPTIONS = {"max_grad_norm": 1.0, "skip_nonfinite": True, "skip_outliers": 50.0, "track_statistics": 10}
+OPTIONS: dict[str, Any] = {"max_grad_norm": 1.0, "skip_nonfinite": True, "skip_outliers": 50.0, "track_statistics": 10}
 
 OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
     "AdamW": lambda params: AdamW(params, lr=1e-3, weight_decay=0.1, **OPTIONS),
