@@ -36,14 +36,15 @@ def check(groups: Sequence[dict[str, Any]], grads: Sequence[Sequence[Tensor | No
     if not any(map(any_sharded, [*(group["params"] for group in groups), *grads])):
         return False
     for p, g in ((p, g) for group, row in zip(groups, grads) for p, g in zip(group["params"], row)):
-        if any(placement.is_partial() for placement in getattr(p, "placements", ())):
+        of_p, mesh_p = getattr(p, "placements", None), getattr(p, "device_mesh", None)
+        if any(placement.is_partial() for placement in of_p or ()):
             raise RuntimeError(
-                f"a parameter of shape {tuple(p.shape)} has placements {getattr(p, 'placements', None)}: what is a sum "
+                f"a parameter of shape {tuple(p.shape)} has placements {of_p}: what is a sum "
                 "over processes cannot be updated in each of them; redistribute it first"
             )
         if g is None:
             continue
-        (of_p, mesh_p), (of_g, mesh_g) = ([getattr(t, a, None) for a in ("placements", "device_mesh")] for t in (p, g))
+        of_g, mesh_g = getattr(g, "placements", None), getattr(g, "device_mesh", None)
         if of_p != of_g or mesh_p != mesh_g:
             raise RuntimeError(
                 f"a gradient with placements {of_g} on {mesh_g} does not fit its parameter with placements {of_p} on "
@@ -83,20 +84,13 @@ def shard(t: Any) -> Tensor:
     return mine
 
 
-def spread(t: Any, dimension: int | None = None) -> ReduceDims:
-    """The mesh dimensions over which local sums of `t` must be reduced to be those of the whole tensor.
-
-    Args:
-        t: any tensor.
-        dimension: of `t`, not negative: for sums along this dimension only; None for sums of everything.
-    """
+def spread(t: Any) -> ReduceDims:
+    """The mesh dimensions over which local sums of `t` must be reduced to be those of the whole tensor."""
     if not is_sharded(t):
         return ()
+    mesh, sizes = t.device_mesh, t.device_mesh.shape
     # Not is_shard(): the shards of shards that FSDP2 makes of tensor-parallel ones are of a class of their own.
-    where = [i for i, placement in enumerate(t.placements) if not placement.is_replicate()]
-    return tuple(
-        (t.device_mesh, i) for i in where if t.device_mesh.size(i) > 1 and dimension in (None, t.placements[i].dim)
-    )
+    return tuple((mesh, i) for i, place in enumerate(t.placements) if sizes[i] > 1 and not place.is_replicate())
 
 
 def is_shared(t: Any) -> bool:
@@ -114,7 +108,8 @@ def shard_info(p: Any, with_position: bool = False) -> ShardInfo | None:
     over = spread(p)
     if not over or p.numel() == 0:
         return None
-    rows, columns = (spread(p, p.dim() - 2), spread(p, p.dim() - 1)) if p.dim() >= 2 else ((), ())
+    split = {i: p.placements[i].dim - p.dim() for _, i in over} if p.dim() >= 2 else {}
+    rows, columns = (tuple(pair for pair in over if split.get(pair[1]) == line) for line in (-2, -1))
     return ShardInfo(p.shape, rows, columns, over, _position(p) if with_position else None)
 
 

@@ -8,13 +8,16 @@ In DIR: `results.jsonl` and `sweeps.jsonl` (measurements), `static.jsonl` (regis
 """
 
 import argparse
+import glob
 import os
+import shlex
 import shutil
 import signal
+import site
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +28,7 @@ from perf.results import ROOT, Record
 
 
 class Part(NamedTuple):
-    """One process. It is left out if the first word of its command is not a program on this machine."""
+    """One process. It is left out if the first word of its command is not a program on this machine, see `program`."""
 
     name: str
     command: str  # "{python}", "{out}" and "{seconds}" (what it may plan for) are filled in
@@ -40,13 +43,26 @@ _METRICS = (
 _BENCH = "{python} -m perf.bench --seconds {seconds} --out {out}"
 _ONCE = "{python} -m perf.bench --once"
 _NCU = f"ncu --clock-control none --profile-from-start off --csv --metrics {_METRICS} {_ONCE} --workloads"
-_SANITIZER = "compute-sanitizer --error-exitcode 1 --tool"
-_CHECKED = f"{_ONCE} --workloads smoke --rules"
+_CHECKED = (
+    # Without torch's cache every tensor is an allocation of its own, whose borders and contents the tool knows.
+    "compute-sanitizer --error-exitcode 1 --target-processes all --tool {tool} "
+    f"env PYTORCH_NO_CUDA_MEMORY_CACHING=1 {_ONCE} --workloads smoke,smoke:bfloat16 --rules {{rule}}"
+)
+_CHECKED_RULES = ("adamw", "adamw, clipped", "adafactor", "lion")
+SANITIZERS = {"memcheck": 60, "racecheck": 90, "initcheck": 60}
+"""The tools of compute-sanitizer, with most seconds for each rule: accesses out of bounds, races in shared memory, and
+reads of what nothing has written."""
+
+_TOOLKITS = ("{root}/nvidia/*/bin", "{root}/triton/backends/nvidia/bin", "{cuda}/bin", "/usr/local/cuda*/bin")
+"""Where programs of the CUDA toolkit are that are not on the path: in wheels, and where the toolkit is installed."""
+
+_ONE_PROCESS = "{python} -m pytest -q tests/test_one_process.py"
 _STATIC = "{python} -m perf.static_report --out {out}/static.jsonl"
 
 GPU_PARTS = (
     Part("steps on the device", f"{_ONCE} --workloads smoke", 60),
     Part("tests that need a GPU", "{python} -m pytest -q -x -m gpu tests", 120),
+    Part("NCCL on one process", _ONE_PROCESS, 60),
     Part("benchmarks", f"{_BENCH}/results.jsonl --plan cuda", 330),
     Part("static report", _STATIC, 90),
     Part("weight decay in bfloat16", "{python} -m perf.decay --out {out}/low_precision.jsonl", 120),
@@ -54,9 +70,11 @@ GPU_PARTS = (
     Part("kernel tests on the device", "{python} -m pytest -q -m 'not gpu' tests -k 'triton or kernel'", 150),
     Part("more benchmarks", f"{_BENCH}/results.jsonl --plan cuda-rest", 300),
     Part("compiled eager loops", f"{_BENCH}/results.jsonl --plan cuda-compiled", 400, enough=120.0),
-    Part("memcheck", f"{_SANITIZER} memcheck {_CHECKED} adamw", 60),
-    Part("memcheck, adafactor", f"{_SANITIZER} memcheck {_CHECKED} adafactor", 60),
-    Part("racecheck, adafactor", f"{_SANITIZER} racecheck {_CHECKED} adafactor", 90),
+    *(
+        Part(f"{tool}, {rule}", _CHECKED.replace("{tool}", tool).replace("{rule}", shlex.quote(rule)), seconds)
+        for tool, seconds in SANITIZERS.items()
+        for rule in _CHECKED_RULES
+    ),
     Part("counters", f"{_NCU} gpt2", 60),
     Part("counters, adafactor", f"{_NCU} gpt2 --rules adafactor", 60),
     Part("counters, bfloat16", f"{_NCU} llama_1g:bfloat16", 60),
@@ -69,6 +87,7 @@ SMOKE_PARTS = (
     Part("steps on the device", f"env TRITON_INTERPRET=1 {_ONCE} --workloads smoke {_INTERPRETED}", 60),
     Part("benchmarks", f"env TRITON_INTERPRET=1 {_BENCH}/results.jsonl --plan smoke {_INTERPRETED} --seconds 0", 60),
     Part("static report", f"{_STATIC} --smoke", 60),
+    Part("a process group of one process", _ONE_PROCESS, 60),
 )
 """The same road, a few steps long: runs on any machine, in Triton's interpreter."""
 
@@ -88,17 +107,32 @@ def run(parts: Sequence[Part], out: Path, minutes: float) -> list[Record]:
 
 def _run(part: Part, out: Path, left: float) -> Record:
     start = time.monotonic()
-    tool = part.command.split()[0].format(python=sys.executable)
-    if not shutil.which(tool):
+    tool, _, words = part.command.partition(" ")
+    tool = tool.format(python=sys.executable)
+    path = program(tool)
+    if path is None:
         outcome = f"left out: {tool} is not there"
     elif left < part.enough:
         outcome = "left out: no time was left"
     else:
-        outcome = _process(part, out, min(part.seconds, left))
+        outcome = _process(part._replace(command=f"{path} {words}"), out, min(part.seconds, left))
     record = {"kind": "part", "part": part.name, "outcome": outcome, "seconds": round(time.monotonic() - start, 1)}
     results.append(out / "parts.jsonl", [record])
     print(f"{part.name}: {outcome} ({record['seconds']:.0f} s)", flush=True)
     return record
+
+
+def program(name: str) -> str | None:
+    """Returns the path of a program: on the path, in a wheel, or in a CUDA toolkit; None if it is not there."""
+    cuda = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    roots = [*filter(None, sys.path), *site.getsitepackages()]
+    folders = [folder.format(root=root, cuda=cuda) for folder in _TOOLKITS for root in roots]
+    return shutil.which(name) or next((p for p in (shutil.which(f) for f in _files(name, folders)) if p), None)
+
+
+def _files(name: str, folders: Sequence[str]) -> Iterator[str]:
+    for folder in dict.fromkeys(folders):
+        yield from sorted(glob.glob(f"{folder}/{name}"))
 
 
 def _process(part: Part, out: Path, seconds: float) -> str:

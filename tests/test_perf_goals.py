@@ -232,6 +232,31 @@ def test_evidence_goes_on_after_a_fault_and_ends_in_time(tmp_path, capsys):
     assert state[:1] in ("", "Z"), "what a part started ends with it"
 
 
+def test_a_program_of_a_wheel_is_found_and_run(tmp_path, monkeypatch):
+    """compute-sanitizer comes with a toolkit, or in a wheel that puts nothing on the path."""
+    monkeypatch.setenv("PATH", f"{tmp_path / 'empty'}:/usr/bin:/bin")
+    assert evidence.program("a-sanitizer") is None
+    tool = tmp_path / "nvidia" / "cu13" / "bin" / "a-sanitizer"
+    tool.parent.mkdir(parents=True)
+    tool.write_text('#!/bin/sh\necho "$@"\n')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert evidence.program("a-sanitizer") is None, "it cannot be executed"
+    tool.chmod(0o755)
+    assert evidence.program("a-sanitizer") == str(tool)
+    part = evidence.Part("checked", "a-sanitizer --tool memcheck {python}", 10, enough=0)
+    assert [p["outcome"] for p in evidence.run([part], tmp_path / "out", minutes=1)] == ["done"]
+    assert "--tool memcheck" in (tmp_path / "out" / "log.txt").read_text()
+
+
+def test_the_evidence_has_all_sanitizers_over_all_kernels():
+    names = {part.name for part in evidence.GPU_PARTS}
+    assert {f"{tool}, {rule}" for tool in ("memcheck", "racecheck", "initcheck") for rule in RULES_RUN} <= names
+    assert {"tests that need a GPU", "NCCL on one process"} <= names
+
+
+RULES_RUN = ("adamw", "adamw, clipped", "adafactor", "lion")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the real evidence runs where there is a GPU")
 def test_the_whole_of_the_evidence_in_small(tmp_path):

@@ -9,8 +9,8 @@ from helpers.processes import run_together
 from fusedopt import AdamW, register_step_in_backward
 
 SAYS = {
-    "a gradient is missing": "the gradient of parameter first, of shape (4, 3), is there on rank 0 and missing on rank",
-    "a parameter is frozen": "the gradient of parameter second, of shape (4, 3), is there on rank 0 and missing on rank",
+    "a gradient is missing": "the gradient of parameter first, of shape (4, 3), is there on rank 0 and missing on",
+    "a parameter is frozen": "the gradient of parameter second, of shape (4, 3), is there on rank 0 and missing on",
     "another rate": "of group 0 is 0.1 on rank 0 and 0.3 on rank 1",
     "an option that is refused": "what keeps a process from the step is None on rank 0 and ValueError: weight_decay",
     "no state": "the state of parameter first, of shape (4, 3), is there on rank 0 and missing on rank 1",
