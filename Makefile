@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
 JOBS   ?= auto
+MINUTES ?= 30
 
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-all test-ptx mutants lint format bench docs dist clean
+.PHONY: help demo test test-all test-ptx mutants fuzz lint format bench docs dist clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +43,9 @@ test-ptx: $(VENV)/.test  ## run what Triton compiles for sm_90 on the CPU, and c
 
 mutants: $(VENV)/.test  ## spoil compiled instructions one by one, and count what those tests notice (options: ARGS="--number 50")
 	PYTHONPATH=.:kernels:tests $(BIN)/python -m ptx.mutants $(ARGS)
+
+fuzz: $(VENV)/.test  ## random models, options and events for MINUTES=30; a failure is found again (options: ARGS="--seed 1")
+	PYTHONPATH=.:kernels:tests $(BIN)/python -m fuzz --minutes $(MINUTES) $(ARGS)
 
 lint: $(VENV)/.test  ## ruff and mypy
 	$(BIN)/ruff check .
