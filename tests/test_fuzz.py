@@ -10,11 +10,15 @@ from hypothesis.stateful import run_state_machine_as_test
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
+EAGER, TRITON = (40, 10), (8, 6)
+"""Examples, and events of each: in the interpreter, a step takes many times as long."""
+
+
 @pytest.mark.parametrize(
     ("backends", "examples", "events"),
     [
-        pytest.param(("eager",), 30, 10, id="eager"),
-        pytest.param(("triton", "eager"), 5, 6, id="triton", marks=NEEDS_TRITON),
+        pytest.param(("eager",), *EAGER, id="eager"),
+        pytest.param(("triton", "eager"), *TRITON, id="triton", marks=NEEDS_TRITON),
     ],
 )
 @pytest.mark.parametrize("name", drawn.NAMES)

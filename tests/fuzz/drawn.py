@@ -15,7 +15,7 @@ SMALL_SHAPES = ((), (1,), (5,), (0,), (3, 4), (1, 6), (4, 1), (0, 3), (3, 0), (2
 LARGE_SHAPES = ((190, 200), (33, 1100), (70_000,), (3, 5, 40, 50), (520, 520))
 """Some are beyond the sizes from which the eager backend goes other ways."""
 
-SIZES = (1.0, 1e-3, 30.0, 1e-6, 0.0, 1e-12, 1e4)
+SIZES = (1.0, 1e-3, 30.0, 1.0, 1e-6, 0.0, 1e4)
 
 
 def shapes(largest: bool) -> st.SearchStrategy[tuple[int, ...]]:
@@ -30,7 +30,7 @@ def specs(draw: Any, dtype: torch.dtype, large: bool) -> Spec:
         draw(shapes(large and draw(st.integers(0, 5)) == 0)),
         draw(st.sampled_from(DTYPES)) if draw(st.integers(0, 4)) == 0 else dtype,
         draw(st.sampled_from((*LAYOUTS, "shared"))),
-        draw(st.sampled_from((1.0, 1e-2, 100.0, 0.0, 1e-5))),
+        draw(st.sampled_from((1.0, 1e-2, 0.0, 100.0))),
         draw(st.integers(0, 6)) > 0,
     )
 
@@ -43,10 +43,10 @@ def _tensor(values: st.SearchStrategy[float]) -> st.SearchStrategy[Any]:
     return st.one_of(values, values, values, in_tensor)
 
 
-LR = _tensor(st.sampled_from((1e-3, 0.1, 0.0, 1e-6, 2.0)))
+LR = _tensor(st.sampled_from((0.1, 1e-3, 2.0, 0.0)))
 BETA = _tensor(st.sampled_from((0.9, 0.999, 0.0, 0.5, 0.9999, 1e-4)))
 BETAS = st.tuples(BETA, BETA)
-DECAY = _tensor(st.sampled_from((0.0, 0.1, 0.01, 1e-4, 5.0)))
+DECAY = _tensor(st.sampled_from((0.1, 5.0, 0.01, 0.0)))
 EPS = _tensor(st.sampled_from((1e-8, 1e-6, 0.0, 1e-3, 1.0)))
 FLAG = st.booleans()
 PRECISION: dict[str, st.SearchStrategy[Any]] = {
@@ -62,9 +62,7 @@ GROUP_OPTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     },
     "AdamWeightDecay": {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": DECAY, "amsgrad": FLAG, **PRECISION},
     "Adafactor": {
-        "eps": st.tuples(
-            _tensor(st.sampled_from((1e-30, 1e-16, 1e-8, 1e-3))), _tensor(st.sampled_from((1e-3, 0.0, 1.0)))
-        ),
+        "eps": st.tuples(_tensor(st.sampled_from((1e-30, 1e-3, 1e-8))), _tensor(st.sampled_from((1e-3, 0.0, 1.0)))),
         "clip_threshold": st.sampled_from((1.0, 0.01, math.inf, 10.0)),
         "decay_rate": st.sampled_from((-0.8, 0.0, -0.5, -3.0)),
         "beta1": st.one_of(st.none(), BETA),
@@ -82,7 +80,7 @@ WHOLE_OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "skip_nonfinite": FLAG,
     "skip_grad_norm_above": st.sampled_from((None, 1.0, 50.0)),
     "skip_outliers": st.sampled_from((None, 3.0, 1.5)),
-    "track_statistics": st.sampled_from((False, True, 2)),
+    "track_statistics": st.sampled_from((True, True, 2, False)),
     "seed": st.sampled_from((0, 1, (1 << 40) + 7)),
 }
 """Those of the whole optimizer."""
@@ -113,7 +111,7 @@ def groups(draw: Any, name: str) -> Group:
 @st.composite
 def setups(draw: Any, name: str, backend: str, large: bool) -> Setup:
     """An optimizer of this class, and its parameters."""
-    options = {**draw(some(GROUP_OPTIONS[name])), **draw(some(WHOLE_OPTIONS, likely=3))}
+    options = {**draw(some(GROUP_OPTIONS[name], likely=1)), **draw(some(WHOLE_OPTIONS))}
     own: Callable[[], dict[str, Any]] = lambda: draw(some(GROUP_OPTIONS[name], likely=5))  # noqa: E731
     if name == "AdamW":
         options["convention"] = draw(st.sampled_from(("transformers", "torch", "keras")))
