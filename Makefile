@@ -4,10 +4,11 @@ VENV   ?= .venv
 ARGS   ?=
 JOBS   ?= auto
 KILLS  ?= 50
+MINUTES ?= 30
 
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-all test-ptx mutants faults lint format bench docs dist clean
+.PHONY: help demo test test-all test-ptx mutants fuzz faults lint format bench docs dist clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +48,9 @@ mutants: $(VENV)/.test  ## spoil compiled instructions one by one, and count wha
 faults: $(VENV)/.test  ## kill the demo KILLS times at random moments, and resume it; then run the tests of faults
 	PYTHONPATH=tests $(BIN)/python tests/killed_demo.py $(KILLS)
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup $(ARGS) tests/test_full_disk.py tests/test_out_of_memory.py tests/test_malformed_checkpoints.py
+
+fuzz: $(VENV)/.test  ## random models, options and events for MINUTES=30; a failure is found again (options: ARGS="--seed 1")
+	PYTHONPATH=.:kernels:tests $(BIN)/python -m fuzz --minutes $(MINUTES) $(ARGS)
 
 lint: $(VENV)/.test  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -187,6 +187,18 @@ def test_a_parameter_that_no_group_has_any_more_keeps_its_gradient():
     assert model.first.weight.grad is None and optimizer.state[model.first.weight]["step"] == 2.0
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_shared_count_that_begins_late_is_not_that_of_a_parameter_that_has_left(backend):
+    gone, here, new = weight(3), weight(3), weight(3)
+    optimizer = AdamW([gone, here], convention="keras", backend=backend)
+    step(optimizer)
+    assert optimizer.param_groups[0]["params"].pop(0) is gone
+    step(optimizer)
+    optimizer.add_param_group({"params": [new]})
+    step(optimizer)
+    assert [float(optimizer.state[p]["step"]) for p in (gone, here, new)] == [1.0, 3.0, 3.0]
+
+
 def test_names_go_with_their_parameters_when_groups_are_swapped():
     def decayed(swap):
         params = {"kernel": weight(2), "bias": weight(2), "scale": weight(2)}

@@ -176,6 +176,17 @@ def test_clipping_sees_unscaled_gradients():
     assert float(unclipped.scale) * 1024.0 == 0.5
 
 
+@pytest.mark.parametrize("bound", ["clipvalue", "clipnorm", "global_clipnorm"])
+def test_a_clipped_float64_gradient_is_unscaled_in_float64(bound):
+    """A scale of 3 has no exact reciprocal, and 1 / 3 in float32 is off by 3e-8."""
+    p = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    optimizer = AdamWeightDecay([p], beta_1=0.0, **{bound: 100.0})
+    p.grad = torch.tensor([3.0, 6.0], dtype=torch.float64)
+    optimizer.grad_scale = torch.tensor(3.0)
+    optimizer.step()
+    assert_near(optimizer.state[p]["exp_avg"], torch.tensor([1.0, 2.0], dtype=torch.float64), rtol=1e-15)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("clipping", [{}, {"clipvalue": 1.0}, {"clipnorm": 1.0}, {"global_clipnorm": 1.0}], ids=str)
 def test_norm_and_skipping_are_of_the_gradients_before_clipping(clipping, backend):

@@ -353,3 +353,25 @@ def test_the_state_of_a_fresh_model_is_no_remainder():
         optimizer = AdamW(params, master_weights=True)
         optimizer.init_state()
         assert_same(float32_weight(optimizer, params[0]), params[0].detach().float())
+
+
+@each_half
+@every_backend
+def test_a_group_may_have_float32_parameters_beside_those_of_16_bits(backend, half, device):
+    """Layer norms stay in float32 in many models; with moments in bfloat16 all are updated in the same way."""
+    dtypes = (half, torch.float32, half)
+    device = device if backend == "triton" else torch.device("cpu")
+
+    def trained(which):
+        params = [torch.nn.Parameter(t.to(device, d)) for t, d in zip(normal([(5,), (3, 4), ()], 0), dtypes)]
+        some = [params[i] for i in which]
+        optimizer = AdamW(some, lr=0.1, master_weights=True, state_dtype=torch.bfloat16, backend=backend)
+        for count in range(2):
+            grads = [g.to(device, d) for g, d in zip(normal([(5,), (3, 4), ()], 1 + count), dtypes)]
+            step(optimizer, [grads[i] for i in which])
+        return [p.detach() for p in some]
+
+    # What is random goes by the place of a parameter, so the first one alone can be compared.
+    together, alone = trained((0, 1, 2)), trained((0,))
+    assert_same(together[0], alone[0])
+    assert not any(same(p, before.to(p.dtype)) for p, before in zip(together, normal([(5,), (3, 4), ()], 0)))

@@ -260,7 +260,7 @@ class Clipping(NamedTuple):
         """Returns the gradients and the arguments that a step uses instead of these."""
         if all(bound is None for bound in self):
             return grads, args
-        scale = args.scale if args.grad_scale is None else args.scale / args.grad_scale
+        scale = args.scale if args.grad_scale is None else args.scale / args.grad_scale.double()
         grads, scale = self(grads, scale)
         return grads, args._replace(scale=scale, grad_scale=None)
 

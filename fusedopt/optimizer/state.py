@@ -44,8 +44,9 @@ def make_states(
             "a CUDA graph is being captured before the optimizer has state, which every replay would set to zero "
             "again: take one step, which compiles the kernels as well, before the capture"
         )
-    # What else there is in the state, of a checkpoint, belongs to no parameter.
-    counts = (state["step"] for p, state in optimizer.state.items() if isinstance(p, Tensor) and state)
+    # Those of parameters that are in no group any more have stopped; other keys of the state are no parameters.
+    states = (optimizer.state.get(p) for group in optimizer.param_groups for p in group["params"])
+    counts = (state["step"] for state in states if state)
     begun = next((count for count in counts if not count.is_meta), None) if optimizer.shares_steps() else None
     specs = Specs(optimizer)
     made: dict[Tensor, dict[str, Tensor]] = {}

@@ -51,7 +51,9 @@ def pieces(columns: Columns, which: Sequence[int], size: int, *, in_order: bool 
     Small tensors come together, as they are; of large ones of one layout come flat pieces, in which a step may not
     know them; of other large ones whole tensors. With `in_order`, tensors that are not contiguous come alone and whole.
     """
-    in_order = in_order and not all(all(map(Tensor.is_contiguous, column)) for column in columns)
+    # Other rows of a column may have None.
+    rows = columns if len(which) == len(columns[0]) else [[c[i] for i in which] for c in columns if c]
+    in_order = in_order and not all(all(map(Tensor.is_contiguous, column)) for column in rows)
     sizes = list(map(Tensor.numel, columns[0]))
     some: list[int] = []
     elements = 0

@@ -1,0 +1,78 @@
+"""`python -m fuzz --minutes 30` (`make fuzz MINUTES=30`): random examples until the time is over, or one fails.
+
+Prints a line now and then: minutes, examples and steps so far, failures. Every round begins with a seed that is printed
+and that `--seed` repeats. A failure is shrunk, printed, and kept in `.hypothesis/fuzz`: the next run tries it first.
+Returns 1 if something failed.
+"""
+
+import argparse
+import os
+import random
+import sys
+import time
+import warnings
+from pathlib import Path
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from hypothesis import HealthCheck, Verbosity, seed, settings
+from hypothesis.database import DirectoryBasedExampleDatabase
+from hypothesis.stateful import run_state_machine_as_test
+
+from fuzz import drawn
+from fuzz.machine import COUNTED, machine
+
+DATABASE = Path(".hypothesis/fuzz")
+STEPS = 15
+"""Events of an example."""
+
+EXAMPLES = {("eager",): 40, ("triton", "eager"): 6}
+"""Examples of a round, by the backends that it goes over: in the interpreter, a step takes a hundred times as long."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fuzz", description="fuzzes the optimizers until the time is over")
+    parser.add_argument("--minutes", type=float, default=30.0, help="how long (default: %(default)s)")
+    parser.add_argument("--seed", type=int, help="of the first round, as a former run printed it")
+    parser.add_argument("--optimizers", nargs="+", choices=drawn.NAMES, default=drawn.NAMES)
+    parser.add_argument("--rounds", type=int, help="so many rounds at most")
+    options = parser.parse_args(arguments)
+    warnings.simplefilter("ignore")
+    database = DirectoryBasedExampleDatabase(DATABASE)
+    began, number, failures = time.monotonic(), 0, 0
+    first = random.SystemRandom().randrange(1 << 32) if options.seed is None else options.seed
+    while (passed := time.monotonic() - began) < 60.0 * options.minutes and number != options.rounds:
+        # The first round of each optimizer is eager, the second interpreted, and so on.
+        name = options.optimizers[number % len(options.optimizers)]
+        backends = list(EXAMPLES)[number // len(options.optimizers) % len(EXAMPLES)]
+        own = first + number
+        number += 1
+        print(
+            f"{passed / 60:5.1f} min  {COUNTED['examples']:6d} examples  {COUNTED['steps']:7d} steps  "
+            f"{failures} failures  next: {name} on {', '.join(backends)}, --seed {own}",
+            flush=True,
+        )
+        under_test = seed(own)(machine(name, backends, large=backends == ("eager",)))
+        try:
+            run_state_machine_as_test(
+                under_test,
+                settings=settings(
+                    max_examples=EXAMPLES[backends],
+                    stateful_step_count=STEPS,
+                    database=database,
+                    deadline=None,
+                    suppress_health_check=list(HealthCheck),
+                    verbosity=Verbosity.normal,
+                ),
+            )
+        except Exception as error:
+            failures += 1
+            print(f"\n{type(error).__name__}: {error}", *getattr(error, "__notes__", []), sep="\n", flush=True)
+    minutes = (time.monotonic() - began) / 60
+    print(f"{minutes:5.1f} min  {COUNTED['examples']:6d} examples  {COUNTED['steps']:7d} steps  {failures} failures")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
