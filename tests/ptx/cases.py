@@ -15,15 +15,3 @@ ONE_OF_EVERY_KERNEL = (
     "shards, AdamW bfloat16, columns, stochastic",
 )
 """Some cases that run every kernel, of each dtype in some kernel."""
-
-OF_MUTANTS = (
-    *ONE_OF_EVERY_KERNEL,
-    *("AdamW later", "AdamW keras scaled", "AdamW three groups", "AdamW rate on the device", "AdamW not finite"),
-    *("AdamW clipped, tiny and huge", "AdamW keras missing gradients", "AdamW skipping outliers"),
-    *("AdamW not finite, bfloat16 master", "AdamW not finite, bfloat16 stochastic"),
-    *("Lion skipping large gradients", "Lion not finite", "Adafactor later", "Adafactor warmup, later"),
-    *("Adafactor three groups", "Adafactor scaled", "Adafactor missing gradients", "Adafactor small matrices"),
-    *("Adafactor given rate, low threshold", "Adafactor NaN and inf", "Adafactor many rows"),
-    "shards, Adafactor float32, many tiles",
-)
-"""Cases whose instructions are spoilt, and that are to notice it: those above, and other ways through the kernels."""

@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from tqdm import tqdm
 
-from ptx.cases import CASES, OF_MUTANTS
+from ptx.cases import CASES
 from ptx.gpu import FindingsError, listing_of, standing_in
 from ptx.machine import Schedule, StuckError
 from ptx.reader import Block, UnknownInstructionError
@@ -166,11 +166,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default: 0)")
     parser.add_argument("--most", type=int, default=12, help="that a spoilt kernel runs at most (default: 12 cases)")
     parser.add_argument("--minutes", type=float, default=60.0, help="to stop after (default: 60)")
-    parser.add_argument("-k", default="", metavar="WORD", help="cases with this word (default: some of every kernel)")
+    parser.add_argument("-k", default="", metavar="WORD", help="only cases with this word (default: all)")
     given = parser.parse_args()
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)
-    names = [name for name in CASES if given.k in name] if given.k else OF_MUTANTS
+    names = [name for name in CASES if given.k in name]
     baselines = {name: baseline(name) for name in tqdm(names, "as they are")}
     executed = {Site(text, at) for b in baselines.values() for text, done in b.executed.items() for at in done}
     dead = {site for site in executed if is_dead(listing_of(site.text), site.at)}
