@@ -553,7 +553,7 @@ class Training:
                     wrong.append(f"statistics of parameter {i}, which had no gradient, are {row}")
                 continue
             old = Bound.of(exact(own.old), arithmetic_of(p.dtype))
-            change = own.weight - old
+            change = own.weight - old if own.moved else Bound.of(np.zeros_like(old.value), old.kind)
             update, weight = change.norm(), old.norm()
             largest = abs(change.value).max(initial=0.0), change.error.max(initial=0.0)
             for name, value, bound in zip(
