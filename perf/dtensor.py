@@ -22,7 +22,7 @@ import torch
 from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.multiprocessing import spawn
+from torch.multiprocessing.spawn import spawn
 from tqdm import tqdm
 
 from fusedopt import Adafactor, AdamW
