@@ -71,7 +71,7 @@ class AdamW(ElementwiseOptimizer):
         seed: of random rounding, >= 0. The bits depend only on seed, parameter, step and element: they are the same on
             every backend, on any number of processes, and after resuming.
         track_statistics: measure every step, or every N-th for a number N: `optimizer.statistics`, see `Statistics`.
-        check_ranks: before each step, have the processes that share the parameters compare what they bring to it, in
+        check_ranks: before each step, have the processes that share the parameters compare gradients and options, in
             one small all-reduce, and all raise where it differs; see the page on sharded models. Waits for the device.
 
     Raises:

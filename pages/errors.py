@@ -258,7 +258,7 @@ TRAINING: Mapping[str, Sequence[Entry]] = {
             "Redistribute it to shards or replicas.",
         ),
         Entry(
-            ["the processes do not bring the same to a step"],
+            ["the processes disagree about a step"],
             "With `check_ranks`: a parameter has a gradient in some processes only, options differ, or one has raised.",
             "The message says what differs where. Nothing was changed; load a checkpoint where one has lost a step.",
         ),

@@ -1,4 +1,4 @@
-"""What each of two processes sees of steps to which they do not bring the same; at the end one is killed.
+"""What each of two processes sees of steps about which they disagree; at the end one is killed.
 
 `python ranks_on_two_processes.py RANK FOLDER`
 """

@@ -1,4 +1,4 @@
-"""`check_ranks`: where processes do not bring the same to a step, all of them raise, and none has taken it."""
+"""`check_ranks`: where processes disagree about a step, all of them raise, and none has taken it."""
 
 import pytest
 import ranks_on_two_processes as two
@@ -46,7 +46,7 @@ def test_processes_that_differ_raise_together_or_do_the_same(results, name, spoi
             for one in each:
                 assert_same(one["after"], one["before"])
         return
-    assert first["error"].startswith("RuntimeError: the processes do not bring the same to a step: ")
+    assert first["error"].startswith("RuntimeError: the processes disagree about a step: ")
     assert SAYS[spoilt] in first["error"]
     if spoilt == "an option that is refused":
         assert second["error"].startswith("ValueError: weight_decay must be finite and >= 0, got -1.0")

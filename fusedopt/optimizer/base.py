@@ -230,7 +230,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             RuntimeError: a gradient is sparse, or a gradient or a state does not fit its parameter, which has been
                 given another size or an expanded tensor, for instance; nothing was changed. Or a CUDA graph is being
                 captured, and a parameter that requires a gradient has none. Or, with `check_ranks`, another process
-                does not bring the same to the step; nothing was changed in any.
+                disagrees with the others about the step; nothing was changed in any.
             torch.OutOfMemoryError: there is no memory; nothing was changed. On the eager backend a step may have begun
                 to write, which a note on the error says: the next `step()` goes on from there, with the gradients of
                 the interrupted step, and if it has other ones, then takes a step with those. Until then, counts and

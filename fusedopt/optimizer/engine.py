@@ -139,7 +139,7 @@ class Engine:
             grads = _leave_out(optimizer, groups, grads)
             flat, updated = _present(grads), list(filter(has_data, updated))
 
-        # 3. All processes bring the same.
+        # 3. All processes agree about the step.
         squared = flat if optimizer.guard else list(filter(sharding.is_shared, flat)) if optimizer.ranks else []
         sums = self._sums_of_squares(squared, optimizer.backend, sharded)
         if optimizer.ranks:

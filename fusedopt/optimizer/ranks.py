@@ -71,7 +71,7 @@ class Ranks:
         """
         if self._compared:
             raise RuntimeError(
-                "a step of this process failed after all processes had compared what they bring to it, so that others "
+                "a step of this process failed after all processes had compared their gradients and options, so that others "
                 "may have taken it: load a checkpoint into all of them"
             )
         self.steps += 1
@@ -149,7 +149,7 @@ class Ranks:
         found = [_first_difference(brought[k], together, names) for k, together in enumerate(everyone) if disagree[k]]
         if error is None:
             what = "; ".join(found) or "some that share other parameters do not"
-            raise RuntimeError(f"the processes do not bring the same to a step: {what}; {_WAY_OUT}")
+            raise RuntimeError(f"the processes disagree about a step: {what}; {_WAY_OUT}")
 
     def _common(
         self, optimizer: "FusedOptimizer", groups: Groups, args: StepArgs, error: Exception | None
