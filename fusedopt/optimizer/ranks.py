@@ -71,7 +71,7 @@ class Ranks:
         """
         if self._compared:
             raise RuntimeError(
-                "a step of this process failed after all processes had compared their gradients and options, so that others "
+                "a step of this process failed after all processes had compared gradients and options, so that others "
                 "may have taken it: load a checkpoint into all of them"
             )
         self.steps += 1
