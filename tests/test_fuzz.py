@@ -10,7 +10,7 @@ from hypothesis.stateful import run_state_machine_as_test
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
-EAGER, TRITON = (40, 10), (8, 6)
+EAGER, TRITON = (50, 10), (8, 6)
 """Examples, and events of each: in the interpreter, a step takes many times as long."""
 
 

@@ -264,7 +264,7 @@ class Run(Training):
     def load_float32(self, seed: int) -> None:
         """`load_float32_parameters` keeps what 16 bits lose, with master weights."""
         weights = {f"p{i}": drawn(seed + i, p.shape).float() for i, p in enumerate(self.params)}
-        if seed % 2:  # halfway between two bfloat16 numbers
+        if seed % 4:  # halfway between two bfloat16 numbers
             weights = {
                 name: ((w.view(torch.int32) & -0x10000) | 0x8000).view(torch.float32) for name, w in weights.items()
             }
