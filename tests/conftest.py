@@ -98,9 +98,12 @@ def example(monkeypatch, tmp_path):
 
 
 def takes_long(item: pytest.Item) -> bool:
-    """True where kernels of Adafactor take part in what is tested for every optimizer: the interpreter is slow."""
+    """True for what four processes do, and where kernels of Adafactor take part in what is tested for every optimizer.
+
+    Without a GPU the processes share the cores that there are, and the interpreter is slow.
+    """
     words = item.callspec.id if hasattr(item, "callspec") else ""
-    return "Adafactor" in words and "triton" in words
+    return "of_four_processes" in item.fixturenames or ("Adafactor" in words and "triton" in words)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,7 +1,7 @@
 """What each of four processes does in the tests of sharded parameters: every case, one after the other.
 
-`python sharded_on_four_processes.py RANK FOLDER few` runs those of every test run, `others` in the place of `few` the
-rest; the test compares with the same optimizer of whole tensors.
+`python sharded_on_four_processes.py RANK FOLDER` leaves the results in the folder; the test compares them with those of
+the same optimizer of whole tensors.
 """
 
 import copy
@@ -98,15 +98,6 @@ def cases():
     spared = {"last rows", "replicated", "rows twice", "Adafactor-skipping", "AdamW-limited"}
     every = itertools.product(CASES, LAYOUTS, BACKENDS)
     return [case for case in every if case[2] == "eager" or not spared & set(case)]
-
-
-def is_spared(*key: str) -> bool:
-    """True if a case, or a precise one, repeats on other shards or in a kernel what others show."""
-    *kind, name, layout, backend = key
-    if backend == "eager":
-        of_all = (*OPTIMIZERS, "Adafactor-beta1")
-        return not (layout == "rows" or (layout in ("columns", "rows and columns") and (kind or name in of_all)))
-    return not (layout == "rows" and name in ({"AdamW-stochastic"} if kind else {"AdamW-clipped", "Adafactor-beta1"}))
 
 
 def tensors(seed: int) -> list[torch.Tensor]:
@@ -403,7 +394,7 @@ def whole_stories(rank: int, folder: Path, meshes) -> dict:
     return results
 
 
-def main(rank: int, folder: Path, share: str) -> None:
+def main(rank: int, folder: Path) -> None:
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",
@@ -418,32 +409,26 @@ def main(rank: int, folder: Path, share: str) -> None:
         # Without checks for overflow, which take the interpreter as long again: nothing here is that large.
         interpreter_builder.options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
     meshes = {shape: init_device_mesh("cpu", shape) for shape in {layout.mesh for layout in LAYOUTS.values()}}
-    spared = share == "others"
     results = {}
     for name, layout_name, backend in cases():
-        if is_spared(name, layout_name, backend) != spared:
-            continue
         params = [torch.nn.Parameter(laid_out(t, meshes, layout_name)) for t in tensors(0)]
         with counted() as calls:
             optimizer = run(name, params, partial(laid_out, meshes=meshes, layout_name=layout_name), backend)
         mine = sum(shard(t).nbytes for p in params for t in optimizer.state[p].values())
         results[name, layout_name, backend] = {**result(optimizer, params), "all_reduces": calls, "state_bytes": mine}
     for name, layout_name, backend in precise_cases():
-        if is_spared("precise", name, layout_name, backend) == spared:
-            spread = partial(laid_out, meshes=meshes, layout_name=layout_name)
-            results["precise", name, layout_name, backend] = precise_result(
-                *run_precisely(name, layout_name, spread, backend)
-            )
+        spread = partial(laid_out, meshes=meshes, layout_name=layout_name)
+        results["precise", name, layout_name, backend] = precise_result(
+            *run_precisely(name, layout_name, spread, backend)
+        )
     for name, layout_name, backend in statistics_cases():
-        if is_spared("statistics", name, layout_name, backend) == spared:
-            spread = partial(laid_out, meshes=meshes, layout_name=layout_name)
-            params = [torch.nn.Parameter(spread(t)) for t in tensors(0)]
-            results["statistics", name, layout_name, backend] = run_tracked(name, params, spread, backend)
-    if not spared:
-        results.update(whole_stories(rank, folder, meshes))
+        spread = partial(laid_out, meshes=meshes, layout_name=layout_name)
+        params = [torch.nn.Parameter(spread(t)) for t in tensors(0)]
+        results["statistics", name, layout_name, backend] = run_tracked(name, params, spread, backend)
+    results.update(whole_stories(rank, folder, meshes))
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -214,7 +214,8 @@ def test_resuming_in_a_model_that_changed_its_dtype(name):
     model.to(torch.bfloat16)
     train(model, optimizer, 3, seed=2)
     saved = through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
-    assert all(t.dtype == torch.float32 for state in saved["optimizer"]["state"].values() for t in state.values())
+    states = saved["optimizer"]["state"].values()
+    assert all(t.dtype == torch.float32 for state in states for name, t in state.items() if name != "step")
 
     resumed, other, _ = runs(name, "eager", torch.device("cpu"), seed=9)
     resumed.to(torch.bfloat16)

@@ -19,6 +19,7 @@ def mesh():
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OURS)
 def test_steps_of_shards_make_no_more_and_leave_nothing(mesh, name):
     model = dtensor.sharded_layers(4, 6, mesh)

@@ -63,7 +63,7 @@ def test_what_is_run_is_in_the_page(name):
 
 @pytest.mark.filterwarnings(FROZEN)
 def test_a_hundred_steps_show_where_it_goes():
-    left = {name: weight_decay.shares(make, dtype, 100)[-1] for name, (make, dtype, _) in weight_decay.RUNS.items()}
+    left = {name: weight_decay.shares(make, dtype, 100)[0][-1] for name, (make, dtype, _) in weight_decay.RUNS.items()}
     right = (1 - 1e-4) ** 100
     assert list(left.values()) == pytest.approx([right, 1.0, 1.0, right, right], abs=2e-4)
     excess = [second_moment.excess(options, 100)[-1] for options, _ in second_moment.RUNS.values()]

@@ -38,41 +38,30 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def results(folder):
-    """A function from a case to what each of four processes has at its end.
-
-    They run once for all workers of a test run, and, if that tests spared cases, once more.
-    """
+def of_four_processes(folder):
+    """A function from a case to what each of four processes has at its end. They run once for all workers."""
 
     @cache
-    def all_of(share):
-        there = folder / share
-        with FileLock(f"{folder} {share}.lock"):
-            if not there.exists():
-                there.mkdir(parents=True)
-                run_together(four.__file__, four.WORLD, there, share, timeout=600, TRITON_INTERPRET="1")
-        return [torch.load(there / f"{rank}.pt") for rank in range(four.WORLD)]
+    def everything():
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                folder.mkdir(parents=True)
+                run_together(four.__file__, four.WORLD, folder, timeout=1200, TRITON_INTERPRET="1")
+        return [torch.load(folder / f"{rank}.pt") for rank in range(four.WORLD)]
 
-    def of(*key):
-        spared = key[-1] in four.BACKENDS and four.is_spared(*key)
-        return [each[key if len(key) > 1 else key[0]] for each in all_of("others" if spared else "few")]
-
-    return of
+    return lambda *key: [each[key if len(key) > 1 else key[0]] for each in everything()]
 
 
-def with_spared(cases, *kind):
-    """The cases as parameters, of which slow runs alone have those that are spared."""
-    return [
-        pytest.param(*case, marks=[pytest.mark.slow] * four.is_spared(*kind, *case), id="-".join(case))
-        for case in cases
-    ]
+def named(cases):
+    """The cases as parameters."""
+    return [pytest.param(*case, id="-".join(case)) for case in cases]
 
 
-@pytest.mark.parametrize("name, layout, backend", with_spared(four.cases()))
-def test_four_processes_have_the_numbers_of_one(results, name, layout, backend):
+@pytest.mark.parametrize("name, layout, backend", named(four.cases()))
+def test_four_processes_have_the_numbers_of_one(of_four_processes, name, layout, backend):
     params = [torch.nn.Parameter(t) for t in four.tensors(0)]
     expected = four.result(four.run(name, params, lambda g: g, "eager"), params)
-    first, *_ = each = results(name, layout, backend)
+    first, *_ = each = of_four_processes(name, layout, backend)
     for result in each:
         assert result["skipped_steps"] == expected["skipped_steps"]
         assert result["average"] == first["average"]
@@ -83,10 +72,10 @@ def test_four_processes_have_the_numbers_of_one(results, name, layout, backend):
         assert_same([result["params"], result["states"]], [first[k] for k in FINAL])
 
 
-@pytest.mark.parametrize("name, layout, backend", with_spared(four.statistics_cases(), "statistics"))
-def test_statistics_are_those_of_whole_tensors(results, name, layout, backend):
+@pytest.mark.parametrize("name, layout, backend", named(four.statistics_cases()))
+def test_statistics_are_those_of_whole_tensors(of_four_processes, name, layout, backend):
     expected = four.run_tracked(name, [torch.nn.Parameter(t) for t in four.tensors(0)], lambda g: g, "eager")
-    first, *_ = each = results("statistics", name, layout, backend)
+    first, *_ = each = of_four_processes("statistics", name, layout, backend)
     for found in each:
         assert_near(found, expected, STATISTICS, equal_nan=True)
         assert_same(found, first, equal_nan=True)
@@ -103,11 +92,11 @@ def assert_states(actual, expected, to_the_bit):
             assert_near(mine[key], state[key], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name, layout, backend", with_spared(four.precise_cases(), "precise"))
-def test_four_processes_round_16_bits_as_one(results, name, layout, backend):
+@pytest.mark.parametrize("name, layout, backend", named(four.precise_cases()))
+def test_four_processes_round_16_bits_as_one(of_four_processes, name, layout, backend):
     """To the bit, where no sum is spread over them."""
     expected = four.precise_result(*four.run_precisely(name, layout, lambda t: t, backend))
-    for result in results("precise", name, layout, backend):
+    for result in of_four_processes("precise", name, layout, backend):
         if "Adafactor" not in name:
             assert_states(result, expected, to_the_bit=(name, backend) != ("AdamW-master", "eager"))
             continue
@@ -119,12 +108,12 @@ def test_four_processes_round_16_bits_as_one(results, name, layout, backend):
 
 
 @pytest.mark.parametrize("name", ["AdamW-master", "AdamW-stochastic"])
-def test_a_checkpoint_of_four_processes_is_one_of_two_and_of_one(results, name, folder):
+def test_a_checkpoint_of_four_processes_is_one_of_two_and_of_one(of_four_processes, name, folder):
     from torch import distributed
 
     shapes, expected = four.SHAPES[:4], None
     to_the_bit = name != "AdamW-master"
-    for saved, went_on, resharded in (each[name] for each in results("resharded")):
+    for saved, went_on, resharded in (each[name] for each in of_four_processes("resharded")):
         assert_states(resharded, went_on, to_the_bit)
         wanted = ("remainder", torch.int16) if name == "AdamW-master" else ("number", torch.int64)
         assert all(state[wanted[0]].dtype == wanted[1] for state in saved["states"])
@@ -134,7 +123,7 @@ def test_a_checkpoint_of_four_processes_is_one_of_two_and_of_one(results, name, 
         setattr(model, f"p{i}", torch.nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16)))
     optimizer = four.POLICIES[name](model.parameters(), backend="eager")
     into = dict(zip(("model", "optimizer"), dcp.get_state_dict(model, optimizer)))
-    distributed.checkpoint.load(into, checkpoint_id=folder / "few" / f"second checkpoint of {name}", no_dist=True)
+    distributed.checkpoint.load(into, checkpoint_id=folder / f"second checkpoint of {name}", no_dist=True)
     dcp.set_model_state_dict(model, into["model"])
     dcp.set_optimizer_state_dict(model, optimizer, into["optimizer"])
     assert_same(four.precise_result(optimizer, list(model.parameters())), expected[0])
@@ -144,8 +133,8 @@ def test_a_checkpoint_of_four_processes_is_one_of_two_and_of_one(results, name, 
     assert_states(four.precise_result(optimizer, list(model.parameters())), expected[1], to_the_bit)
 
 
-def test_a_shard_whose_elements_cannot_be_numbered_is_refused_where_rounding_is_random(results):
-    for result in results("refused"):
+def test_a_shard_whose_elements_cannot_be_numbered_is_refused_where_rounding_is_random(of_four_processes):
+    for result in of_four_processes("refused"):
         for policy, message in result.items():
             assert (message is None) == (policy == "master_weights"), policy
             assert message is None or "shard it along one dimension" in message
@@ -155,25 +144,25 @@ COLLECTIVES = {"AdamW": 0, "AdamW-clipped": 1, "Adafactor": 3, "Adafactor-beta1"
 
 
 @pytest.mark.parametrize(
-    "name, layout, backend", with_spared((name, "rows", b) for name in COLLECTIVES for b in four.BACKENDS)
+    "name, layout, backend", named((name, "rows", b) for name in COLLECTIVES for b in four.BACKENDS)
 )
-def test_collective_operations_of_a_step(results, name, layout, backend):
+def test_collective_operations_of_a_step(of_four_processes, name, layout, backend):
     """On a mesh of one dimension, for seven parameters as for one; the norm is one number."""
-    for result in results(name, layout, backend):
+    for result in of_four_processes(name, layout, backend):
         assert len(result["all_reduces"]) == four.STEPS * COLLECTIVES[name]
         assert name != "AdamW-clipped" or set(result["all_reduces"]) == {(1, 8)}
 
 
 @pytest.mark.parametrize("how, name", four.model_cases())
-def test_a_sharded_model_trains_saves_and_resumes(results, how, name):
+def test_a_sharded_model_trains_saves_and_resumes(of_four_processes, how, name):
     """The checkpoint has whole tensors, and is that of the unsharded run."""
     model = four.model_of(name)
     optimizer = four.MODEL_OPTIMIZERS[name](model)
     train(model, optimizer, 2)
     saved = copy.deepcopy(dcp.get_optimizer_state_dict(model, optimizer)["state"])
     train(model, optimizer, 2, seed=2)
-    assert ("_StridedShard" in results(how, name)[0]["placements"]) == (how != "fully_shard")
-    for rank, result in enumerate(results(how, name)):
+    assert ("_StridedShard" in of_four_processes(how, name)[0]["placements"]) == (how != "fully_shard")
+    for rank, result in enumerate(of_four_processes(how, name)):
         assert_same(result["resumed"], result["params"])
         if "bfloat16" in name:  # gradients are added up in bfloat16, in another order
             assert_near(result["params"], [p.detach() for p in model.parameters()], atol=0.2)
@@ -197,14 +186,14 @@ def test_a_sharded_model_trains_like_a_whole_one(backend, convention):
 
 
 @pytest.mark.parametrize(
-    "name, layout, backend", with_spared(("Adafactor-beta1", layout, "eager") for layout in four.LAYOUTS)
+    "name, layout, backend", named(("Adafactor-beta1", layout, "eager") for layout in four.LAYOUTS)
 )
-def test_a_checkpoint_of_whole_tensors_loads_into_a_sharded_optimizer(results, name, layout, backend):
+def test_a_checkpoint_of_whole_tensors_loads_into_a_sharded_optimizer(of_four_processes, name, layout, backend):
     params = [torch.nn.Parameter(t) for t in four.tensors(0)]
     optimizer = four.run(name, params, lambda g: g, backend)
-    for loaded, placements in results("loaded", layout):
+    for loaded, placements in of_four_processes("loaded", layout):
         assert_same(loaded, [optimizer.state[p] for p in params])
-        assert placements == results(name, layout, backend)[0]["placements"]
+        assert placements == of_four_processes(name, layout, backend)[0]["placements"]
 
 
 def test_a_checkpoint_of_shards_is_refused_by_an_unsharded_optimizer():
@@ -276,15 +265,15 @@ def test_scaled_gradients_of_shards():
             assert_near(p, q - 0.1, rtol=1e-4, atol=1e-5)
 
 
-def test_what_an_overflow_in_one_process_stops_in_all(results):
+def test_what_an_overflow_in_one_process_stops_in_all(of_four_processes):
     """Whatever meshes the gradients are on: processes that go on would wait for the others for ever."""
-    for result in results("overflow in the last process"):
+    for result in of_four_processes("overflow in the last process"):
         for name, (before, after) in result.items():
             assert_same(before, after, name)
 
 
-def test_states_of_another_layout_are_laid_out_anew(results):
-    for result in results("from one layout to another"):
+def test_states_of_another_layout_are_laid_out_anew(of_four_processes):
+    for result in of_four_processes("from one layout to another"):
         for names, (loaded, expected, placements, expected_placements) in result.items():
             assert_same(loaded, expected, names)
             assert placements == expected_placements, names
@@ -321,13 +310,13 @@ def planned(name, weights, fsdp, tp):
 
 @pytest.mark.parametrize(
     "name, layout, backend",
-    with_spared(product(COLLECTIVES, ["rows", "rows and columns"], four.BACKENDS)),
+    named(product(COLLECTIVES, ["rows", "rows and columns"], four.BACKENDS)),
 )
-def test_states_and_collective_operations_are_those_of_the_plan(results, name, layout, backend):
+def test_states_and_collective_operations_are_those_of_the_plan(of_four_processes, name, layout, backend):
     tp = 1 if layout == "rows" else 2
     weights = [Weight("case", shape, len(shape) - 1 if shape else None) for shape in four.SHAPES]
     plan = planned(name, weights, four.WORLD // tp, tp)
-    result = results(name, layout, backend)[0]
+    result = of_four_processes(name, layout, backend)[0]
     calls = result["all_reduces"]
     assert len(calls) == four.STEPS * plan.all_reduces
     assert result["state_bytes"] == plan.states
@@ -337,10 +326,10 @@ def test_states_and_collective_operations_are_those_of_the_plan(results, name, l
 
 @pytest.mark.parametrize("how", four.MODELS)
 @pytest.mark.parametrize("name", ["AdamW", "Adafactor"])
-def test_collective_operations_of_a_sharded_model_are_those_of_the_plan(results, how, name):
+def test_collective_operations_of_a_sharded_model_are_those_of_the_plan(of_four_processes, how, name):
     split = {"first.weight": 0, "first.bias": 0}
     weights = [Weight(key, tuple(p.shape), split.get(key)) for key, p in Net().named_parameters()]
     tp = 1 if how == "fully_shard" else 2
     plan = planned(name, weights, four.WORLD // tp, tp)
-    for result in results(how, name):
+    for result in of_four_processes(how, name):
         assert len(result["all_reduces"]) == 2 * plan.all_reduces

@@ -54,7 +54,7 @@ def plan_run(
         >>> plan = plan_run(model, fsdp=8, choices=[Choice(AdamW, torch.bfloat16, {"master_weights": True})])
         >>> row = plan.rows[0]
         >>> row.weights, row.states
-        (4195328, 20976648)
+        (4195328, 20976656)
     """
     for name, number in (("fsdp", fsdp), ("tp", tp)):
         if not isinstance(number, int) or number < 1:
