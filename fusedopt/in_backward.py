@@ -98,7 +98,7 @@ class StepInBackward:
         for group in optimizer.param_groups:
             for p in group["params"]:
                 if p.requires_grad:
-                    self._engines[p] = Engine()
+                    self._engines[p] = Engine(goes_on=False)
                     self._handles.append(p.register_post_accumulate_grad_hook(self._update))
 
     def remove(self) -> None:

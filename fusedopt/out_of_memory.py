@@ -1,5 +1,7 @@
 """Errors that say that there is no memory left."""
 
+_TEXTS = ("can't allocate memory", "not enough memory", "bad_alloc")
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """True for those of Python, of torch's devices, and of torch's allocator on the CPU, which has no class of its own.
@@ -12,4 +14,4 @@ def is_out_of_memory(error: BaseException) -> bool:
     """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # without importing torch
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _TEXTS)

@@ -263,6 +263,12 @@ TRAINING: Mapping[str, Sequence[Entry]] = {
             "The message says what differs where. Nothing was changed; load a checkpoint where one has lost a step.",
         ),
         Entry(
+            ["a step ran out of memory halfway, and its gradients or parameters"],
+            "An eager step ran out of memory after it had begun to write, and before it could be gone on with, a gradient was "
+            "changed in place or a parameter's data replaced.",
+            "Load a checkpoint. To go on instead, call `step()` before anything else.",
+        ),
+        Entry(
             ["the last step ended in an error after it had updated some shards"],
             "The eager Adafactor ran out of memory between two shards; the other processes have gone on since.",
             "Load a checkpoint into all processes.",

@@ -408,3 +408,15 @@ def test_hooks_on_loading_may_change_the_checkpoint_and_see_what_was_loaded():
     optimizer.register_load_state_dict_post_hook(lambda o: seen.append(len(o.state)))
     optimizer.load_state_dict({"optimizer": optimizer.state_dict()})
     assert seen == [5]
+
+
+def test_lists_of_a_shape_that_ends_in_ones_load():
+    """JSON makes one list more of every element of a 1x1 convolution."""
+    model = torch.nn.Conv2d(32, 32, 1, bias=False)
+    optimizer = AdamW(model.parameters())
+    model.weight.grad = torch.ones_like(model.weight)
+    optimizer.step()
+    saved = json.loads(json.dumps(optimizer.state_dict(), default=lambda t: t.tolist()))
+    other = AdamW(torch.nn.Conv2d(32, 32, 1, bias=False).parameters())
+    other.load_state_dict(saved)
+    assert_same(other.state_dict(), optimizer.state_dict())

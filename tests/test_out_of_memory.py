@@ -12,7 +12,7 @@ from helpers.memory import Allocations
 from helpers.optimizers import BACKENDS, NEEDS_TRITON, OPTIMIZERS, VARIANTS
 from torch import Tensor, nn
 
-from fusedopt import GradientAccumulator
+from fusedopt import GradientAccumulator, register_step_in_backward
 
 # An optimizer, more options, and the dtype of its parameters.
 KINDS: dict[str, tuple[str, dict[str, Any], torch.dtype]] = {
@@ -36,6 +36,7 @@ ROWS = [
     pytest.param(kind, backend, id=f"{kind}-{backend}", marks=marks)
     for kind in KINDS
     for backend, needed in (("eager", []), ("triton", [NEEDS_TRITON]))
+    if backend == "eager" or kind in (*QUICK, "AdamW-measured", "Adafactor-lr-beta1-stochastic_rounding")
     for marks in [[*needed, *([] if kind in QUICK and backend == "eager" else [pytest.mark.slow])]]
 ]
 
@@ -305,3 +306,79 @@ def test_the_helper_sees_what_takes_memory_and_what_does_not():
     with Allocations() as allocations:
         (t + 1).clone().to(torch.float64)
     assert allocations.number == 3
+
+
+class Fails:
+    """Lets torch's fused kernel end its second call of a step with an error, before or after it has written."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: BaseException, written: bool) -> None:
+        real, self.calls = torch._fused_adamw_, 0
+
+        def kernel(*args: Any, **options: Any) -> None:
+            self.calls += 1
+            if self.calls == 2 and not written:
+                raise error
+            real(*args, **options)
+            if self.calls == 2:
+                raise error
+
+        monkeypatch.setattr(torch, "_fused_adamw_", kernel)
+
+
+def halfway(monkeypatch: pytest.MonkeyPatch, error: BaseException, written: bool) -> tuple[nn.Module, Any]:
+    """An optimizer whose second step has ended after a part of the first parameter."""
+    model = nn.Linear(1 << 11, 1 << 11, bias=False)
+    optimizer = VARIANTS["AdamW"](model, backend="eager", max_grad_norm=0.1)
+    give_gradients(model, 0)
+    optimizer.step()
+    give_gradients(model, 1)
+    with monkeypatch.context() as patch:
+        Fails(patch, error, written)
+        with pytest.raises(type(error)) as caught:
+            optimizer.step()
+    assert caught.value.__notes__
+    return model, optimizer
+
+
+@pytest.mark.parametrize("change", ["gradient", "parameter"])
+def test_a_step_whose_tensors_have_changed_is_not_gone_on_with(monkeypatch, change):
+    model, optimizer = halfway(monkeypatch, torch.OutOfMemoryError("planted"), written=False)
+    if change == "gradient":
+        model.weight.grad.mul_(2.0)
+    else:
+        model.weight.data = model.weight.data.clone()
+    before = model.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="ran out of memory halfway, and its gradients or parameters have changed"):
+        optimizer.step()
+    assert_same(model.weight, before)
+
+
+def test_ctrl_c_between_two_parts_does_none_of_them_twice(monkeypatch):
+    """It may come when a part has written: the rest is left undone, and the note says so."""
+    model, optimizer = halfway(monkeypatch, KeyboardInterrupt(), written=True)
+    assert optimizer._engine.unfinished is None
+    before = model.weight.detach().clone()
+    model.weight.grad.zero_()
+    optimizer.step()
+    assert (model.weight - before).abs().max() < 2 * 0.1
+
+
+def test_a_step_in_backward_is_not_gone_on_with(monkeypatch):
+    """Its hooks have no call that could: a load begins anew."""
+    model = nn.Linear(1 << 11, 1 << 11, bias=False)
+    optimizer = VARIANTS["AdamW"](model, backend="eager", master_weights=False)
+    saved, weight = copy.deepcopy(optimizer.state_dict()), model.weight.detach().clone()
+    handle = register_step_in_backward(optimizer, model)
+    with monkeypatch.context() as patch:
+        Fails(patch, torch.OutOfMemoryError("planted"), written=True).calls = 1
+        with pytest.raises(torch.OutOfMemoryError, match="planted"):
+            model(torch.ones(1 << 11)).sum().backward()
+    assert all(engine.unfinished is None for engine in handle._engines.values())
+    with torch.no_grad():
+        model.weight.copy_(weight)
+    model.weight.grad = None
+    optimizer.load_state_dict(saved)
+    model(torch.ones(1 << 11)).sum().backward()
+    optimizer.step()
+    moved = (model.weight - weight).abs()
+    assert moved.max() < 1.5 * moved.min()

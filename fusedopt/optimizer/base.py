@@ -233,7 +233,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 disagrees with the others about the step; nothing was changed in any.
             torch.OutOfMemoryError: there is no memory; nothing was changed. On the eager backend a step may have begun
                 to write, which a note on the error says: the next `step()` goes on from there, with the gradients of
-                the interrupted step, and if it has other ones, then takes a step with those. Until then, counts and
+                the interrupted step, and if it has other ones, then takes a step with those. If the same tensors have
+                changed, it raises RuntimeError. Until then, counts and
                 checkpoints are behind; loading a checkpoint drops the rest.
         """
         loss = None
@@ -244,7 +245,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._step(given)
         except BaseException:
             self.forget_scaler()
-            self.tracker.abandon()
+            if self._engine.unfinished is None:
+                self.tracker.abandon()
             raise
         return loss
 
@@ -257,19 +259,20 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not self.state and torch_looks_at_state():
             self.init_state()
             return
-        self.ranks.begin_step()
         values, args = (None, StepArgs()) if given is None else given
-        args = args._replace(
-            grad_scale=getattr(self, "grad_scale", None), found_inf=getattr(self, "found_inf", None)
-        ).checked()
         groups = self.param_groups
         grads = [[p.grad if values is None else values.get(p) for p in group["params"]] for group in groups]
         if self._engine.unfinished is not None:
             done = self._engine.finish()
             self.tracker.close(self)
+            self.ranks.end_step()
             self.after_step(done.args)
             if done.is_of([g for row in grads for g in row if g is not None]):
                 return
+        self.ranks.begin_step()
+        args = args._replace(
+            grad_scale=getattr(self, "grad_scale", None), found_inf=getattr(self, "found_inf", None)
+        ).checked()
         self.before_step()
         args = self._engine.step(self, groups, grads, args, values)
         self.tracker.close(self)

@@ -38,6 +38,7 @@ _GOES_ON = (
     "The step had begun to write. Call step() again: it goes on from there, and ends as if there had been no error. "
     "Other gradients are a step of their own after that."
 )
+_STAYS = "The step may have updated some of the weights, and is not gone on with: load a checkpoint."
 
 
 class Part(NamedTuple):
@@ -62,12 +63,19 @@ class Unfinished(NamedTuple):
         grads: the gradients that it was given.
         updated: the parameters that they are of.
         args: what it has to return.
+        marks: of gradients and parameters, as the error left them: the rest of the step needs these.
     """
 
     work: Work
     grads: list[Tensor]
     updated: list[Tensor]
     args: StepArgs
+    marks: list[int] | None = None
+
+    def marked(self) -> list[int]:
+        """Returns the versions of the gradients, and where the parameters are."""
+        versions = [0 if g.is_inference() else g._version for g in map(sharding.shard, self.grads)]
+        return versions + [sharding.shard(p.detach()).data_ptr() for p in self.updated]
 
     def is_of(self, grads: list[Tensor]) -> bool:
         """True if it is the step of these gradients."""
@@ -79,13 +87,17 @@ class Engine:
 
     An optimizer has one for all its parameters; a step in backward has one for each.
 
+    Args:
+        goes_on: if a step that runs out of memory halfway is gone on with.
+
     Attributes:
         steppers: by device and rule.
         captured: steppers of the past that CUDA graphs go on reading.
         unfinished: a step that an error has ended after it had begun to write; None if there is none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, goes_on: bool = True) -> None:
+        self.goes_on = goes_on
         self.steppers: dict[Any, Any] = {}
         self.captured: list[Any] = []
         self.unfinished: Unfinished | None = None
@@ -119,10 +131,6 @@ class Engine:
             The arguments that the backends got: with the factor of clipping, and with what makes the step skip.
         """
         given, flat = grads, _present(grads)
-        if self.unfinished is not None:
-            done = self.finish()
-            if done.is_of(flat):
-                return done.args
         own_grads = flat
 
         # 1. Options, gradients, states and shards must fit.
@@ -175,6 +183,7 @@ class Engine:
 
         # 8. One piece of work per device and rule, which gets its memory; from here on DTensors are local shards.
         works: list[Work] = []
+        started = False
         try:
             if guarded is not None and spread:  # The other devices get a copy of what makes the step skip.
                 guarded.write()
@@ -193,12 +202,13 @@ class Engine:
                 parts.append(optimizer.tracker.with_gradients(updated, flat, measurement))
 
             # 9. The work is done. An error in the middle of it leaves the rest to the next step.
+            started = True
             self.unfinished = Unfinished(Work(*parts), own_grads, updated, args)
             return self.finish().args
         except BaseException as error:
-            if any(work.begun for work in works):
-                if self.unfinished is not None:
-                    error.add_note(_GOES_ON)
+            if started and (any(work.begun for work in works) or not isinstance(error, Exception)):
+                # Ctrl-C may come when a part has written: nothing is undone, and nothing gone on with.
+                error.add_note(_STAYS if self.unfinished is None else _GOES_ON)
             else:
                 self.unfinished = None
                 if guarded is not None:
@@ -210,11 +220,16 @@ class Engine:
         """Does what is left of a step; returns it. Where it may succeed later, an error leaves the rest of it."""
         done, self.unfinished = self.unfinished, None
         assert done is not None
+        if done.marks is not None and done.marks != done.marked():
+            raise RuntimeError(
+                "a step ran out of memory halfway, and its gradients or parameters have changed since, so that its rest "
+                "cannot be done: load a checkpoint"
+            )
         try:
             done.work()
         except BaseException as error:
-            if is_out_of_memory(error) or isinstance(error, KeyboardInterrupt):
-                self.unfinished = done
+            if self.goes_on and is_out_of_memory(error):
+                self.unfinished = done._replace(marks=done.marked())
             raise
         finally:
             # Neither torch's fused kernel nor ours tells autograd that it wrote to the parameters.

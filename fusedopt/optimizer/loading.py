@@ -296,7 +296,8 @@ def _laid_out(
 
 def _tensor(what: str, value: Any, spec: StateSpec, p: Tensor) -> Any:
     """Returns arrays, and the lists and numbers that JSON makes of them, as tensors; anything else as it is."""
-    _refuse_endless(what, value, 2 * spec.shape(p).numel() + _DEEPEST)
+    shape = spec.shape(p)
+    _refuse_endless(what, value, (len(shape) + 1) * shape.numel() + _DEEPEST)
     try:
         if isinstance(value, np.ndarray):
             return torch.from_numpy(np.array(value))

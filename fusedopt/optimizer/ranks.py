@@ -140,8 +140,9 @@ class Ranks:
         for _ in range(1 if len(everyone) == 1 else 2):  # the second time, it gets around to all
             for k, together in enumerate(everyone):
                 number = _digest(brought[k])
-                most, least, anyone = _largest([number, -number, anyone], together)
+                most, least, heard = _largest([number, -number, anyone], together)
                 disagree[k] = most != -least
+                anyone = anyone or heard or disagree[k]
         if not anyone and not any(disagree):
             self._compared = error is None
             return
@@ -163,7 +164,8 @@ class Ranks:
         for name, value in optimizer.whole_options().items():
             if name != "backend":
                 yield name, value
-        begun = next((state["step"] for state in optimizer.state.values() if state), None)
+        states = (optimizer.state.get(p) for group in groups for p in group["params"])
+        begun = next((state["step"] for state in states if state), None)
         yield "the count of steps in the state", None if begun is None or begun.is_meta else float(begun)
         yield "the number of groups", len(groups)
         for number, group in enumerate(groups):
