@@ -264,7 +264,7 @@ TRAINING: Mapping[str, Sequence[Entry]] = {
         ),
         Entry(
             ["a step ran out of memory halfway, and its gradients or parameters"],
-            "An eager step ran out of memory after it had begun to write, and before it could be gone on with, a gradient was "
+            "An eager step ran out of memory after it had begun to write, and before the next one a gradient was "
             "changed in place or a parameter's data replaced.",
             "Load a checkpoint. To go on instead, call `step()` before anything else.",
         ),
