@@ -263,7 +263,7 @@ TRAINING: Mapping[str, Sequence[Entry]] = {
             "The message says what differs where. Nothing was changed; load a checkpoint where one has lost a step.",
         ),
         Entry(
-            ["a step ran out of memory halfway, and its gradients or parameters"],
+            ["a step ran out of memory halfway, its gradients or parameters"],
             "An eager step ran out of memory after it had begun to write, and before the next one a gradient was "
             "changed in place or a parameter's data replaced.",
             "Load a checkpoint. To go on instead, call `step()` before anything else.",

@@ -26,9 +26,9 @@ def test_a_long_run_counts_right_and_holds_what_it_held(name):
     long_run.run(name, 100)
     outcome = long_run.run(name, 3000)
     assert outcome.counted == outcome.expected == 3000 - 3000 // long_run.SPOILT
-    # Less than one in ten steps: a step that kept anything would have kept 2,700 times that.
+    # Of 2,700 steps after the first tenth: one that kept anything would have kept as many blocks.
     assert outcome.grown.objects < 50
-    assert outcome.grown.blocks < 250
+    assert outcome.grown.blocks < 1000
     assert outcome.grown.resident < 8 * 1024
 
 

@@ -222,7 +222,7 @@ class Engine:
         assert done is not None
         if done.marks is not None and done.marks != done.marked():
             raise RuntimeError(
-                "a step ran out of memory halfway, and its gradients or parameters have changed since: load a checkpoint"
+                "a step ran out of memory halfway, its gradients or parameters have changed since: load a checkpoint"
             )
         try:
             done.work()
