@@ -192,6 +192,18 @@ def refused(meshes) -> dict:
     return found
 
 
+def disagreement(rank: int, meshes) -> tuple[str | None, torch.Tensor]:
+    """What a step says of another rate in the last process, which shares no dimension of the mesh with the first."""
+    p = torch.nn.Parameter(distribute_tensor(torch.ones(4, 6), meshes[2, 2], [Shard(0), Shard(1)]))
+    optimizer = AdamW([p], lr=0.3 if rank == WORLD - 1 else 0.1, check_ranks=True)
+    said = None
+    try:
+        optimizer.apply_gradients([(torch.ones_like(p), p)])
+    except RuntimeError as error:
+        said = str(error)
+    return said, shard(p.detach()).clone()
+
+
 def run(name: str, params: list[torch.nn.Parameter], spread, backend: str):
     """Some steps; `spread` makes of a whole gradient one that lies as its parameter."""
     optimizer = CASES[name]([(str(i), p) for i, p in enumerate(params)], backend=backend)
@@ -389,6 +401,7 @@ def whole_stories(rank: int, folder: Path, meshes) -> dict:
     results["from one layout to another"] = laid_out_anew(meshes)
     results["resharded"] = reshard(folder, meshes)
     results["refused"] = refused(meshes)
+    results["disagreement"] = disagreement(rank, meshes)
     for how, name in model_cases():
         results[how, name] = train_and_resume(how, name)
     return results

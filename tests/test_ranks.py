@@ -8,6 +8,8 @@ from helpers.processes import run_together
 
 from fusedopt import AdamW, register_step_in_backward
 
+pytestmark = pytest.mark.xdist_group("ranks")  # one start of the processes
+
 SAYS = {
     "a gradient is missing": "the gradient of parameter first, of shape (4, 3), is there on rank 0 and missing on",
     "a parameter is frozen": "the gradient of parameter second, of shape (4, 3), is there on rank 0 and missing on",

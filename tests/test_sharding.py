@@ -140,6 +140,12 @@ def test_a_shard_whose_elements_cannot_be_numbered_is_refused_where_rounding_is_
             assert message is None or "shard it along one dimension" in message
 
 
+def test_a_disagreement_gets_around_on_a_mesh_of_two_dimensions(of_four_processes):
+    for said, weight in of_four_processes("disagreement"):
+        assert said.startswith("the processes disagree about a step")
+        assert_same(weight, torch.ones_like(weight))
+
+
 COLLECTIVES = {"AdamW": 0, "AdamW-clipped": 1, "Adafactor": 3, "Adafactor-beta1": 3 + 1}
 
 
