@@ -554,13 +554,15 @@ class Training:
                 continue
             old = Bound.of(exact(own.old), arithmetic_of(p.dtype))
             change = own.weight - old if own.moved else Bound.of(np.zeros_like(old.value), old.kind)
-            update, weight = change.norm(), old.norm()
+            update, weight, grad = change.norm(), old.norm(), own.grad
+            if self.optimizer.backend != "eager":  # kernels read a wider gradient in the parameter's arithmetic
+                grad = Bound(grad.value, grad.error, arithmetic_of(p.dtype)) * 1.0
             largest = abs(change.value).max(initial=0.0), change.error.max(initial=0.0)
             for name, value, bound in zip(
                 ("grad_norm", "weight_norm", "update_norm", "largest_update", "update_to_weight"),
                 row,
                 (
-                    own.grad.norm(),
+                    grad.norm(),
                     weight,
                     update,
                     Bound(np.asarray(largest[0]), np.asarray(largest[1]), update.kind),
