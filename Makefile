@@ -13,6 +13,9 @@ BIN := $(VENV)/bin
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
+# Python compiles what it imports; pip would compile every file of every package, which takes a minute.
+export PIP_NO_COMPILE := 1
+
 # One stamp file per set of extras. The first pip call of an environment is the slow one.
 $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
@@ -23,8 +26,12 @@ $(VENV)/.run: pyproject.toml constraints.txt | $(VENV)/.made
 	@touch $@
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/.made
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@touch $@ $(VENV)/.run
+
+$(VENV)/.lint: pyproject.toml constraints.txt | $(VENV)/.made
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint]'
+	@touch $@ $(VENV)/.test $(VENV)/.run
 
 $(VENV)/.docs: pyproject.toml constraints.txt | $(VENV)/.made
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
@@ -36,7 +43,7 @@ demo: $(VENV)/.run  ## train a small GPT twice, with the eager loop and with our
 test: $(VENV)/.test  ## run the tests, but for those marked as slow (options: ARGS="-k adamw")
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup -m "not slow" $(ARGS)
 
-test-all: $(VENV)/.test $(VENV)/.docs  ## run every test: the slow ones, kernels for every architecture, the site in a browser
+test-all: $(VENV)/.lint $(VENV)/.docs  ## run every test: the slow ones, kernels for every architecture, the site in a browser
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup $(ARGS)
 
 test-ptx: $(VENV)/.test  ## run what Triton compiles for sm_90 on the CPU, and compare it with eager steps and recorded runs
@@ -52,12 +59,12 @@ faults: $(VENV)/.test  ## kill the demo KILLS times at random moments, and resum
 fuzz: $(VENV)/.test  ## random models, options and events for MINUTES=30; a failure is found again (options: ARGS="--seed 1")
 	PYTHONPATH=.:kernels:tests $(BIN)/python -m fuzz --minutes $(MINUTES) $(ARGS)
 
-lint: $(VENV)/.test  ## ruff and mypy
+lint: $(VENV)/.lint  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(VENV)/.test  ## let ruff put the code in shape
+format: $(VENV)/.lint  ## let ruff put the code in shape
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

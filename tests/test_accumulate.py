@@ -350,6 +350,7 @@ def test_a_refused_call_changes_nothing():
 # The kernel, as a compiler for a GPU sees it.
 
 
+@pytest.mark.slow
 def test_one_launch_adds_all_tensors():
     pytest.importorskip("triton")
     found = run_without_interpreter("compiled_accumulate.py")
@@ -374,6 +375,7 @@ def test_gradients_with_the_negative_bit(backend):
 # Two processes.
 
 
+@pytest.mark.slow
 def test_two_processes_under_ddp(tmp_path):
     """Sums stay local until asked; then both hold the mean over all tokens, however many micro-batches each had."""
     run_together(two.__file__, 2, tmp_path, timeout=100)

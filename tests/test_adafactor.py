@@ -257,6 +257,7 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float64]
 small_shapes = st.lists(st.integers(1, 9), max_size=3).map(tuple)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     st.lists(st.tuples(small_shapes, st.sampled_from(FLOATS)), min_size=2, max_size=6),

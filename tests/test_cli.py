@@ -129,6 +129,7 @@ def test_demo_leaves_table_picture_numbers_and_checkpoint(tmp_path, capsys):
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 4
 
 
+@pytest.mark.slow
 def test_resuming_keeps_the_options_that_are_not_given(tmp_path, capsys):
     out = str(tmp_path / "out")
     assert run("demo", *TINY, "--seed=7", "--out", out) == 0
@@ -139,6 +140,7 @@ def test_resuming_keeps_the_options_that_are_not_given(tmp_path, capsys):
     assert "width was 8 in the checkpoint, now 16" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_resume_finds_a_folder_that_was_moved(tmp_path):
     assert run("demo", *TINY, "--out", str(tmp_path / "here")) == 0
     os.rename(tmp_path / "here", tmp_path / "there")
@@ -194,6 +196,7 @@ def test_ctrl_c_while_torch_is_imported_is_one_sentence(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "fusedopt: interrupted\n")
 
 
+@pytest.mark.slow
 def test_the_package_is_imported_when_a_name_is_asked_for():
     code = (
         "import sys, fusedopt; assert fusedopt.__version__ and 'torch' not in sys.modules;"
@@ -209,6 +212,7 @@ def test_the_package_is_imported_when_a_name_is_asked_for():
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes and devices of posix")
 class TestOutputThatCannotBeWritten:
+    @pytest.mark.slow
     def test_the_reader_has_closed_the_pipe(self):
         """As in `fusedopt --help | head -1`, where the reader closes the pipe at once."""
         read, write = os.pipe()
@@ -219,8 +223,9 @@ class TestOutputThatCannotBeWritten:
             os.close(write)
         assert (done.returncode, done.stderr) == (141, "")
 
+    @pytest.mark.slow
     @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a disk that is always full")
-    @pytest.mark.parametrize("arguments", [["--help"], pytest.param(["info"], marks=pytest.mark.slow)], ids=" ".join)
+    @pytest.mark.parametrize("arguments", [["--help"], ["info"]], ids=" ".join)
     def test_the_output_goes_to_a_full_disk(self, arguments):
         with open("/dev/full", "w") as full:
             done = in_a_process(*arguments, stdout=full)
@@ -236,7 +241,8 @@ class TestOutputThatCannotBeWritten:
         assert os.listdir(tmp_path) == ["full.png"]
         assert os.path.exists("/dev/full") and not os.path.isfile("/dev/full")
 
-    @pytest.mark.parametrize("limit", [100, *(pytest.param(n, marks=pytest.mark.slow) for n in (20_000, 60_000))])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("limit", [100, 20_000, 60_000])
     def test_the_disk_fills_up_during_a_demo(self, limit, tmp_path):
         """Metrics, checkpoint or picture do not fit: one sentence names the file, and no part of it is left."""
         code = (
@@ -254,6 +260,7 @@ class TestOutputThatCannotBeWritten:
         assert not list(out.glob("*.tmp"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -287,6 +294,7 @@ def test_threads_sleep_soon_unless_the_environment_says_how_they_wait(given, exp
     assert environment == expected
 
 
+@pytest.mark.slow
 def test_only_the_command_line_sets_how_threads_wait(tmp_path, capsys):
     code = "import os, sys; {}; sys.exit('GOMP_SPINCOUNT' in os.environ)"
     variables = {name: value for name, value in os.environ.items() if name not in (*WAITING, "OMP_WAIT_POLICY")}

@@ -79,6 +79,7 @@ def limits(kernel, target, registers):
     return max([registers, *(e.registers for e in exempt)]), max([0, *(e.spilled for e in exempt)])
 
 
+@pytest.mark.slow
 @every_variant(of_adamw)
 def test_every_variant(word):
     variants, target = found(ADAMW, word), word.split()[0]
@@ -132,6 +133,7 @@ def reads_and_writes_128_bits_at_a_time(kernel, what):
             assert min(widths) >= narrowest, what
 
 
+@pytest.mark.slow
 @of_adamw
 def test_launches_per_step():
     once, twice = ["prologue", "update"], ["prologue", "update", "update"]
@@ -155,6 +157,7 @@ IN_PLACE = ("prologue", "sums", "averages", "shard_averages", "apply")
 """The phases that write where they read."""
 
 
+@pytest.mark.slow
 @every_variant(of_adafactor)
 def test_every_variant_of_adafactor(word):
     variants, target = found(ADAFACTOR, word), word.split()[0]
@@ -182,6 +185,7 @@ def test_every_variant_of_adafactor(word):
             issues_few_instructions(kernel, what)
 
 
+@pytest.mark.slow
 @of_adafactor
 def test_launches_of_adafactor_per_step():
     six = ["prologue", "sums", "averages", "squares", "finish", "apply"]
@@ -204,6 +208,7 @@ def test_nothing_of_adafactor_is_compiled_twice():
     assert not any(changes.values()), changes
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_under_a_hook_that_serializes_its_constants():
     root = ROOT / "kernels"
     kernels = [

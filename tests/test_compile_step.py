@@ -30,6 +30,7 @@ def plain(name, backend, device, steps=3):
     return model, optimizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["AdamW", "AdamWeightDecay-function", "Adafactor"])
 def test_a_compiled_model(name):
     model, _ = plain(name, "eager", "cpu")
@@ -141,6 +142,7 @@ def test_hooks_stay_out_of_graphs_too():
     assert compiling == [False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("autograd", [False, True], ids=["compiled_model", "compiled_backward"])
 def test_a_step_in_the_backward_of_a_compiled_model(autograd):
     model, _ = plain("AdamW", "eager", "cpu")

@@ -54,6 +54,7 @@ def test_records(tiny):
         assert record["optimizer_ms"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_statistics_change_no_number_and_are_in_the_picture(tiny, optimizer):
     tiny = replace(tiny, optimizer=optimizer, steps=6)
@@ -70,6 +71,7 @@ def test_statistics_change_no_number_and_are_in_the_picture(tiny, optimizer):
     ]
 
 
+@pytest.mark.slow
 def test_statistics_of_a_resumed_run_begin_where_it_goes_on(tiny):
     train(replace(tiny, steps=2))
     longer = replace(tiny, steps=9)
@@ -92,6 +94,7 @@ def test_every_schedule_drives_both_runs(tiny, schedule):
     assert max(rates["eager"]) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_agrees_with_its_reference(tiny, optimizer):
     outcome = train(replace(tiny, steps=20, optimizer=optimizer))
@@ -101,6 +104,7 @@ def test_every_optimizer_agrees_with_its_reference(tiny, optimizer):
     assert len(report.figure(outcome).axes) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_dtype(tiny, dtype):
     train(replace(tiny, dtype=dtype))

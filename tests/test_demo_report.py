@@ -38,6 +38,7 @@ class TestReport:
         assert "reference loop: the loss is not finite from step 2 on" in lines[-2]
         assert "fusedopt: the loss is not finite from step 3 on" in lines[-1]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("losses", [[5.0, 4.0, 3.0], [5.0], [math.nan]], ids=["three", "one", "nan"])
     def test_picture(self, tmp_path, losses):
         outcome = self.outcome(losses, losses)

@@ -172,6 +172,7 @@ def test_a_disk_that_fills_up(write, folder, capsys):
     check(write, folder, before)
 
 
+@pytest.mark.slow
 @every_writer
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_disk_that_fills_up_at_the_last_moment(write, call, folder, capsys, monkeypatch):

@@ -246,6 +246,7 @@ def test_every_element_of_a_large_gradient_counts_once(layout):
         assert optimizer.grad_norm.item() ** 2 == pytest.approx(last + 64.0**2, rel=1e-9), at
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amsgrad", [False, True])
 def test_a_clipped_step_of_tensors_larger_than_what_is_scaled_at_a_time(amsgrad):
     """Large ones in pieces, small ones in lists; on the CPU."""

@@ -101,11 +101,8 @@ STATE_TOLERANCE = Tolerance("sums of a few terms: relative to the largest", of_l
 AS_ON_A_GPU, *IN_PIECES = CUTS
 RUNS = [
     *((AS_ON_A_GPU, options, torch.float32) for options in OPTIONS),
-    *((AS_ON_A_GPU, MOMENTUM, dtype) for dtype in (torch.float64, torch.float16)),
-    (IN_PIECES[0], MOMENTUM, torch.float32),
-    (IN_PIECES[1], MOMENTUM, torch.bfloat16),
-    pytest.param(IN_PIECES[0], MOMENTUM, torch.bfloat16, marks=pytest.mark.slow),
-    pytest.param(IN_PIECES[1], MOMENTUM, torch.float32, marks=pytest.mark.slow),
+    *(pytest.param(AS_ON_A_GPU, MOMENTUM, dtype, marks=pytest.mark.slow) for dtype in (torch.float64, torch.float16)),
+    *(pytest.param(cut, MOMENTUM, dtype, marks=pytest.mark.slow) for cut in IN_PIECES for dtype in TOLERANCES),
 ]
 
 
@@ -144,6 +141,7 @@ def test_a_matrix_and_its_transpose_agree(shape, cut, device):
 NEIGHBOURS = [((7, 9), torch.float32), ((3, 2, 3), torch.bfloat16), ((19,), torch.float32), ((6, 4), torch.float64)]
 
 
+@pytest.mark.slow
 @every_cut
 def test_a_tensor_neither_sees_its_neighbours_nor_their_order_or_dtype(cut, device):
     start = [normal(shape, seed=i, dtype=dtype)[0] for i, (shape, dtype) in enumerate(NEIGHBOURS)]
@@ -157,6 +155,7 @@ def test_a_tensor_neither_sees_its_neighbours_nor_their_order_or_dtype(cut, devi
         assert_same(state, states[i])
 
 
+@pytest.mark.slow
 def test_two_runs_give_the_same_bits(device):
     shapes = [(300, 130), (2100,), (50, 9, 3, 3)]
     start, steps = normal(*shapes), [normal(*shapes, seed=1)]
@@ -171,6 +170,7 @@ def test_two_runs_give_the_same_bits(device):
 HARD_IN_TILES = ("denormal", "spike", "nan", "inf")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cut", "kind"),
     [*((AS_ON_A_GPU, kind) for kind in HARD_GRADIENTS), *((IN_PIECES[1], kind) for kind in HARD_IN_TILES)],
@@ -233,6 +233,7 @@ def test_layouts_give_the_same_numbers(shape, lay_out, device):
         assert_near(optimizer.state[p][name].cpu(), value, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @every_cut
 @pytest.mark.parametrize("offset", [1, 16])
 def test_nothing_beside_the_tensors_is_read_or_written(offset, cut, device):

@@ -33,7 +33,14 @@ def test_golden(case, device):
     assert_close(case, replay(case, TritonAdamW, device=device))
 
 
-@pytest.mark.parametrize("case", [case for case in GOLDEN if case.dtype in SIXTEEN_BITS], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=str(case), marks=[pytest.mark.slow] * (not case.name.endswith("_decay")))
+        for case in GOLDEN
+        if case.dtype in SIXTEEN_BITS
+    ],
+)
 def test_golden_in_16_bits_is_exact_arithmetic_rounded_once(case, device):
     """As for the eager backend; what the original's own rounding does not spoil is near its recording as well."""
     allowed = Tolerance("a tie may fall to the other side, and move the moments for some steps", ulps=2)

@@ -161,6 +161,7 @@ def test_only_the_triton_backend_imports_triton_at_import(module):
     assert "matplotlib" not in names
 
 
+@pytest.mark.slow
 def test_works_without_triton_and_matplotlib():
     """As on macOS and Windows: everything but the kernels."""
     program = """

@@ -154,6 +154,7 @@ def test_16_bits_are_rounded_once(backend, device):
     assert torch.equal(p.detach(), torch.full_like(p, 1.0 - 2.0**-8))
 
 
+@pytest.mark.slow
 def test_any_size_takes_the_same_step_on_the_cpu(monkeypatch):
     """Many small tensors come joined, large ones in pieces, those of another layout whole."""
     shapes = [(3,), (40, 30), (), (2, 3, 5, 7), (61, 67), (0, 3), (8, 16, 4, 4)]

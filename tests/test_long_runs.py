@@ -39,6 +39,7 @@ def trained(name, backend="eager", steps=1):
     return model, optimizer
 
 
+@pytest.mark.slow
 @every_optimizer
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_optimizer_that_is_dropped_dies_at_once(name, backend):
@@ -58,6 +59,7 @@ def test_an_optimizer_that_is_dropped_dies_at_once(name, backend):
         gc.enable()
 
 
+@pytest.mark.slow
 @every_optimizer
 def test_a_recorder_and_a_schedule_go_with_their_optimizer(name):
     model, optimizer = trained(name)
@@ -133,6 +135,7 @@ def test_two_threads_step_two_optimizers(name):
         assert_same([p.detach() for p in model.parameters()], [p.detach() for p in expected.parameters()])
 
 
+@pytest.mark.slow
 @every_optimizer
 def test_a_thread_reads_while_another_steps(name):
     """Statistics, norms and checkpoints of a moment, none of which disturbs the run."""
@@ -219,6 +222,7 @@ def test_a_forked_process_steps_without_touching_its_parent(name):
     assert_same([torch.from_numpy(p) for p in there], [p.detach() for p in model.parameters()])
 
 
+@pytest.mark.slow
 @every_optimizer
 def test_workers_of_a_loader_do_not_disturb_a_run(name):
     """They are forked between steps, with all that a step keeps."""

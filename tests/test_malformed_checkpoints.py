@@ -171,6 +171,7 @@ def run(tiny, one_thread):
     return tiny, Path(tiny.out) / CHECKPOINT
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_cut_off_or_has_a_wrong_byte_is_refused(run):
     _, path = run
     content, whole = path.read_bytes(), load_checkpoint(path)
@@ -229,6 +230,7 @@ def _saved(value: Any, **options: Any) -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.slow
 def test_a_file_that_would_swell_is_refused(run):
     _, path = run
     with zipfile.ZipFile(path) as archive:

@@ -246,7 +246,14 @@ bfloat16_first = pytest.mark.parametrize(
 
 @NEEDS_TRITON
 @bfloat16_first
-@pytest.mark.parametrize("name", [n for n in RUNS if not n.startswith("Adafactor")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name not in ("AdamW-clipped", "Lion")))
+        for name in RUNS
+        if not name.startswith("Adafactor")
+    ],
+)
 def test_kernels_have_the_weights_of_their_float32_run(name, half, device):
     assert_float32_weights(name, half, 8, FEW, "triton", device)
 
@@ -259,6 +266,7 @@ def test_kernels_have_the_weights_of_their_float32_run_after_200_steps(name, hal
     assert_float32_weights(name, half, 200, FEW, "triton", device)
 
 
+@pytest.mark.slow
 @NEEDS_TRITON
 @bfloat16_first
 @pytest.mark.parametrize("name", [n for n in RUNS if n.startswith("Adafactor")])

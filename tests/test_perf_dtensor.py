@@ -30,6 +30,7 @@ def test_steps_of_shards_make_no_more_and_leave_nothing(mesh, name):
     assert found.left < 5 and found.left_kib < 64
 
 
+@pytest.mark.slow
 def test_what_is_left_over_is_found():
     kept = []
 

@@ -181,6 +181,7 @@ def test_a_plan_is_what_an_optimizer_allocates(choice, device):
     assert row.all_reduces == row.all_reduced == 0
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("name", ["AdamW", "Adafactor", "Lion"])
 def test_a_plan_with_statistics_is_what_an_optimizer_allocates(name, device):

@@ -37,6 +37,7 @@ def test_the_command_draws_a_name_with_what_it_needs(
     assert is_a_picture(tmp_path / f"{name}.png")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -296,6 +296,7 @@ def test_a_step_in_backward_of_the_kernels(policy, device):
     assert_same(*results)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["master", "stochastic"])
 @pytest.mark.parametrize("name", ["AdamW", "Lion"])
 def test_a_compiled_training_step(name, policy):

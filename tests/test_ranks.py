@@ -39,6 +39,7 @@ def of_all(results, *key):
     return [each[key] for each in results]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, spoilt, layout", two.cases())
 def test_processes_that_differ_raise_together_or_do_the_same(results, name, spoilt, layout):
     first, second = each = of_all(results, name, spoilt, layout)

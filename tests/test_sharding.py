@@ -213,6 +213,7 @@ def test_a_checkpoint_of_shards_is_refused_by_an_unsharded_optimizer():
         assert not plain.state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", four.BACKENDS)
 def test_states_of_another_dtype_go_on(backend):
     """The kernels convert them: what they are converted to is the state from then on."""

@@ -115,6 +115,7 @@ def test_the_rule_is_that_of_all_norms_with_their_weights(above):
     assert ledger[3:].tolist() == pytest.approx([len(reference.entered), *reference.moments()], rel=1e-12)
 
 
+@pytest.mark.slow
 def test_the_averages_lose_no_digits():
     """Norms that vary by a millionth: sums of squares would have lost it."""
     norms = 1.0 + 1e-6 * np.random.default_rng(0).normal(size=20_000)

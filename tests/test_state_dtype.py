@@ -51,6 +51,7 @@ every_policy = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(FROZEN)
 @every_policy
 def test_averages_of_squares_follow_gradients_that_fall_tenfold(options, expected):

@@ -317,6 +317,7 @@ def test_a_step_in_backward_has_those_of_a_plain_step(name):
     assert_near(*found, rtol=1e-7)  # tensors that are joined are added up in another order
 
 
+@pytest.mark.slow
 @NEEDS_TRITON
 @pytest.mark.parametrize("cls", [AdamW, Adafactor])
 def test_a_captured_step_is_measured_at_every_replay(cls, monkeypatch):

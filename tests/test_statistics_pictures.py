@@ -64,6 +64,7 @@ def colours(figure: Any, panel: int) -> np.ndarray:
     return np.asarray(mesh.get_array())[..., :3]
 
 
+@pytest.mark.slow
 def test_many_layers_are_a_heat_map(trained, tmp_path):
     from matplotlib.colors import to_rgb
 
@@ -86,6 +87,7 @@ def test_many_layers_are_a_heat_map(trained, tmp_path):
     assert "300" not in figure.get_suptitle() and "299 parameters in layers, steps 0 to 5" in figure.get_suptitle()
 
 
+@pytest.mark.slow
 def test_long_names_are_shortened_and_the_picture_keeps_its_width(trained):
     recorder = trained(30)
     for group in recorder.optimizer.param_groups:
@@ -127,6 +129,7 @@ def test_one_broken_step_of_many_is_seen():
     assert np.argwhere(np.isclose(cells, to_rgb(WRONG)).all(axis=-1)).tolist() == [[4, 501 * 240 // 900]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [4, 30])
 def test_a_single_step(trained, layers):
     figure = trained(layers, steps=1).plot()

@@ -43,6 +43,7 @@ def test_plain_pytorch(example, capsys):
     assert capsys.readouterr().out.count("in 40 steps") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sick", "times"),
     [
@@ -106,6 +107,7 @@ def test_adafactor_schedule_in_the_transformers_trainer_with_lr_none(example, tm
     assert optimizer.state[first]["step"] == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "cls, options",
     [
@@ -138,6 +140,7 @@ def test_our_adamw_is_the_trainers_own(example, tmp_path):
     assert_near(ours.model, theirs.model, rtol=1e-4, atol=1e-5)  # six steps of 0.01; Adam's first ones amplify
 
 
+@pytest.mark.slow
 def test_a_step_in_backward_in_the_transformers_trainer(example, tmp_path):
     """Without the Trainer's clipping, which would find no gradients."""
     runs = []
@@ -241,6 +244,7 @@ def test_schedulers_driven_by_a_metric_in_the_transformers_trainer(example, tmp_
     assert again.state_dict() == scheduler.state_dict()
 
 
+@pytest.mark.slow
 def test_create_optimizers_pair_in_the_transformers_trainer(example, tmp_path):
     def run(checkpoint=None):
         model = counting_trainer(example, tmp_path).model

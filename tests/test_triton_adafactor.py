@@ -70,6 +70,7 @@ def test_six_launches_for_many_tensors(monkeypatch, device):
     assert launches(monkeypatch, normal(*[(1 + i % 5,) for i in range(60)], (40, 2)), device) == SIX
 
 
+@pytest.mark.slow
 def test_classes_share_what_does_not_read_gradients(monkeypatch, device):
     """A second dtype adds the three launches that do; float64 is averaged by itself."""
     start = [normal(shape, dtype=d)[0] for d in (torch.float32, torch.bfloat16) for shape in SHAPES]
@@ -83,6 +84,7 @@ def test_less_launches_where_there_is_less_to_do(monkeypatch, device):
     assert launches(monkeypatch, normal((7,)), device) == SIX - Counter(averages=1, squares=1)
 
 
+@pytest.mark.slow
 def test_batches_for_the_cache_change_no_bit(monkeypatch, device):
     start, steps = normal(*SHAPES), [normal(*SHAPES, seed=k) for k in (1, 2)]
     expected, states = after(TritonAdafactor, start, steps, device, beta1=0.9)
@@ -118,6 +120,7 @@ def test_the_workspace_is_at_most_2_percent_of_the_parameters(name, dtype):
     assert workspace <= 0.02 * sum(t.nbytes for t in tensors)
 
 
+@pytest.mark.slow
 def test_the_workspace_is_reported_and_made_once(device):
     params = parameters([p.to(device) for p in normal(*SHAPES, (300, 200))])
     optimizer = TritonAdafactor(params)
@@ -281,6 +284,7 @@ def state_of(optimizer):
     return copy.deepcopy(optimizer.state_dict()["state"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("found", [0.0, 1.0, math.nan])
 def test_a_step_with_found_inf_changes_nothing_and_is_not_counted(found, device):
     start, first, second = normal(*SHAPES), normal(*SHAPES, seed=1), normal(*SHAPES, seed=2)
@@ -335,6 +339,7 @@ def test_groups_and_missing_gradients_are_as_on_the_eager_backend(device):
             assert_near(s[name], value, rtol=2e-6, atol=2e-6 * float(value.abs().max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_gradients_of_another_dtype(dtype, device):
     start, grads = normal(*SHAPES), [g.bfloat16() for g in normal(*SHAPES, seed=1)]
