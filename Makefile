@@ -7,14 +7,13 @@ KILLS  ?= 50
 MINUTES ?= 30
 
 BIN := $(VENV)/bin
+# Python compiles what it imports; pip would compile every file of every package, which takes a minute.
+INSTALL := pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
 .PHONY: help demo test test-all test-ptx mutants fuzz faults lint format bench docs dist clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-
-# Python compiles what it imports; pip would compile every file of every package, which takes a minute.
-export PIP_NO_COMPILE := 1
 
 # One stamp file per set of extras. The first pip call of an environment is the slow one.
 $(VENV)/.made:
@@ -22,19 +21,19 @@ $(VENV)/.made:
 	@touch $@
 
 $(VENV)/.run: pyproject.toml constraints.txt | $(VENV)/.made
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/$(INSTALL) -e .
 	@touch $@
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/.made
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(BIN)/$(INSTALL) -e '.[test]'
 	@touch $@ $(VENV)/.run
 
 $(VENV)/.lint: pyproject.toml constraints.txt | $(VENV)/.made
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint]'
+	$(BIN)/$(INSTALL) -e '.[test,lint]'
 	@touch $@ $(VENV)/.test $(VENV)/.run
 
 $(VENV)/.docs: pyproject.toml constraints.txt | $(VENV)/.made
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/$(INSTALL) -e '.[docs]'
 	@touch $@
 
 demo: $(VENV)/.run  ## train a small GPT twice, with the eager loop and with ours (options: ARGS="--steps 50")
@@ -72,16 +71,16 @@ bench: $(VENV)/.test  ## what fits this machine in two minutes
 	$(BIN)/python -m perf.bench $(ARGS)
 
 # The wheel is built from the sdist. Where torch brings triton along, it is taken out for the first try.
-dist: $(VENV)/.test  ## build sdist and wheel, and try the wheel in an empty environment, without triton and with it
+dist: $(VENV)/.lint  ## build sdist and wheel, and try the wheel in an empty environment, without triton and with it
 	rm -rf dist $(VENV)-dist
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dist]'
+	$(BIN)/$(INSTALL) -e '.[dist]'
 	$(BIN)/python -m build --quiet
 	$(PYTHON) -m venv $(VENV)-dist
-	$(VENV)-dist/bin/pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	$(VENV)-dist/bin/$(INSTALL) dist/*.whl
 	$(VENV)-dist/bin/pip uninstall --quiet --yes triton
 	$(VENV)-dist/bin/python tests/smoke.py
 	cd $(VENV)-dist && $(abspath $(BIN)/mypy) --strict --config-file= --python-executable bin/python $(abspath tests/typed_program.py)
-	$(VENV)-dist/bin/pip install --quiet --disable-pip-version-check -c constraints.txt "$$(echo dist/*.whl)[triton]"
+	$(VENV)-dist/bin/$(INSTALL) "$$(echo dist/*.whl)[triton]"
 	TRITON_INTERPRET=1 $(VENV)-dist/bin/python tests/smoke.py --triton
 
 docs: $(VENV)/.docs  ## build the site into build/site; a warning is an error

@@ -98,14 +98,15 @@ def example(monkeypatch, tmp_path):
 
 
 def takes_long(item: pytest.Item) -> bool:
-    """True for what four processes do, for kernels of Adafactor in what is tested for every optimizer, and for kernels
-    in recorded runs of both backends: `test_kernels_adamw.py` and `test_kernels_adafactor.py` have runs of their own.
+    """True for what four processes do, and for kernels where the quick half has others like them: those of Adafactor
+    and, again, of AdamW for AdamWeightDecay in what is tested for every optimizer, and recorded runs of both backends;
+    `test_kernels_adamw.py` and `test_kernels_adafactor.py` have runs of their own.
 
     Without a GPU the processes share the cores that there are, and the interpreter is slow.
     """
     words = item.callspec.id if hasattr(item, "callspec") else ""
-    kernels_again = "triton" in words and ("Adafactor" in words or item.name.startswith("test_golden["))
-    return "of_four_processes" in item.fixturenames or kernels_again
+    again = any(name in words for name in ("Adafactor", "AdamWeightDecay")) or item.name.startswith("test_golden[")
+    return "of_four_processes" in item.fixturenames or ("triton" in words and again)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -146,6 +146,7 @@ def test_launches_per_step():
     }
 
 
+@pytest.mark.slow
 @of_adamw
 def test_nothing_is_compiled_twice():
     changes = found(ADAMW, "changes")
@@ -201,6 +202,7 @@ def test_launches_of_adafactor_per_step():
     }
 
 
+@pytest.mark.slow
 @of_adafactor
 def test_nothing_of_adafactor_is_compiled_twice():
     changes = found(ADAFACTOR, "changes")

@@ -31,7 +31,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], torch.dtype]] = {
     "AdamW-measured": ("AdamW", {"track_statistics": True}, torch.bfloat16),
 }
 
-QUICK = ("AdamW", "AdamW-master_weights", "Adafactor", "Lion", "AdamW-skips")
+QUICK = ("AdamW", "AdamW-master_weights", "Lion", "AdamW-skips")
 ROWS = [
     pytest.param(kind, backend, id=f"{kind}-{backend}", marks=marks)
     for kind in KINDS

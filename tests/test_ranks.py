@@ -8,7 +8,7 @@ from helpers.processes import run_together
 
 from fusedopt import AdamW, register_step_in_backward
 
-pytestmark = pytest.mark.xdist_group("ranks")  # one start of the processes
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]  # one start of the processes
 
 SAYS = {
     "a gradient is missing": "the gradient of parameter first, of shape (4, 3), is there on rank 0 and missing on",
@@ -39,7 +39,6 @@ def of_all(results, *key):
     return [each[key] for each in results]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name, spoilt, layout", two.cases())
 def test_processes_that_differ_raise_together_or_do_the_same(results, name, spoilt, layout):
     first, second = each = of_all(results, name, spoilt, layout)
