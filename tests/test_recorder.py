@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -282,3 +283,6 @@ def test_an_empty_record_and_a_negative_start_are_refused() -> None:
         verify_schedule(LRRecorder(sgd()), schedules.ConstantSchedule())
     with pytest.raises(ValueError, match="first_step must be a whole number >= 0, got -1"):
         LRRecorder(sgd(), first_step=-1)
+    for wrong in (math.inf, math.nan, 10**400):
+        with pytest.raises(ValueError, match="first_step must be a finite number, got"):
+            LRRecorder(sgd(), first_step=wrong)

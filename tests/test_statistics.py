@@ -395,6 +395,69 @@ def test_norms_are_right_up_to_1e154_and_inf_beyond(backend):
         assert p.eq(0.0).all()
 
 
+EVERY_WAY = [(), (1,), (5,), (1023,), (1024,), (1025,), (2048,), (5000,), (1 << 14 | 1,), (40, 33), (190, 200)]
+"""Numbers, whole rows of what is added up at a time and rests of one element, what is joined, cut, or done in tiles."""
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"track_statistics": True},
+        {"track_statistics": True, "max_grad_norm": 1.0},
+        {"track_statistics": True, "skip_nonfinite": True},
+        {"skip_outliers": 3.0, "max_grad_norm": 1.0},
+        {},
+    ],
+    ids=str,
+)
+@every_optimizer
+def test_a_step_ends_however_large_its_numbers_are(name, options):
+    """float64 gradients, weights and updates whose squares overflow, together and one by one."""
+    for shapes in (EVERY_WAY, *([shape] for shape in EVERY_WAY)):
+        for large in ("gradient", "weight", "both"):
+            params = [nn.Parameter(torch.ones(shape, dtype=torch.float64)) for shape in shapes]
+            for p in params:
+                p.data.mul_(1.0 if large == "gradient" else 1e200)
+                p.grad = torch.full_like(p, 1.0 if large == "weight" else 1e200)
+            optimizer = made(name, params, **options)
+            optimizer.step()
+            beyond = large != "weight"
+            if options.get("track_statistics"):
+                grad_norm, weight_norm = optimizer.statistics.tensor[:, :2].unbind(1)
+                assert grad_norm.isinf().all() or not beyond
+                assert weight_norm.isinf().all() or large == "gradient"
+            if options:
+                assert math.isinf(float(optimizer.grad_norm or 0.0)) == (beyond and len(options) > 1)
+            optimizer.step()
+            skips = optimizer.skipped_steps is not None
+            assert int(optimizer.skipped_steps or 0) == (2 if beyond and skips else 0)
+            taken = 0.0 if beyond and skips else 2.0
+            assert all(float(state["step"]) == taken for state in optimizer.state.values() if state)
+
+
+@pytest.mark.filterwarnings("error")
+@every_optimizer
+def test_sums_that_overflow_are_inf_without_a_word(name):
+    """Of rows whose own sums do not. numpy would warn, and raise where it is told to."""
+    p = nn.Parameter(torch.full((4 * 1024,), 4e152, dtype=torch.float64))
+    optimizer = made(name, [p], track_statistics=True)
+    p.grad = p.detach().clone()
+    optimizer.step()
+    assert optimizer.statistics.tensor[0, :2].tolist() == [math.inf, math.inf]
+
+
+@pytest.mark.parametrize("clipping", [{}, {"clipvalue": 1.0}, {"clipnorm": 1.0}, {"global_clipnorm": 1.0}], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_square_of_a_scale_may_overflow(backend, clipping):
+    cases = ((1e200, 0.0, 0.0), (1e200, 1e-150, 1e50), (1e-200, 1e140, 1e-60), (1e-200, 1e200, math.inf))
+    for scale, size, seen in cases:
+        p = nn.Parameter(torch.ones(4, dtype=torch.float64))
+        optimizer = AdamWeightDecay([("w", p)], backend=backend, track_statistics=True, **clipping)
+        optimizer.apply_gradients([(torch.full_like(p, size / 2.0), p)], scale=scale)
+        assert optimizer.statistics.to_dict()["grad_norm/w"] == pytest.approx(seen, rel=RTOL, abs=0.0)
+
+
 def test_gradients_before_keras_clipping_wait_for_nothing_whichever_there_are(monkeypatch):
     params = parameters(torch.float32)
     optimizer = AdamWeightDecay(params, clipnorm=0.01, track_statistics=True)

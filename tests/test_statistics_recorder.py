@@ -389,6 +389,10 @@ def test_a_copy_of_the_optimizer_has_no_recorder(copied):
         pytest.param(
             lambda: StatisticsRecorder(made()[1], first_step=-1), "first_step must be .* >= 0, got -1", id="first step"
         ),
+        pytest.param(lambda: StatisticsRecorder(made()[1], limit=math.inf), "limit must be .* >= 2, got inf", id="inf"),
+        pytest.param(
+            lambda: StatisticsRecorder(made()[1], first_step=math.nan), "first_step must be .* >= 0, got nan", id="nan"
+        ),
         pytest.param(lambda: StatisticsRecorder(made()[1]).plot(), "no step was measured", id="an empty plot"),
     ],
 )

@@ -109,7 +109,7 @@ class Tracker:
             # Into views: an index would have to be copied to the device.
             column = self.sums[device][:, PLACES.gradient].unbind()
             own = [column[self._places[params[i]]] for i in which]
-            writing.append(partial(torch._foreach_copy_, own, list((squares * on_device**2).unbind())))
+            writing.append(partial(torch._foreach_copy_, own, list((squares * on_device * on_device).unbind())))
 
         def write() -> None:
             for copy in writing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Protocol
@@ -118,7 +119,7 @@ class StatisticsRecorder:
                 "track_statistics=N to measure every N-th step"
             )
         for name, value, least in (("limit", limit, 2), ("first_step", first_step, 0)):
-            if int(value) != value or value < least:
+            if isinstance(value, str) or not least <= value < math.inf or int(value) != value:
                 raise ValueError(f"{name} must be a whole number >= {least}, got {value}")
         self.optimizer = inner
         self.writer = writer

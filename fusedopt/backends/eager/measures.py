@@ -29,17 +29,18 @@ class Measure:
     """
 
     def __init__(self, sums: Tensor, places: np.ndarray, factor: float) -> None:
-        self._sums, self._places, self._square = sums, places, factor * factor
+        self._sums, self._places, self._factor = sums, places, factor
         self._array = sums.numpy() if sums.device.type == "cpu" else None
 
     def at(self, which: Sequence[int]) -> "Measure":
         """The same for some of the parameters."""
-        return Measure(self._sums, self._places[list(which)], self._square**0.5)
+        return Measure(self._sums, self._places[list(which)], self._factor)
 
     def begin(self) -> None:
         """Forgets the last step."""
         self._sums[torch.from_numpy(self._places).to(self._sums.device)] = 0.0
 
+    @np.errstate(all="ignore")
     def add(
         self,
         which: Sequence[int],
@@ -62,7 +63,7 @@ class Measure:
         if not sum(sizes):
             return
         rows = self._places[which[0]] if len(sizes) == 1 else self._places[list(which)]
-        self._add(PLACES.gradient, rows, _squares(g, sizes) * self._square)
+        self._add(PLACES.gradient, rows, _squares(g, sizes) * self._factor * self._factor)  # its square may overflow
         self._add(PLACES.weight, rows, _squares(old, sizes))
         if new is None:
             return

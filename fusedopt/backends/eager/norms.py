@@ -63,7 +63,8 @@ def sum_of_squares(t: Tensor) -> float:
         own = torch.linalg.vector_norm(rows if t.dtype == dtype else rows.to(dtype), dim=1).numpy().astype(np.float64)
         total = float(np.add.reduce(np.square(own, out=own)))
         if rest is not None:
-            total += torch.linalg.vector_norm(rest, dtype=dtype).item() ** 2
+            last = torch.linalg.vector_norm(rest, dtype=dtype).item()
+            total += last * last  # ** would raise where this is inf
         if dtype == torch.float64 or are_kept(total, numel):
             break
     return total
