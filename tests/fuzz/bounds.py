@@ -33,6 +33,9 @@ class Arithmetic(NamedTuple):
 FLOAT32 = Arithmetic(2.0**-24, 2.0**-149, 1e38)
 FLOAT64 = Arithmetic(2.0**-53, 2.0**-1074, 1e308)
 
+LARGEST_NORM = np.sqrt(Exact(np.finfo(np.float64).max))
+"""Of what float64 can hold the square of: 1.34e154."""
+
 SLACK = 4.0
 """Roundings per operation here: an implementation may do more of them, in another order, as when it multiplies by
 factors that were worked out before, or by 1 - decay instead of subtracting."""
@@ -141,7 +144,18 @@ class Bound:
     def norm(self) -> "Bound":
         """Of all elements together, added up in at least 8 sums, of rows of a thousand where there are many."""
         root, own = (np.sqrt(np.square(x).sum()) for x in (self.value, self.error))
-        return self._rounded(self, root, own + root * self.kind.unit * (SLACK + min(self.value.size, 1 << 14) / 8.0))
+        rounding = root * self.kind.unit * (SLACK + min(self.value.size, 1 << 14) / 8.0)
+        return self._rounded(self, root, own + rounding).kept_as_square(self.value.size)
+
+    def kept_as_square(self, terms: int = 1) -> "Bound":
+        """A norm that was a float64 sum of so many squares: inf where that overflows, and less what underflows in it."""
+        lost = np.where(self.value > 0.0, terms * FLOAT64.least, 0.0)
+        square = np.square(self.value)
+        below, above = np.sqrt(np.maximum(square - lost, 0.0)), np.sqrt(square + lost)
+        error = self.error + np.where(np.isfinite(square), np.maximum(self.value - below, above - self.value), 0.0)
+        certain = self.value - error > LARGEST_NORM
+        error = np.where(self.value + error > LARGEST_NORM, np.inf, error)
+        return Bound(np.where(certain, np.inf, self.value), np.where(certain, 0.0, error), self.kind)
 
     def reshape(self, *shape: Any) -> "Bound":
         return Bound(self.value.reshape(*shape), self.error.reshape(*shape), self.kind)

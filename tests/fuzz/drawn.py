@@ -33,7 +33,7 @@ def specs(draw: Any, dtype: torch.dtype, large: bool) -> Spec:
         draw(shapes(large and draw(st.integers(0, 5)) == 0)),
         draw(st.sampled_from(DTYPES)) if draw(st.integers(0, 4)) == 0 else dtype,
         draw(st.sampled_from((*LAYOUTS, "shared"))),
-        draw(st.sampled_from((1.0, 1e-2, 0.0, 100.0))),
+        draw(st.sampled_from((1.0, 1e-2, 0.0, 100.0, 1e200 if dtype == torch.float64 else 1.0))),
         draw(st.integers(0, 6)) > 0,
     )
 
@@ -154,7 +154,7 @@ def grads(draw: Any) -> Grads:
         draw(st.integers(0, 999)),
         draw(st.sampled_from(SIZES)),
         tuple(sorted(draw(st.sets(st.integers(0, 5), max_size=2)))),
-        draw(st.sampled_from((math.nan, math.inf, -math.inf, 1e30, -0.0))) if draw(st.integers(0, 5)) == 0 else None,
+        draw(st.sampled_from((math.nan, math.inf, -math.inf, 1e30, -1e200, -0.0))) if draw(st.integers(0, 5)) == 0 else None,
         draw(st.sampled_from((*LAYOUTS, "expanded"))),
         draw(st.sampled_from((None, *DTYPES))) if way == "apply" else None,
         way,

@@ -106,9 +106,8 @@ UPDATES = {"AdamW": adamw, "AdamWeightDecay": adamw, "Adafactor": adafactor, "Li
 
 def norm_of_all(grads: Sequence[Bound]) -> Bound:
     """The norm of all gradients together, as bound of a float64 number: each was added up in its own arithmetic."""
-    value = np.sqrt(sum((np.square(g.value).sum() for g in grads), Exact(0.0)))
-    error = np.sqrt(sum((np.square(g.norm().error) for g in grads), Exact(0.0)))
-    return Bound.of(value, FLOAT64, np.where(np.isnan(error), np.inf, error) if np.isfinite(value) else 0.0)
+    norms = [g.norm() for g in grads]
+    return Bound(*(np.asarray([getattr(n, name) for n in norms]) for name in ("value", "error")), FLOAT64).norm()
 
 
 def clip_factor(norm: Bound, largest: float) -> Bound:
@@ -122,7 +121,9 @@ def keras_clipped(grads: list[Bound], clipping: Mapping[str, float | None]) -> l
     def by_norm(gs: list[Bound], bound: float) -> list[Bound]:
         norm = norm_of_all(gs)
         if not np.isfinite(norm.value):
-            return [g * np.nan for g in gs]
+            # The norm of one number needs no square, which would overflow.
+            sure = not all(np.isfinite(g.value).all() for g in gs)
+            return [g * Bound.of(np.nan, FLOAT64, 0.0 if sure else np.inf) for g in gs]
         return [g * (scalar(bound) / norm.maximum(max(bound, 1e-300))) for g in gs]
 
     value, each, together = (clipping[name] for name in ("clipvalue", "clipnorm", "global_clipnorm"))
@@ -140,20 +141,48 @@ class Averages:
     """
 
     def __init__(self, count: float = 0.0, mean: float = 0.0, variance: float = 0.0) -> None:
-        self.moments = count, mean, variance
+        self.count, self.mean, self.variance = scalar(count), scalar(mean), scalar(variance)
 
-    def usual(self, deviations: float) -> float:
+    def usual(self, deviations: float) -> Bound:
         """The largest norm that is no outlier."""
-        count, mean, variance = self.moments
-        return mean + deviations * max(variance**0.5, 0.01 * mean) if count >= 100 else np.inf
+        if self.count.value < 100:
+            return scalar(np.inf)
+        return self.mean + self.variance.sqrt().maximum(0.01 * self.mean) * deviations
 
-    def enter(self, norm: float) -> None:
+    def enter(self, norm: Bound) -> None:
         """Counts a norm in."""
-        count, mean, variance = self.moments
-        weight = max(1.0 / (count + 1.0), 0.01)
-        new = (1.0 - weight) * mean + weight * norm
-        spread = (1.0 - weight) * (variance + (mean - new) ** 2) + weight * (norm - new) ** 2
-        self.moments = count + 1.0, new, spread
+        weight = max(1.0 / float(self.count.value + 1.0), 0.01)
+        distance = norm - self.mean
+        self.count = scalar(self.count.value + 1.0)
+        self.mean = self.mean + distance * weight
+        self.variance = (self.variance + distance * weight * distance) * (1.0 - weight)
+
+
+class Unclear(Exception):
+    """Numbers are too close to a limit to tell on which side of it they are."""
+
+
+def is_finite(number: Bound) -> bool:
+    """Whether a number is neither inf nor NaN.
+
+    Raises:
+        Unclear: it may be.
+    """
+    if np.isinf(number.error):
+        raise Unclear
+    return bool(np.isfinite(number.value))
+
+
+def is_above(number: Bound, limit: Bound) -> bool:
+    """Whether one number is larger than the other.
+
+    Raises:
+        Unclear: it may be either.
+    """
+    margin = number.error + limit.error
+    if np.isinf(margin) or (margin > 0.0 and abs(number.value - limit.value) <= margin):
+        raise Unclear
+    return bool(number.value > limit.value)
 
 
 # Random bits: "lowbias32" of C. Wellons, "Prospecting for Hash Functions", twice, keyed by seed, parameter and step.

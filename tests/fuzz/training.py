@@ -144,7 +144,7 @@ class Expected:
     count: float
     words: np.ndarray | None = None
     old: Tensor | None = None
-    grad: Bound | None = None
+    grad_norm: Bound | None = None
     """Unscaled, before clipping."""
     moved: bool = False
 
@@ -358,7 +358,9 @@ class Training:
                 count += advance
             own = Expected(exactly, dict(state), count, old=old)
             if p in present:
-                own.grad = raw[p] * factor
+                # Kernels read a wider gradient in the parameter's arithmetic.
+                seen = raw[p] if self.optimizer.backend == "eager" else raw[p].read_in(arithmetic_of(p.dtype))
+                own.grad_norm = (seen.norm() * abs(factor)).kept_as_square()
                 if not skipped:
                     # What an infinite average becomes depends on the order of operations: inf, or inf - inf.
                     moments = {
@@ -377,23 +379,22 @@ class Training:
         return expected, norm, skipped
 
     def verdict(self, norm: Bound, found_inf: bool) -> bool:
-        """Whether the guard skips the step; counts why. What is too close to tell is the optimizer's to say."""
-        limits, value = self.setup.options, float(norm.value)
-        above = limits.get("skip_grad_norm_above") or np.inf
-        deviations = limits.get("skip_outliers") or np.inf
-        usual = self.averages.usual(deviations)
+        """Whether the guard skips the step; counts why."""
+        limits = self.setup.options
+        above = formulas.scalar(limits.get("skip_grad_norm_above") or np.inf)
+        usual = self.averages.usual(limits["skip_outliers"]) if limits.get("skip_outliers") else formulas.scalar(np.inf)
         reason = None
-        if not np.isfinite(value):
+        if not formulas.is_finite(norm):
             reason = "nonfinite"
-        elif value > above:
+        elif formulas.is_above(norm, above):
             reason = "grad_norm_above"
-        elif value > usual:
+        elif formulas.is_above(norm, usual):
             reason = "outliers"
+        enters = not found_inf and reason != "nonfinite" and formulas.is_above(norm, formulas.scalar(0.0))
         if reason is not None:
             self.reasons[reason] += 1
-        entering = min(value, above, usual)
-        if not found_inf and np.isfinite(value) and value > 0.0:
-            self.averages.enter(entering)
+        if enters:
+            self.averages.enter(norm.minimum(above).minimum(usual))
         return found_inf or reason is not None
 
     def options_for(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
@@ -535,10 +536,9 @@ class Training:
             wrong.append(f"skipped steps are {dict(counted)}, expected {self.reasons}")
         if norm is not None and self.setup.options.get("skip_outliers"):
             saved = self.optimizer.state_dict()["param_groups"][0]["grad_norm_average"]
-            count, mean, _ = self.averages.moments
-            close = np.allclose(saved, self.averages.moments, rtol=1e-5, atol=1e-6 * max(mean, float(norm.value)) ** 2)
-            if saved[0] != count or not close:
-                wrong.append(f"averages of norms are {saved}, expected {self.averages.moments}")
+            for name, value in zip(("count", "mean", "variance"), saved, strict=True):
+                expected = getattr(self.averages, name)
+                wrong.append(misfit(torch.tensor(value, dtype=torch.float64), expected, None, f"{name} of norms"))
             self.averages = formulas.Averages(*saved)
 
     def wrong_statistics(self, expected: dict[Tensor, Expected], wrong: list[str | None], measured: bool) -> None:
@@ -548,21 +548,19 @@ class Training:
         rows = self.optimizer.statistics.tensor.numpy()
         for i, (p, group) in enumerate(self.pairs):
             own, row = expected[p], rows[i]
-            if own.grad is None:
+            if own.grad_norm is None:
                 if not np.isnan(row).all():
                     wrong.append(f"statistics of parameter {i}, which had no gradient, are {row}")
                 continue
             old = Bound.of(exact(own.old), arithmetic_of(p.dtype))
             change = own.weight - old if own.moved else Bound.of(np.zeros_like(old.value), old.kind)
-            update, weight, grad = change.norm(), old.norm(), own.grad
-            if self.optimizer.backend != "eager":  # kernels read a wider gradient in the parameter's arithmetic
-                grad = Bound(grad.value, grad.error, arithmetic_of(p.dtype)) * 1.0
+            update, weight = change.norm(), old.norm()
             largest = abs(change.value).max(initial=0.0), change.error.max(initial=0.0)
             for name, value, bound in zip(
                 ("grad_norm", "weight_norm", "update_norm", "largest_update", "update_to_weight"),
                 row,
                 (
-                    grad.norm(),
+                    own.grad_norm,
                     weight,
                     update,
                     Bound(np.asarray(largest[0]), np.asarray(largest[1]), update.kind),
