@@ -152,6 +152,28 @@ def test_past_the_largest_number_it_saturates_and_what_is_not_finite_stays(half)
         assert_same(target, expected, equal_nan=True)
 
 
+@each_half
+def test_float64_that_float32_cannot_hold_saturates_too(half):
+    largest = torch.finfo(half).max
+    x = torch.tensor([3.5e38, -1e300, torch.inf, -torch.inf, torch.nan, 1e-300], dtype=torch.float64)
+    target = torch.empty(len(x), dtype=half)
+    round_into(target, x, torch.full(x.shape, 0xFFFF, dtype=torch.int32))
+    expected = torch.tensor([largest, -largest, torch.inf, -torch.inf, torch.nan, 0.0], dtype=half)
+    assert_same(target, expected, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+@every_backend
+def test_an_average_of_squares_of_float64_saturates(backend, device):
+    """One outlier does not freeze a weight for ever, as an infinite average would."""
+    p = torch.nn.Parameter(torch.ones(4, dtype=torch.float64, device=device if backend == "triton" else CPU))
+    optimizer = AdamW([p], betas=(0.0, 0.5), state_dtype=torch.bfloat16, backend=backend)
+    p.grad = torch.tensor([1.0, 1e30, torch.inf, torch.nan], dtype=p.dtype, device=p.device)
+    optimizer.step()
+    expected = torch.tensor([0.5, torch.finfo(torch.bfloat16).max, torch.inf, torch.nan], dtype=torch.bfloat16)
+    assert_same(optimizer.state[p]["exp_avg_sq"].cpu(), expected, equal_nan=True)
+
+
 @NEEDS_TRITON
 @each_half
 def test_kernels_round_to_the_same_bits(half, device):

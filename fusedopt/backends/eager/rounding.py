@@ -30,7 +30,7 @@ def rounded(exact: Tensor, dtype: torch.dtype, bits: Tensor | None = None) -> Te
         return exact
     if exact.dtype == torch.float64:
         # Through float32 a number may come to lie on a tie; for random bits, 2^-24 of it does not matter.
-        exact = _to_odd(exact) if bits is None else exact.to(torch.float32)
+        exact = _to_odd(exact) if bits is None else _finite_float32(exact)
     if bits is None:
         return exact
     return (_stochastic_bfloat16 if dtype == torch.bfloat16 else _stochastic_float16)(exact, bits)
@@ -53,6 +53,12 @@ def _to_odd(exact: Tensor) -> Tensor:
     inexact = (exact - nearest).abs() > 0.0
     toward_zero = bits - (nearest.double().abs() > exact.abs()).int()
     return torch.where(inexact, toward_zero | 1, bits).view(torch.float32)
+
+
+def _finite_float32(exact: Tensor) -> Tensor:
+    """float32 of float64; of what is too large, the largest number."""
+    largest = torch.finfo(torch.float32).max
+    return torch.where(exact.isinf(), exact, exact.clamp(-largest, largest)).to(torch.float32)
 
 
 def _stochastic_bfloat16(x: Tensor, bits: Tensor) -> Tensor:
