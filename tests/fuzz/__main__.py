@@ -1,8 +1,9 @@
 """`python -m fuzz --minutes 30` (`make fuzz MINUTES=30`): random examples until the time is over, or one fails.
 
-Prints a line now and then: minutes, examples and steps so far, failures. Every round begins with a seed that is printed
-and that `--seed` repeats. A failure is shrunk, printed, and kept in `.hypothesis/fuzz`: the next run tries it first.
-Returns 1 if something failed.
+Prints a line for each round: minutes, examples and steps so far, failures. A round begins with a seed, which `--seed`
+repeats. A failure is printed at once, then shrunk for two minutes at most, also beyond the end of the time, and printed
+again, as Python that does it once more; it is kept in `.hypothesis/fuzz`: the next run tries it first. Returns 1 if
+something failed.
 """
 
 import argparse
@@ -10,18 +11,21 @@ import os
 import random
 import sys
 import time
+import traceback
 import warnings
 from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from hypothesis import HealthCheck, Verbosity, seed, settings
+import torch
+from hypothesis import HealthCheck, Phase, Verbosity, seed, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 from hypothesis.stateful import run_state_machine_as_test
 
 from fuzz import drawn
-from fuzz.machine import COUNTED, machine
+from fuzz.machine import machine
+from fuzz.watch import Enough, Watch
 
 DATABASE = Path(".hypothesis/fuzz")
 STEPS = 15
@@ -39,6 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, help="so many rounds at most")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
+    torch.set_printoptions(precision=17)  # of options that are tensors
+    watch = Watch()
     database = DirectoryBasedExampleDatabase(DATABASE)
     began, number, failures = time.monotonic(), 0, 0
     first = random.SystemRandom().randrange(1 << 32) if options.seed is None else options.seed
@@ -49,11 +55,12 @@ def main(arguments: list[str] | None = None) -> int:
         own = first + number
         number += 1
         print(
-            f"{passed / 60:5.1f} min  {COUNTED['examples']:6d} examples  {COUNTED['steps']:7d} steps  "
+            f"{passed / 60:5.1f} min  {watch.examples:6d} examples  {watch.steps:7d} steps  "
             f"{failures} failures  next: {name} on {', '.join(backends)}, --seed {own}",
             flush=True,
         )
-        under_test = seed(own)(machine(name, backends, large=backends == ("eager",)))
+        watch.begin_round()
+        under_test = seed(own)(machine(name, backends, large=backends == ("eager",), watch=watch))
         try:
             run_state_machine_as_test(
                 under_test,
@@ -63,14 +70,18 @@ def main(arguments: list[str] | None = None) -> int:
                     database=database,
                     deadline=None,
                     suppress_health_check=list(HealthCheck),
-                    verbosity=Verbosity.normal,
+                    phases=(Phase.reuse, Phase.generate, Phase.shrink),
+                    report_multiple_bugs=False,
+                    verbosity=Verbosity.quiet,
                 ),
             )
-        except Exception as error:
+        except (Exception, Enough) as error:
             failures += 1
-            print(f"\n{type(error).__name__}: {error}", *getattr(error, "__notes__", []), sep="\n", flush=True)
+            traceback.print_exception(watch.error or error, file=sys.stdout)
+            ended = "after shrinking for long enough" if isinstance(error, Enough) else f"with {type(error).__name__}"
+            print(f"\n--seed {own} failed, {ended}; its shortest example:", *watch.failing, "", sep="\n", flush=True)
     minutes = (time.monotonic() - began) / 60
-    print(f"{minutes:5.1f} min  {COUNTED['examples']:6d} examples  {COUNTED['steps']:7d} steps  {failures} failures")
+    print(f"{minutes:5.1f} min  {watch.examples:6d} examples  {watch.steps:7d} steps  {failures} failures")
     return 1 if failures else 0
 
 

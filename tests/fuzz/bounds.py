@@ -145,15 +145,17 @@ class Bound:
         """Of all elements together, added up in at least 8 sums, of rows of a thousand where there are many."""
         root, own = (np.sqrt(np.square(x).sum()) for x in (self.value, self.error))
         rounding = root * self.kind.unit * (SLACK + min(self.value.size, 1 << 14) / 8.0)
-        return self._rounded(self, root, own + rounding).kept_as_square(self.value.size)
+        error = own + np.where(np.isfinite(root), rounding, 0.0)  # an infinity is not rounded
+        return self._rounded(self, root, error).kept_as_square(self.value.size)
 
     def kept_as_square(self, terms: int = 1) -> "Bound":
-        """A norm that was a float64 sum of so many squares: inf where that overflows, and less what underflows in it."""
+        """A norm that was a float64 sum of so many squares: inf where that overflows, without what underflows."""
         lost = np.where(self.value > 0.0, terms * FLOAT64.least, 0.0)
         square = np.square(self.value)
         below, above = np.sqrt(np.maximum(square - lost, 0.0)), np.sqrt(square + lost)
-        error = self.error + np.where(np.isfinite(square), np.maximum(self.value - below, above - self.value), 0.0)
-        certain = self.value - error > LARGEST_NORM
+        with np.errstate(invalid="ignore"):
+            error = self.error + np.where(np.isfinite(square), np.maximum(self.value - below, above - self.value), 0.0)
+            certain = self.value - error > LARGEST_NORM
         error = np.where(self.value + error > LARGEST_NORM, np.inf, error)
         return Bound(np.where(certain, np.inf, self.value), np.where(certain, 0.0, error), self.kind)
 

@@ -18,6 +18,10 @@ SMALL_SHAPES = (
 LARGE_SHAPES = ((190, 200), (33, 1100), (70_000,), (3, 5, 40, 50), (520, 520))
 """Some are beyond the sizes from which the eager backend goes other ways."""
 
+SEEDS = st.tuples(st.integers(0, 9), st.integers(0, 99)).map(lambda x: 100 * x[0] + x[1])
+"""Of two numbers below 100: hypothesis prefers larger ones that stand in the source of the package, so that every edit
+there would draw other examples."""
+
 SIZES = (1.0, 1e-3, 30.0, 1.0, 1e-6, 0.0, 1e4)
 
 
@@ -151,10 +155,12 @@ def grads(draw: Any) -> Grads:
     """The gradients of a step."""
     way = draw(st.sampled_from(("step", "step", "apply", "closure", "scaler", "unscaled", "backward")))
     return Grads(
-        draw(st.integers(0, 999)),
+        draw(SEEDS),
         draw(st.sampled_from(SIZES)),
         tuple(sorted(draw(st.sets(st.integers(0, 5), max_size=2)))),
-        draw(st.sampled_from((math.nan, math.inf, -math.inf, 1e30, -1e200, -0.0))) if draw(st.integers(0, 5)) == 0 else None,
+        draw(st.sampled_from((math.nan, math.inf, -math.inf, 1e30, -1e200, -0.0)))
+        if draw(st.integers(0, 5)) == 0
+        else None,
         draw(st.sampled_from((*LAYOUTS, "expanded"))),
         draw(st.sampled_from((None, *DTYPES))) if way == "apply" else None,
         way,

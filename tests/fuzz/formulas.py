@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fuzz.bounds import FLOAT64, Bound, Exact
+from fuzz.bounds import FLOAT64, Bound
 
 State = Mapping[str, Bound]
 Updated = tuple[Bound, dict[str, Bound]]
@@ -158,7 +158,7 @@ class Averages:
         self.variance = (self.variance + distance * weight * distance) * (1.0 - weight)
 
 
-class Unclear(Exception):
+class UnclearError(Exception):
     """Numbers are too close to a limit to tell on which side of it they are."""
 
 
@@ -166,10 +166,10 @@ def is_finite(number: Bound) -> bool:
     """Whether a number is neither inf nor NaN.
 
     Raises:
-        Unclear: it may be.
+        UnclearError: it may be.
     """
     if np.isinf(number.error):
-        raise Unclear
+        raise UnclearError
     return bool(np.isfinite(number.value))
 
 
@@ -177,11 +177,11 @@ def is_above(number: Bound, limit: Bound) -> bool:
     """Whether one number is larger than the other.
 
     Raises:
-        Unclear: it may be either.
+        UnclearError: it may be either.
     """
     margin = number.error + limit.error
     if np.isinf(margin) or (margin > 0.0 and abs(number.value - limit.value) <= margin):
-        raise Unclear
+        raise UnclearError
     return bool(number.value > limit.value)
 
 

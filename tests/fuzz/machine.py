@@ -1,7 +1,8 @@
 """Events in random order, each followed by a step, as hypothesis draws and shrinks them."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import hypothesis.strategies as st
@@ -11,13 +12,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from fuzz import drawn
 from fuzz.events import Run
-from fuzz.formulas import Unclear
+from fuzz.formulas import UnclearError
 from fuzz.training import LAYOUTS, Grads, Setup
+from fuzz.watch import Watch
 
 PLACES = st.integers(0, 7)
-
-COUNTED = {"examples": 0, "steps": 0}
-"""What has run in this process, shrinking included."""
 
 BAD_OPTIONS = (
     *(("lr", math.nan), ("lr", -1.0), ("lr", torch.ones(2)), ("weight_decay", None), ("weight_decay", -0.1)),
@@ -69,26 +68,40 @@ def events(name: str, backends: tuple[str, ...]) -> dict[str, dict[str, st.Searc
     }
 
 
-def machine(name: str, backends: tuple[str, ...], *, large: bool = False) -> type[RuleBasedStateMachine]:
+def machine(
+    name: str, backends: tuple[str, ...], *, large: bool = False, watch: Watch | None = None
+) -> type[RuleBasedStateMachine]:
     """The machine of one optimizer, which begins on the first backend; checkpoints go to any."""
+    watch = watch or Watch()
 
     class Machine(RuleBasedStateMachine):
         run: Run
 
         @initialize(setup=drawn.setups(name, backends[0], large))
         def begin(self, setup: Setup) -> None:
-            self.run = Run(setup)
-            COUNTED["examples"] += 1
+            watch.begin_example()
+            with watched("run = Run", {"setup": setup}):
+                self.run = Run(setup)
+
+    @contextmanager
+    def watched(call: str, arguments: dict[str, Any]) -> Iterator[None]:
+        watch.begin(call, arguments)
+        try:
+            yield
+        except UnclearError:
+            reject()
+        except Exception as error:
+            watch.failed(error)
+            raise
 
     def happening(method: str) -> Callable[..., None]:
         def happens(self: Any, then: Grads, **arguments: Any) -> None:
             event(method)
-            getattr(self.run, method)(**arguments)
-            try:
+            with watched(f"run.{method}", arguments):
+                getattr(self.run, method)(**arguments)
+            with watched("run.step", {"how": then}):
                 self.run.step(then)
-            except Unclear:
-                reject()
-            COUNTED["steps"] += 1
+            watch.steps += 1
 
         happens.__name__ = method
         return happens
