@@ -1,9 +1,8 @@
-"""`python -m fuzz --minutes 30` (`make fuzz MINUTES=30`): random examples until the time is over, or one fails.
+"""`python -m fuzz --minutes 30` (`make fuzz MINUTES=30`): random examples until the time is over.
 
-Prints a line for each round: minutes, examples and steps so far, failures. A round begins with a seed, which `--seed`
-repeats. A failure is printed at once, then shrunk for two minutes at most, also beyond the end of the time, and printed
-again, as Python that does it once more; it is kept in `.hypothesis/fuzz`: the next run tries it first. Returns 1 if
-something failed.
+Prints a line for each round: minutes, examples and steps so far, failures, and the options that repeat it. A failure is
+told at once, shrunk for two minutes at most, also beyond the end of the time, and printed as Python that does it once
+more. It is kept in `.hypothesis/fuzz`, and the next run tries it first. Returns 1 if something failed.
 """
 
 import argparse
@@ -31,15 +30,16 @@ DATABASE = Path(".hypothesis/fuzz")
 STEPS = 15
 """Events of an example."""
 
-EXAMPLES = {("eager",): 40, ("triton", "eager"): 6}
-"""Examples of a round, by the backends that it goes over: in the interpreter, a step takes a hundred times as long."""
+EXAMPLES = {"eager": 40, "triton": 6}
+"""Examples of a round, by the backend that they begin on: in the interpreter, a step takes a hundred times as long."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fuzz", description="fuzzes the optimizers until the time is over")
     parser.add_argument("--minutes", type=float, default=30.0, help="how long (default: %(default)s)")
-    parser.add_argument("--seed", type=int, help="of the first round, as a former run printed it")
+    parser.add_argument("--seed", type=int, help="of the first round")
     parser.add_argument("--optimizers", nargs="+", choices=drawn.NAMES, default=drawn.NAMES)
+    parser.add_argument("--on", nargs="+", choices=list(EXAMPLES), default=list(EXAMPLES), help="backends")
     parser.add_argument("--rounds", type=int, help="so many rounds at most")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
@@ -51,21 +51,22 @@ def main(arguments: list[str] | None = None) -> int:
     while (passed := time.monotonic() - began) < 60.0 * options.minutes and number != options.rounds:
         # The first round of each optimizer is eager, the second interpreted, and so on.
         name = options.optimizers[number % len(options.optimizers)]
-        backends = list(EXAMPLES)[number // len(options.optimizers) % len(EXAMPLES)]
-        own = first + number
-        number += 1
+        backend = options.on[number // len(options.optimizers) % len(options.on)]
+        again = f"--seed {first + number} --optimizers {name} --on {backend}"
         print(
             f"{passed / 60:5.1f} min  {watch.examples:6d} examples  {watch.steps:7d} steps  "
-            f"{failures} failures  next: {name} on {', '.join(backends)}, --seed {own}",
+            f"{failures} failures  next: {again}",
             flush=True,
         )
         watch.begin_round()
-        under_test = seed(own)(machine(name, backends, large=backends == ("eager",), watch=watch))
+        backends = ("eager",) if backend == "eager" else ("triton", "eager")
+        under_test = seed(first + number)(machine(name, backends, large=backend == "eager", watch=watch))
+        number += 1
         try:
             run_state_machine_as_test(
                 under_test,
                 settings=settings(
-                    max_examples=EXAMPLES[backends],
+                    max_examples=EXAMPLES[backend],
                     stateful_step_count=STEPS,
                     database=database,
                     deadline=None,
@@ -79,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
             failures += 1
             traceback.print_exception(watch.error or error, file=sys.stdout)
             ended = "after shrinking for long enough" if isinstance(error, Enough) else f"with {type(error).__name__}"
-            print(f"\n--seed {own} failed, {ended}; its shortest example:", *watch.failing, "", sep="\n", flush=True)
+            print(f"\n{again} failed, {ended}; its shortest example:", *watch.failing, "", sep="\n", flush=True)
     minutes = (time.monotonic() - began) / 60
     print(f"{minutes:5.1f} min  {watch.examples:6d} examples  {watch.steps:7d} steps  {failures} failures")
     return 1 if failures else 0

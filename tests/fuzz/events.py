@@ -14,7 +14,10 @@ from torch import Tensor
 
 from fusedopt import Adafactor, AdafactorSchedule, float32_parameters, get_scheduler, load_float32_parameters
 from fuzz import formulas
-from fuzz.training import HALVES, LAYOUTS, Grads, Group, Snapshot, Training, drawn, made, options_of, weight_of
+from fuzz.comparison import Snapshot
+from fuzz.expectation import settled, state_specs, weight_of
+from fuzz.setups import HALVES, LAYOUTS, Grads, Group, drawn, made, options_of
+from fuzz.training import Training
 
 COMPLETING = {"remainder", "master_weight", "number"}
 """States that a checkpoint leaves out where the parameter's dtype has no use for them any more."""
@@ -235,7 +238,7 @@ class Run(Training):
         begun = max(self.counts.values(), default=0.0) if self.shares_counts else 0.0
         for p, group in self.pairs:
             if p.requires_grad and not self.optimizer.state.get(p):
-                expected[p] = self.settled(p, group, True)
+                expected[p] = settled(self, p, group, True)
                 self.counts[p] = begun
         self.optimizer.init_state()
         for p, own in expected.items():
@@ -318,7 +321,7 @@ class Run(Training):
 
     def check_loaded(self, p: Tensor, group: dict[str, Any], now: dict[str, Tensor], then: dict[str, Tensor]) -> None:
         """A loaded state is what was saved; moments may have the dtype that the next step would give them."""
-        specs = self.specs(p, group)
+        specs = state_specs(self, p, group)
         for name in then.keys() - now.keys():
             assert name in COMPLETING - specs.keys(), f"{name} was lost"
             if name == "number":

@@ -30,6 +30,12 @@ def average(old: Bound, new: Bound, weight: Bound) -> Bound:
     return old * Bound(kept.value, kept.error + old.kind.unit, kept.kind) + new * weight
 
 
+def decayed(p: Bound, share: Bound) -> Bound:
+    """The weight without this share of it. An infinite one times 1 - share is itself; less its product, it is NaN."""
+    new = p - p * share
+    return Bound(new.value, np.where(np.isinf(p.value), np.inf, new.error), new.kind)
+
+
 def adamw(p: Bound, g: Bound, state: State, t: int, o: Mapping[str, Any]) -> Updated:
     """AdamW in one of three conventions."""
     lr, decay, eps = scalar(o["lr"]), scalar(o["weight_decay"]), scalar(o["eps"])
@@ -44,14 +50,14 @@ def adamw(p: Bound, g: Bound, state: State, t: int, o: Mapping[str, Any]) -> Upd
         new["max_exp_avg_sq"] = Bound(v.value, np.where(np.isnan(v.value), np.inf, v.error), v.kind)
     c1, c2 = 1.0 - b1.power(t), 1.0 - b2.power(t)
     if o["convention"] == "torch":
-        p = p - p * (lr * decay)
+        p = decayed(p, lr * decay)
         return p - (m / c1) * lr / ((v / c2).sqrt() + eps), new
     size = lr * c2.sqrt() / c1 if o["correct_bias"] else lr
     if o["convention"] == "keras":
-        p = p - p * (lr * decay)
+        p = decayed(p, lr * decay)
     p = p - m * size / (v.sqrt() + eps)
     if o["convention"] == "transformers":
-        p = p - p * (lr * decay)
+        p = decayed(p, lr * decay)
     return p, new
 
 
@@ -62,7 +68,7 @@ def lion(p: Bound, g: Bound, state: State, t: int, o: Mapping[str, Any]) -> Upda
     g = -g if o["maximize"] else g
     m = state["exp_avg"]
     direction = average(m, g, 1.0 - b1).sign()
-    return p - (direction + p * decay) * lr, {"exp_avg": average(m, g, 1.0 - b2)}
+    return decayed(p, lr * decay) - direction * lr, {"exp_avg": average(m, g, 1.0 - b2)}
 
 
 def relative_rate(t: int, o: Mapping[str, Any]) -> Bound:
@@ -95,7 +101,7 @@ def adafactor(p: Bound, g: Bound, state: State, t: int, o: Mapping[str, Any]) ->
     if o["beta1"] is not None:
         b1 = scalar(o["beta1"])
         u = new["exp_avg"] = average(state["exp_avg"], u, 1.0 - b1)
-    return p - p * (rate * scalar(o["weight_decay"])) - u, new
+    return decayed(p, rate * scalar(o["weight_decay"])) - u, new
 
 
 UPDATES = {"AdamW": adamw, "AdamWeightDecay": adamw, "Adafactor": adafactor, "Lion": lion}

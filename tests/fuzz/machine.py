@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from fuzz import drawn
 from fuzz.events import Run
 from fuzz.formulas import UnclearError
-from fuzz.training import LAYOUTS, Grads, Setup
+from fuzz.setups import LAYOUTS, Grads, Setup
 from fuzz.watch import Watch
 
 PLACES = st.integers(0, 7)
