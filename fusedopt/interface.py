@@ -164,6 +164,11 @@ class ParamSet(NamedTuple):
         )
 
 
+def _quotient(scale: float | Tensor, grad_scale: Tensor | None) -> float:
+    # Of a float and a tensor: a GradScaler that has fallen to 0 makes this inf, as on a device, and raises nothing.
+    return float(scale) if grad_scale is None else float(float(scale) / grad_scale.double())
+
+
 class Measurement(NamedTuple):
     """What a step is asked to measure.
 
@@ -180,7 +185,7 @@ class Measurement(NamedTuple):
 
     def factor(self) -> float:
         """The factor on gradients; waits for the device that knows it."""
-        return float(self.scale) / (1.0 if self.grad_scale is None else float(self.grad_scale))
+        return _quotient(self.scale, self.grad_scale)
 
 
 class StepArgs(NamedTuple):
@@ -223,4 +228,4 @@ class StepArgs(NamedTuple):
 
     def factor(self) -> float:
         """The factor on gradients; waits for the device that knows it."""
-        return float(self.scale) / (1.0 if self.grad_scale is None else float(self.grad_scale))
+        return _quotient(self.scale, self.grad_scale)

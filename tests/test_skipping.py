@@ -245,6 +245,21 @@ def test_a_norm_of_a_step_that_a_scaler_skips_does_not_enter(backend):
     assert optimizer.skipped_steps == 0
 
 
+@pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning")
+@pytest.mark.parametrize("backend", BACKENDS)
+@every_optimizer
+def test_a_scale_that_has_fallen_to_0_is_no_error(name, backend):
+    """Gradients are divided by it, as torch's fused kernels do it, and skipping sees that they are not finite."""
+    optimizer = OPTIMIZERS[name](parameters(), skip_nonfinite=True, track_statistics=True, backend=backend)
+    before = [p.detach().clone() for p in optimizer.param_groups[0]["params"]]
+    for found in (0.0, 1.0):
+        optimizer.grad_scale, optimizer.found_inf = torch.zeros(()), torch.tensor(found)
+        step(optimizer, 1.0)
+        optimizer.forget_scaler()
+        assert_same([p.detach() for p in optimizer.param_groups[0]["params"]], before)
+        assert not optimizer.statistics.tensor[:, 0].isfinite().any()
+
+
 def test_a_scaler_whose_scale_overflows_and_the_averages():
     optimizer = OPTIMIZERS["AdamW"](parameters(), skip_outliers=3.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-60)
