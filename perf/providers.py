@@ -66,6 +66,7 @@ class Provider:
     slack: float = 0.0  # added to the allowed error, for state that is quantised on purpose
     devices: tuple[str, ...] = ("cpu", "cuda")
     mode: str = "eager"  # or "compiled" (`torch.compile` around the step) or "captured" (a CUDA graph of the step)
+    on_request: bool = False  # True if it takes part only where it is named
     clips: bool = False  # True if the training loop clips gradients before the step, and pays for it
     ours: bool = False
     constants: tuple[tuple[str, Any], ...] = ()  # paths of modules' constants and their values; see `setting`
@@ -142,7 +143,7 @@ def _row(rule: str, name: str, optimizer: str, options: Mapping[str, Any] = {}, 
     """Returns a provider whose mode is the last word of its name."""
     mode = name.rpartition(" ")[2]
     if mode in ("captured", "compiled"):
-        fields |= {"mode": mode, "devices": ("cuda",)}
+        fields |= {"mode": mode, "devices": ("cuda",), "on_request": mode == "compiled"}  # which takes minutes
     return Provider(name, rule, optimizer, options, **fields)
 
 
@@ -162,11 +163,22 @@ def _of_rule(name: str, rule: Rule) -> Iterator[Provider]:
 
 _adamw = partial(_row, "adamw", like_torch=True)
 _cuda = partial(_adamw, devices=("cuda",))
+_TORCHS_NUMBERS = {**ADAM, "convention": "torch"}
+
+FLOAT32_COPY, WITH_STATISTICS = "torch fused, float32 copy", "torch fused, statistics"
+"""What is done today where ours has `master_weights` and `track_statistics`."""
 
 PROVIDERS: tuple[Provider, ...] = (
     *(provider for name, rule in RULES.items() for provider in _of_rule(name, rule)),
-    _adamw("fusedopt, torch's numbers", "fusedopt.AdamW", {**ADAM, "convention": "torch"}, ours=True),
+    _adamw("fusedopt, torch's numbers", "fusedopt.AdamW", _TORCHS_NUMBERS, ours=True),
     _row("adamw", "fusedopt, statistics", "fusedopt.AdamW", {**ADAM, "track_statistics": True}, ours=True),
+    _adamw(
+        *("fusedopt, master_weights", "fusedopt.AdamW", {**_TORCHS_NUMBERS, "master_weights": True}),
+        ours=True,
+        on_request=True,
+    ),
+    _adamw(FLOAT32_COPY, "perf.peers.Float32Copy", ADAM, on_request=True),
+    _adamw(WITH_STATISTICS, "perf.peers.FusedWithStatistics", ADAM, on_request=True),
     _adamw("optimi", "optimi.AdamW", ADAM),
     _cuda("flashoptim", "flashoptim.FlashAdamW", {**ADAM, **_FLASH}),
     _cuda("bitsandbytes", "bitsandbytes.optim.AdamW", ADAM),

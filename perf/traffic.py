@@ -4,11 +4,14 @@ An eager operation reads its tensor arguments and writes its results; a kernel m
 asks for. Caches are not taken into account, which is right for tensors larger than they are.
 """
 
+import os
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from math import prod
+from multiprocessing import get_context
 from typing import Any
 from unittest import mock
 
@@ -99,6 +102,7 @@ class MemoryTrace:
     def __init__(self, owners: Mapping[str, Sequence[Tensor]]) -> None:
         self.kernels: list[str] = []
         self.bytes: Counter[tuple[str, str, str]] = Counter()
+        self._elements = sum(t.numel() for t in owners["parameter"])
         rows = sorted((t.data_ptr(), t.nbytes, owner) for owner, tensors in owners.items() for t in tensors if t.nbytes)
         self._starts = np.array([start for start, _, _ in rows], np.uint64)
         self._ends = np.array([start + size for start, size, _ in rows], np.uint64)
@@ -107,6 +111,15 @@ class MemoryTrace:
     def total(self, access: str, owner: str) -> int:
         """Returns the bytes that all kernels together read or write of an owner's."""
         return sum(size for (_, *what), size in self.bytes.items() if what == [access, owner])
+
+    def per_parameter(self) -> dict[str, list[float]]:
+        """Returns the bytes read and written per parameter, by owner."""
+        return {o: [self.total(a, o) / self._elements for a in ("read", "written")] for o in (*OWNERS, "else")}
+
+    @property
+    def moved(self) -> float:
+        """Bytes per parameter that parameters, gradients and states account for."""
+        return sum(sum(self.per_parameter()[owner]) for owner in OWNERS)
 
     def count(self, access: str, pointers: Any, mask: Any) -> None:
         """Counts one load or store of a program, given the interpreter's handles."""
@@ -165,3 +178,12 @@ def trace(
     with traced.record():
         optimizer.step()
     return traced
+
+
+@contextmanager
+def interpreted(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Iterator[Any]]:
+    """Calls a function with each item in a process of its own, which interprets kernels; yields what it returns."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
+            returned = process.map(function, items)  # which starts the process
+        yield returned
