@@ -20,6 +20,9 @@ LR = 1e-3
 ADAM: dict[str, Any] = dict(lr=LR, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)
 """Hyper-parameters of every AdamW here. Adafactor takes its relative steps, scaled by the parameter."""
 
+LOOP = "transformers 4.34 loop"
+"""The loops in `fusedopt.reference`."""
+
 BACKEND = "auto"
 """Backend of our providers; "triton" on a CPU runs the kernels in Triton's interpreter."""
 
@@ -32,7 +35,6 @@ class Rule(NamedTuple):
     options: Mapping[str, Any]  # of both classes
     max_grad_norm: float | None = None  # limit of the norm of all gradients
     slack: float = 0.0  # share that partial sums may add to the bytes of float32 tensors
-    loop: str = "transformers 4.34 loop"  # whose the loop in `fusedopt.reference` is
     error16: float = 0.0  # of a step's movement, that roundings of a state to 16 bits may cost one element
 
     def floor(self, dtype: torch.dtype) -> float:
@@ -154,7 +156,7 @@ def _of_rule(name: str, rule: Rule) -> Iterator[Provider]:
     prefix = "clip_grad_norm_ + " * clips
     for ours in ("fusedopt", "fusedopt, captured"):
         yield _row(name, ours, f"fusedopt.{rule.ours}", options, ours=True)
-    yield _row(name, f"{prefix}{rule.loop}", f"fusedopt.reference.Reference{rule.ours}", rule.options, clips=clips)
+    yield _row(name, f"{prefix}{LOOP}", f"fusedopt.reference.Reference{rule.ours}", rule.options, clips=clips)
     for kind in _TORCH_ADAMW if rule.ours == "AdamW" else ():
         if not clips or kind in _FOR_CLIPPING:
             options = {**ADAM, **_TORCH_ADAMW[kind]}
@@ -184,7 +186,7 @@ PROVIDERS: tuple[Provider, ...] = (
     _cuda("bitsandbytes", "bitsandbytes.optim.AdamW", ADAM),
     _cuda("bitsandbytes, state in 8 bits", "bitsandbytes.optim.AdamW8bit", ADAM, slack=0.3),
     _cuda("torchao, state in 8 bits", "torchao.optim.AdamW8bit", ADAM, slack=0.3),
-    _row("adafactor", f"{RULES['adafactor'].loop}, compiled", "fusedopt.reference.ReferenceAdafactor"),
+    _row("adafactor", f"{LOOP}, compiled", "fusedopt.reference.ReferenceAdafactor"),
     _row("adafactor", "transformers, installed", "transformers.optimization.Adafactor"),
     _row("adafactor", "timm", "timm.optim.Adafactor", {"min_dim_size_to_factor": 1}),
     *(  # lr and eps so that it is the original's relative step, scaled by the parameter

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from fusedopt import files
 from fusedopt.columns import aligned
@@ -275,7 +275,7 @@ def lines_picture(curves: Mapping[str, tuple[Sequence[float], str]], every: int,
     return figure
 
 
-def _dress(ax: Axes, title: str, xlabel: str, grid: str) -> None:
+def _dress(ax: Axes, title: str, xlabel: str, grid: Literal["x", "y"]) -> None:
     """Title, label and grid, and as few lines as possible."""
     ax.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=INK)
     ax.set_xlabel(xlabel, color=INK)

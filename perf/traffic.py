@@ -137,24 +137,24 @@ class MemoryTrace:
         """Inside, counts every launch, load and store of Triton's interpreter."""
         from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
-        load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+        def counted(access: str, name: str, mask: int) -> Any:
+            move = getattr(InterpreterBuilder, name)
+
+            def counting(builder: Any, pointers: Any, *rest: Any) -> Any:
+                self.count(access, pointers, rest[mask])
+                return move(builder, pointers, *rest)
+
+            return mock.patch.object(InterpreterBuilder, name, counting)
+
         call = GridExecutor.__call__
-
-        def counted_load(builder: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-            self.count("read", pointers, mask)
-            return load(builder, pointers, mask, *rest)
-
-        def counted_store(builder: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-            self.count("written", pointers, mask)
-            return store(builder, pointers, value, mask, *rest)
 
         def noted_call(executor: Any, *args: Any, **kwargs: Any) -> Any:
             self.kernels.append(executor.fn.__name__)
             return call(executor, *args, **kwargs)
 
         with (
-            mock.patch.object(InterpreterBuilder, "create_masked_load", counted_load),
-            mock.patch.object(InterpreterBuilder, "create_masked_store", counted_store),
+            counted("read", "create_masked_load", mask=0),
+            counted("written", "create_masked_store", mask=1),  # behind the value
             mock.patch.object(GridExecutor, "__call__", noted_call),
         ):
             yield

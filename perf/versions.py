@@ -16,8 +16,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import tomllib
-
 from fusedopt import files
 from perf import report, results
 from perf.results import ROOT, Record
@@ -117,15 +115,6 @@ def table(records: Sequence[Record]) -> str:
     paragraphs += [f"Every file compiles with Python {', '.join(syntax)}."] if syntax else []
     paragraphs += [f"Not run: {', '.join(missing)}."] if (missing := not_run(records)) else []
     return "\n\n".join(paragraphs)
-
-
-def least_versions() -> dict[str, str]:
-    """Returns the lower bounds of pyproject.toml, of Python and the packages of `PACKAGES`."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["triton"]]
-    found = [re.match(r"([\w-]+)>=([\d.]+)", requirement) for requirement in wanted]
-    bounds = {match[1]: match[2] for match in found if match and match[1] in PACKAGES}
-    return {"python": project["requires-python"].removeprefix(">="), **bounds}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
