@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from perf import goals, measure, plans, providers, report, results, workloads
+from perf import measure, plans, providers, report, results, workloads
 from perf.plans import Comparison
 from perf.results import Record, Run
 
@@ -55,7 +55,7 @@ def once(comparison: Comparison, device: torch.device) -> bool:
     candidate = measure.Candidate(providers.of(comparison.rule, ["fusedopt"])[0], problem)
     candidate.open()
     with torch.cuda.profiler.profile() if device.type == "cuda" else nullcontext():
-        candidate.one_step(lambda step: step())
+        candidate.one_step()
         if device.type == "cuda":
             torch.cuda.synchronize()
     finite = all(bool(torch.isfinite(p).all()) for p in problem.params)
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.workloads:
         names = tuple(options.providers.split(";")) if options.providers else None
         pairs = itertools.product(options.workloads.split(","), options.rules.split(";"))
-        comparisons = tuple(Comparison(workload, rule, 1.0, names) for workload, rule in pairs)
+        comparisons = tuple(Comparison(*pair, 1.0, names, plans.goals_of(*pair, device.type)) for pair in pairs)
     try:
         for comparison in comparisons:
             workloads.get(comparison.workload), comparison.providers()
@@ -104,10 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"other programs keep {load:.1f} cores busy: times are too long and ratios less sure")
     run(comparisons, device, options.seconds, records, options.out)
     print(f"\nroofline: {(Run(records).bandwidth or 0.0) / 1e9:.1f} GB/s, bytes read plus bytes written")
-    compared = {(comparison.workload, comparison.rule) for comparison in comparisons if not comparison.sweep}
-    outcomes = goals.judge(Run(records))
-    if here := [o for o in outcomes if (o.comparison.workload, o.comparison.rule) in compared]:
-        print("\n" + report.goals_table(here))
+    if outcomes := plans.judge(Run(records), comparisons):
+        print("\n" + report.goals_table(outcomes))
     print(f"\n{time.perf_counter() - start:.0f} s")
     return 0
 

@@ -88,7 +88,8 @@ class Resources(NamedTuple):
 def resources(code: Any) -> Resources:
     """Returns the resources of compiled code, read from its assembly."""
     if "cubin" in code.asm:
-        figures = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", _cubin_usage(code))}
+        usage = cubin_text(code, "cuobjdump", "--dump-resource-usage")
+        figures = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
         registers, spilled = figures["REG"], figures["STACK"] + figures["LOCAL"]
         found = re.findall(r"\b(ld|st)\.(?:\w+\.)?global(?:\.[\w:]+)*?(?:\.v(\d))?\.[bfsu](\d+)\b", code.asm["ptx"])
         widths = Counter((kind, int(times or 1) * int(bits)) for kind, times, bits in found)
@@ -104,13 +105,13 @@ def resources(code: Any) -> Resources:
     return Resources(registers, spilled, code.metadata.shared, reads, writes)
 
 
-def _cubin_usage(code: Any) -> str:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+def cubin_text(code: Any, tool: str, *options: str) -> str:
+    """Returns what a tool of Triton's toolkit prints of compiled code for NVIDIA."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code.asm["cubin"])
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return subprocess.run([path, *options, file.name], capture_output=True, text=True, check=True).stdout
 
 
 ADAFACTOR_SHAPES = ((64, 64), (256,), (63, 63), (255,), (8, 4, 3, 3))

@@ -5,19 +5,14 @@ step takes off a ten-thousandth. A change by less than 1/512 of a bfloat16 weigh
 """
 
 import argparse
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor
 
-from fusedopt import files
 from perf import report, results, traffic
 from perf.providers import LR, Provider
 from perf.results import Record, Run
@@ -77,22 +72,22 @@ OTHERS = (
     _other("Lion", "flashoptim, 24-bit weights, 8-bit states", "flashoptim.FlashLion"),
 )
 
-_MINE = tuple(
-    Row(name, Provider(f"fusedopt, {policy}", name, f"fusedopt.{cls}", {**options, **POLICIES[policy]}, ours=True))
-    for name, (cls, options) in OURS.items()
-    for policy in POLICIES
-)
 
-_ORDER = list(dict.fromkeys(row.optimizer.partition(",")[0] for row in _MINE))
+def _rows() -> Iterator[Row]:
+    """Ours, then those of other packages, optimizer by optimizer."""
+    for name, (cls, options) in OURS.items():
+        for policy, how in POLICIES.items():
+            yield Row(name, Provider(f"fusedopt, {policy}", name, f"fusedopt.{cls}", {**options, **how}, ours=True))
+        yield from (row for row in OTHERS if row.optimizer == cls)
 
-ROWS = tuple(sorted((*_MINE, *OTHERS), key=lambda row: _ORDER.index(row.optimizer.partition(",")[0])))
+
+ROWS = tuple(_rows())
 
 
 def run(row: Row, device: torch.device) -> Record:
     """Returns the record of one row: what is left of the weights, and bytes per parameter; or why there is none."""
     record: Record = {"kind": "decay", "optimizer": row.optimizer, "provider": row.provider.name, "right": RIGHT}
-    reason = row.provider.missing(device)
-    if reason is not None:
+    if reason := row.provider.missing(device):
         return {**record, "status": f"missing: {reason}"}
     torch.manual_seed(0)  # of weights, and of those who draw their random bits from torch
     p = torch.nn.Parameter(torch.randn(SHAPE).to(device, row.dtype))
@@ -126,16 +121,12 @@ def moved(row: Row) -> float:
     """Returns the bytes per parameter that a step of ours moves, counted load by load; needs TRITON_INTERPRET=1."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        traced = traffic.trace(lambda params: row.provider.make(params, backend="triton"), [SHAPE], row.dtype)
-    total = sum(traced.total(access, owner) for access in ("read", "written") for owner in traffic.OWNERS)
-    return total / (SHAPE[0] * SHAPE[1])
+        return traffic.trace(lambda params: row.provider.make(params, backend="triton"), [SHAPE], row.dtype).moved
 
 
 def rows(device: torch.device) -> Iterator[Record]:
-    """Runs all rows; what a step of ours moves is counted in a process of its own, with Triton's interpreter."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
-            counts = process.map(moved, [row for row in ROWS if row.provider.ours])  # which starts the process
+    """Runs all rows, and counts what a step of ours moves."""
+    with traffic.interpreted(moved, [row for row in ROWS if row.provider.ours]) as counts:
         for row in ROWS:
             record = run(row, device)
             yield {**record, "moved": next(counts)} if row.provider.ours else record
@@ -153,9 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.out:
         options.out.unlink(missing_ok=True)
         results.append(options.out, records)
-    print(report.text(Run(records)))
-    for path in options.into:
-        files.write_text(path, report.between_marks(path.read_text(), Run(records)))
+    report.publish(Run(records), options.into)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,11 @@ layers are small, so that its time is the host's. Steps of all optimizers are ta
 """
 
 import argparse
-import datetime
 import gc
 import sys
 import tempfile
 import time
-import tracemalloc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +23,7 @@ from torch.multiprocessing.spawn import spawn
 from tqdm import tqdm
 
 from fusedopt import Adafactor, AdamW
+from perf.long_run import Memory, ends_ms
 from perf.providers import ADAM
 from perf.report import table
 
@@ -42,23 +40,27 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 }
 
 
+class Made(NamedTuple):
+    """What one step makes: functions that it calls, of Python and of C, and objects that it leaves to the collector."""
+
+    calls: int
+    garbage: int
+
+
 class Found(NamedTuple):
     """What was found of one optimizer.
 
     Attributes:
         first_ms, last_ms: median time of the processor for a step, in the first and in the last tenth of all.
-        calls: Python functions, and those of C, that a step calls.
-        garbage: objects that a step leaves to the collector.
-        left: objects that are there after all steps, and a collection, more than after the first ones.
-        left_kib: memory of Python's objects, likewise.
+        early, late: of an early step, and of the last one.
+        grown: memory after as many steps again.
     """
 
     first_ms: float
     last_ms: float
-    calls: tuple[int, int]  # of an early step, and of the last one
-    garbage: tuple[int, int]
-    left: int
-    left_kib: float
+    early: Made
+    late: Made
+    grown: Memory
 
 
 def sharded_layers(layers: int, width: int, mesh: DeviceMesh) -> nn.Module:
@@ -73,48 +75,27 @@ def sharded_layers(layers: int, width: int, mesh: DeviceMesh) -> nn.Module:
     return model
 
 
-def calls_of(step: Callable[[], object]) -> int:
-    """Returns how many functions a step calls."""
-    number = 0
+def made_by(step: Callable[[], object]) -> Made:
+    """Takes a step whose calls are counted, and one without the collector."""
+    calls = 0
 
     def count(frame: object, event: str, argument: object) -> None:
-        nonlocal number
-        number += event in ("call", "c_call")
+        nonlocal calls
+        calls += event in ("call", "c_call")
 
     sys.setprofile(count)
     try:
         step()
     finally:
         sys.setprofile(None)
-    return number
-
-
-def garbage_of(step: Callable[[], object]) -> int:
-    """Returns how many more objects there are after a step than before it, none of which was collected."""
     gc.collect()
     gc.disable()
     try:
         before = len(gc.get_objects())
         step()
-        return len(gc.get_objects()) - before
+        return Made(calls, len(gc.get_objects()) - before)
     finally:
         gc.enable()
-
-
-def there() -> tuple[int, int]:
-    """Returns how many objects there are after a collection, and the bytes of those that were made while traced."""
-    gc.collect()
-    return len(gc.get_objects()), tracemalloc.get_traced_memory()[0]
-
-
-@contextmanager
-def traced() -> Iterator[None]:
-    """Counts the memory of Python's objects; makes steps slower."""
-    tracemalloc.start()
-    try:
-        yield
-    finally:
-        tracemalloc.stop()
 
 
 def measure(steps: dict[str, Callable[[], object]], number: int, quiet: bool = True) -> dict[str, Found]:
@@ -122,68 +103,37 @@ def measure(steps: dict[str, Callable[[], object]], number: int, quiet: bool = T
     for step in steps.values():
         for _ in range(WARM_UP):
             step()
-    calls = {name: [calls_of(step)] for name, step in steps.items()}
-    garbage = {name: [garbage_of(step)] for name, step in steps.items()}
+    early = {name: made_by(step) for name, step in steps.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in tqdm(range(number), "measuring", leave=False, disable=quiet):
         for name, step in steps.items():
             start = time.thread_time()
             step()
             times[name].append(time.thread_time() - start)
-    left = {}
-    with traced():
-        for name, step in tqdm(steps.items(), "looking for what is left", leave=False, disable=quiet):
-            for _ in range(number):  # what lasts was made before it was traced, and is made anew
-                step()
-            objects, held = there()
-            for _ in range(number):
-                step()
-            objects_now, held_now = there()
-            left[name] = objects_now - objects, (held_now - held) / 1024
-    for name, step in steps.items():
-        calls[name].append(calls_of(step))
-        garbage[name].append(garbage_of(step))
+    grown = {}
+    for name, step in tqdm(steps.items(), "looking for what is left", leave=False, disable=quiet):
+        before = Memory.now()
+        for _ in range(number):
+            step()
+        grown[name] = Memory.now().since(before)
+    late = {name: made_by(step) for name, step in steps.items()}
     tenth = max(1, number // 10)
-    return {
-        name: Found(
-            1e3 * sorted(took[:tenth])[tenth // 2],
-            1e3 * sorted(took[-tenth:])[tenth // 2],
-            (calls[name][0], calls[name][1]),
-            (garbage[name][0], garbage[name][1]),
-            *left[name],
-        )
-        for name, took in times.items()
-    }
+    return {name: Found(*ends_ms(times[name], tenth), early[name], late[name], grown[name]) for name in steps}
 
 
 def shown(found: dict[str, Found]) -> str:
-    """Returns a table, a line for each optimizer."""
-    return table(
-        [
-            {
-                "": name,
-                "ms": f"{f.first_ms:.2f}",
-                "at the end": f"{f.last_ms:.2f}",
-                "calls": " ".join(f"{n:,}" for n in dict.fromkeys(f.calls)),
-                "garbage": " ".join(f"{n:,}" for n in dict.fromkeys(f.garbage)),
-                "left over": f"{f.left:,}",
-                "KiB": f"{f.left_kib:.1f}",
-            }
-            for name, f in found.items()
-        ]
-    )
+    """Returns a table, a line for each optimizer; two numbers where the last step made another one than the early."""
+    rows = []
+    for name, (first, last, early, late, grown) in found.items():
+        made = {what: " ".join(f"{n:,}" for n in dict.fromkeys(both)) for what, *both in zip(Made._fields, early, late)}
+        rows.append({"": name, "ms": f"{first:.2f}", "at the end": f"{last:.2f}", **made, **grown.shown()})
+    return table(rows)
 
 
 def process(rank: int, folder: str, layers: int, width: int, steps: int) -> None:
     """What each process does; the first one writes the table."""
     torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=PROCESSES,
-        timeout=datetime.timedelta(minutes=10),
-    )
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
     mesh = init_device_mesh("cpu", (PROCESSES,))
     models = {name: sharded_layers(layers, width, mesh) for name in OPTIMIZERS}
     made = {name: make(list(models[name].parameters())) for name, make in OPTIMIZERS.items()}
@@ -205,8 +155,8 @@ def main() -> None:
         print(
             f"optimizer.step() of {2 * args.layers} parameters on {PROCESSES} processes: median time of the processor, "
             f"of the first and the last tenth of {args.steps} steps; functions called, and objects left to the "
-            "collector, by an early step and, where it differs, by the last one; objects and memory left over at the "
-            "end\n"
+            "collector, by an early step and, where it differs, by the last one; growth of memory by as many steps "
+            "again\n"
         )
         print(Path(folder, "table.txt").read_text())
 

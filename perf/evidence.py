@@ -9,6 +9,7 @@ In DIR: `results.jsonl` and `sweeps.jsonl` (measurements), `static.jsonl` (regis
 
 import argparse
 import glob
+import itertools
 import os
 import shlex
 import shutil
@@ -17,7 +18,7 @@ import site
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,13 +127,9 @@ def program(name: str) -> str | None:
     """Returns the path of a program: on the path, in a wheel, or in a CUDA toolkit; None if it is not there."""
     cuda = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     roots = [*filter(None, sys.path), *site.getsitepackages()]
-    folders = [folder.format(root=root, cuda=cuda) for folder in _TOOLKITS for root in roots]
-    return shutil.which(name) or next((p for p in (shutil.which(f) for f in _files(name, folders)) if p), None)
-
-
-def _files(name: str, folders: Sequence[str]) -> Iterator[str]:
-    for folder in dict.fromkeys(folders):
-        yield from sorted(glob.glob(f"{folder}/{name}"))
+    folders = dict.fromkeys(folder.format(root=root, cuda=cuda) for folder in _TOOLKITS for root in roots)
+    files = (file for folder in folders for file in sorted(glob.glob(f"{folder}/{name}")))
+    return next(filter(None, map(shutil.which, itertools.chain([name], files))), None)
 
 
 def _process(part: Part, out: Path, seconds: float) -> str:

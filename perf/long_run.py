@@ -8,10 +8,11 @@ With clipping, skipping, statistics of every tenth step and their history, and a
 import argparse
 import gc
 import os
+import statistics
 import sys
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fusedopt import Adafactor, AdamW, AdamWeightDecay, Lion, StatisticsRecorder, get_linear_schedule_with_warmup
+from perf.report import table
 
 OPTIONS: dict[str, Any] = {"max_grad_norm": 1.0, "skip_nonfinite": True, "skip_outliers": 50.0, "track_statistics": 10}
 
@@ -44,12 +46,24 @@ class Memory(NamedTuple):
 
     @classmethod
     def now(cls) -> "Memory":
-        gc.collect()
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return cls(len(gc.get_objects()), sys.getallocatedblocks(), pages * os.sysconf("SC_PAGE_SIZE") // 1024)
+        before, objects = 0, len(gc.get_objects())
+        while objects != before:  # the collector lets go of tuples in tuples one level at a time
+            gc.collect()
+            before, objects = objects, len(gc.get_objects())
+        return cls(objects, sys.getallocatedblocks(), pages * os.sysconf("SC_PAGE_SIZE") // 1024)
 
     def since(self, other: "Memory") -> "Memory":
         return Memory(*(mine - theirs for mine, theirs in zip(self, other)))
+
+    def shown(self) -> dict[str, str]:
+        """Returns the cells of a table, for memory that has grown."""
+        return {"objects": f"{self.objects:+,}", "blocks": f"{self.blocks:+,}", "KiB": f"{self.resident:+,}"}
+
+
+def ends_ms(seconds: Sequence[float], number: int) -> tuple[float, float]:
+    """Returns the medians of the first and of the last so many times, in milliseconds."""
+    return 1e3 * statistics.median(seconds[:number]), 1e3 * statistics.median(seconds[-number:])
 
 
 class Outcome(NamedTuple):
@@ -80,9 +94,7 @@ def run(name: str, steps: int, quiet: bool = True) -> Outcome:
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
     grads = [[torch.randn_like(p) for p in model.parameters()] for _ in range(7)]
     spoilt = [torch.full_like(g, torch.nan) for g in grads[0]]
-    kept = min(1000, steps // 4)
-    took = array("d", [0.0] * 2 * kept)  # no objects of its own
-    before = Memory.now()
+    took = array("d", [0.0]) * steps  # no objects of its own, and all of its memory from the beginning
     for step in tqdm(range(steps), name, leave=False, disable=quiet, mininterval=1.0):
         if step == steps // 10:
             before = Memory.now()
@@ -92,14 +104,11 @@ def run(name: str, steps: int, quiet: bool = True) -> Outcome:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if not kept <= step < steps - kept:
-            took[step if step < kept else step - (steps - 2 * kept)] = time.thread_time() - start
+        took[step] = time.thread_time() - start
     grown = Memory.now().since(before)
     recorder.close()
-    counts = {state["step"].item() for state in optimizer.state.values()}
-    (count,) = counts
-    first, last = (1e3 * sorted(times)[kept // 2] for times in (took[:kept], took[kept:]))
-    return Outcome(first, last, grown, count, steps - steps // SPOILT)
+    (count,) = {state["step"].item() for state in optimizer.state.values()}
+    return Outcome(*ends_ms(took, min(1000, steps // 4)), grown, count, steps - steps // SPOILT)
 
 
 def main() -> int:
@@ -109,16 +118,15 @@ def main() -> int:
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=OPTIMIZERS, metavar="NAME")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{args.steps:,} steps each: median time of the first and the last thousand, growth after the first tenth\n")
-    print(f"{'':36}  first ms   last ms  objects   blocks      KiB  counted", flush=True)
-    right = True
+    rows, right = [], True
     for name in args.optimizers:
         run(name, 100)  # what is made once
         o = run(name, args.steps, quiet=False)
-        grown = f"{o.grown.objects:+8,} {o.grown.blocks:+8,} {o.grown.resident:+8,}"
-        counted = f"{o.counted:,.0f} of {o.expected:,}"
-        print(f"{name:36} {o.first_ms:9.3f} {o.last_ms:9.3f} {grown}  {counted}", flush=True)
+        times = {"first ms": f"{o.first_ms:.3f}", "last ms": f"{o.last_ms:.3f}"}
+        rows.append({"": name, **times, **o.grown.shown(), "counted": f"{o.counted:,.0f} of {o.expected:,}"})
         right = right and o.counted == o.expected
+    print(f"{args.steps:,} steps each: median time of the first and the last thousand, growth after the first tenth\n")
+    print(table(rows))
     return 0 if right else 1
 
 

@@ -11,7 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,7 +43,6 @@ class Sample(NamedTuple):
 
 
 Clock = Callable[[Step], Sample]
-T = TypeVar("T")
 
 
 def cpu_clock(step: Step) -> Sample:
@@ -112,16 +111,13 @@ class Candidate:
         self.provider, self.problem = provider, problem
         self.rounds: list[list[Sample]] = []
         self.fastest_ms = math.inf
-        workload, device = problem.workload, problem.device
-        missing = provider.missing(device)
+        workload, missing = problem.workload, provider.missing(problem.device)
         self.record: Record = {
             "kind": "step",
             **{"workload": workload.name, "rule": provider.rule, "provider": provider.name},
-            **{"ours": provider.ours, "mode": provider.mode, "device": device.type, "dtype": workload.dtype_name},
-            **{"params": workload.params, "tensors": workload.tensors},
+            **{"dtype": workload.dtype_name, "params": workload.params, "tensors": workload.tensors},
             "floor_bytes": RULES[provider.rule].floor(workload.dtype),
             "status": f"missing: {missing}" if missing else "measured",
-            "gradient_sets": 1 if provider.mode == "captured" else len(problem.sets),
         }
         self._step: Step | None = None
         self._optimizer: torch.optim.Optimizer | None = None  # whose memory a captured step uses
@@ -153,7 +149,7 @@ class Candidate:
         self.problem.set_grads()
         self._step, self._optimizer = self.provider.start(self.problem.params)
         for _ in range(2):  # the second step may look at the state that the first one made
-            self.one_step(_call)
+            self.one_step()
 
     def close(self) -> None:
         self._step = self._optimizer = None
@@ -173,7 +169,7 @@ class Candidate:
         self.rounds.append(samples)
         self.fastest_ms = min(self.fastest_ms, *(sample.step for sample in samples))
 
-    def one_step(self, observe: Callable[[Step], T]) -> T:
+    def one_step(self, observe: Callable[[Step], Any] = lambda step: step()) -> Any:
         """Takes a step under something that times or counts it, as in a training loop; returns what that returns."""
         assert self._step is not None
         if self.provider.mode != "captured":
@@ -193,12 +189,12 @@ class Candidate:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         at_rest = torch.cuda.memory_allocated()
-        self.one_step(_call)
+        self.one_step()
         torch.cuda.synchronize()
         self.record["temporary_bytes"] = torch.cuda.max_memory_allocated() - at_rest
         activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
         with torch.profiler.profile(activities=activities) as profile:
-            self.one_step(_call)
+            self.one_step()
             torch.cuda.synchronize()
         self.record |= launches(profile.events())
 
@@ -211,10 +207,6 @@ class Candidate:
                 # None for a round that the provider sat out.
                 medians = [round(statistics.median(times), 6) if times else None for times in rounds]
                 self.record["rounds_ms" if clock == "step" else f"rounds_{clock}_ms"] = medians
-
-
-def _call(step: Step) -> None:
-    step()
 
 
 def compare(workload: Workload, providers: Sequence[Provider], device: torch.device, seconds: float) -> list[Record]:

@@ -20,6 +20,9 @@ LR = 1e-3
 ADAM: dict[str, Any] = dict(lr=LR, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)
 """Hyper-parameters of every AdamW here. Adafactor takes its relative steps, scaled by the parameter."""
 
+LOOP = "transformers 4.34 loop"
+"""The loops in `fusedopt.reference`."""
+
 BACKEND = "auto"
 """Backend of our providers; "triton" on a CPU runs the kernels in Triton's interpreter."""
 
@@ -32,7 +35,6 @@ class Rule(NamedTuple):
     options: Mapping[str, Any]  # of both classes
     max_grad_norm: float | None = None  # limit of the norm of all gradients
     slack: float = 0.0  # share that partial sums may add to the bytes of float32 tensors
-    loop: str = "transformers 4.34 loop"  # whose the loop in `fusedopt.reference` is
     error16: float = 0.0  # of a step's movement, that roundings of a state to 16 bits may cost one element
 
     def floor(self, dtype: torch.dtype) -> float:
@@ -66,6 +68,7 @@ class Provider:
     slack: float = 0.0  # added to the allowed error, for state that is quantised on purpose
     devices: tuple[str, ...] = ("cpu", "cuda")
     mode: str = "eager"  # or "compiled" (`torch.compile` around the step) or "captured" (a CUDA graph of the step)
+    on_request: bool = False  # True if it takes part only where it is named
     clips: bool = False  # True if the training loop clips gradients before the step, and pays for it
     ours: bool = False
     constants: tuple[tuple[str, Any], ...] = ()  # paths of modules' constants and their values; see `setting`
@@ -142,7 +145,7 @@ def _row(rule: str, name: str, optimizer: str, options: Mapping[str, Any] = {}, 
     """Returns a provider whose mode is the last word of its name."""
     mode = name.rpartition(" ")[2]
     if mode in ("captured", "compiled"):
-        fields |= {"mode": mode, "devices": ("cuda",)}
+        fields |= {"mode": mode, "devices": ("cuda",), "on_request": mode == "compiled"}  # which takes minutes
     return Provider(name, rule, optimizer, options, **fields)
 
 
@@ -153,7 +156,7 @@ def _of_rule(name: str, rule: Rule) -> Iterator[Provider]:
     prefix = "clip_grad_norm_ + " * clips
     for ours in ("fusedopt", "fusedopt, captured"):
         yield _row(name, ours, f"fusedopt.{rule.ours}", options, ours=True)
-    yield _row(name, f"{prefix}{rule.loop}", f"fusedopt.reference.Reference{rule.ours}", rule.options, clips=clips)
+    yield _row(name, f"{prefix}{LOOP}", f"fusedopt.reference.Reference{rule.ours}", rule.options, clips=clips)
     for kind in _TORCH_ADAMW if rule.ours == "AdamW" else ():
         if not clips or kind in _FOR_CLIPPING:
             options = {**ADAM, **_TORCH_ADAMW[kind]}
@@ -162,17 +165,28 @@ def _of_rule(name: str, rule: Rule) -> Iterator[Provider]:
 
 _adamw = partial(_row, "adamw", like_torch=True)
 _cuda = partial(_adamw, devices=("cuda",))
+_TORCHS_NUMBERS = {**ADAM, "convention": "torch"}
+
+FLOAT32_COPY, WITH_STATISTICS = "torch fused, float32 copy", "torch fused, statistics"
+"""What is done today where ours has `master_weights` and `track_statistics`."""
 
 PROVIDERS: tuple[Provider, ...] = (
     *(provider for name, rule in RULES.items() for provider in _of_rule(name, rule)),
-    _adamw("fusedopt, torch's numbers", "fusedopt.AdamW", {**ADAM, "convention": "torch"}, ours=True),
+    _adamw("fusedopt, torch's numbers", "fusedopt.AdamW", _TORCHS_NUMBERS, ours=True),
     _row("adamw", "fusedopt, statistics", "fusedopt.AdamW", {**ADAM, "track_statistics": True}, ours=True),
+    _adamw(
+        *("fusedopt, master_weights", "fusedopt.AdamW", {**_TORCHS_NUMBERS, "master_weights": True}),
+        ours=True,
+        on_request=True,
+    ),
+    _adamw(FLOAT32_COPY, "perf.peers.Float32Copy", ADAM, on_request=True),
+    _adamw(WITH_STATISTICS, "perf.peers.FusedWithStatistics", ADAM, on_request=True),
     _adamw("optimi", "optimi.AdamW", ADAM),
     _cuda("flashoptim", "flashoptim.FlashAdamW", {**ADAM, **_FLASH}),
     _cuda("bitsandbytes", "bitsandbytes.optim.AdamW", ADAM),
     _cuda("bitsandbytes, state in 8 bits", "bitsandbytes.optim.AdamW8bit", ADAM, slack=0.3),
     _cuda("torchao, state in 8 bits", "torchao.optim.AdamW8bit", ADAM, slack=0.3),
-    _row("adafactor", f"{RULES['adafactor'].loop}, compiled", "fusedopt.reference.ReferenceAdafactor"),
+    _row("adafactor", f"{LOOP}, compiled", "fusedopt.reference.ReferenceAdafactor"),
     _row("adafactor", "transformers, installed", "transformers.optimization.Adafactor"),
     _row("adafactor", "timm", "timm.optim.Adafactor", {"min_dim_size_to_factor": 1}),
     *(  # lr and eps so that it is the original's relative step, scaled by the parameter

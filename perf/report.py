@@ -8,17 +8,19 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from fusedopt import files
-from perf import goals, results
+from fusedopt.columns import aligned
+from perf import plans, results
 from perf.plans import COPY
-from perf.providers import BELOW
 from perf.results import Record, Run
 from perf.traffic import OWNERS
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 OURS, OTHERS, INK = "#0072B2", "#B4BBC3", "#1F2933"
@@ -31,7 +33,18 @@ def _plain(*fields: str) -> dict[str, str]:
     return {field: f"{{{field}}}" for field in fields}
 
 
-TABLES = {
+TABLES: dict[str, tuple[str, dict[str, str]]] = {
+    "decay": (
+        "weight decay in bfloat16, and bytes per parameter",
+        {
+            "optimizer": "{optimizer}",
+            "": "{provider}",
+            "weights left (right: {right:.3f})": "{left:.3f}",
+            "weight + gradient + states": "{bytes[weight]:.0f} + {bytes[gradient]:.0f} + {bytes[state]:.2f}",
+            "bytes": "{total:.2f}",
+            "a step moves": "{moved:.1f}",
+        },
+    ),
     "part": ("parts of the evidence", _plain("part", "outcome", "seconds")),
     "traffic": (
         "bytes per parameter, read + written",
@@ -53,13 +66,26 @@ TABLES = {
 """Title and columns (format strings over a record's fields) of all kinds of records but steps."""
 
 
+def rows_of(kind: str, run: Run) -> list[dict[str, str]]:
+    """Returns the rows of a table of `TABLES`; what could not be measured has its status in the first empty cell."""
+    rows = []
+    for r in run.of(kind):
+        row = {head.format(**r): "" for head in TABLES[kind][1]}
+        for head, form in zip(row, TABLES[kind][1].values()):
+            with suppress(KeyError):
+                row[head] = form.format(**r)
+        if r.get("status", "measured") != "measured":
+            row[next(head for head, cell in row.items() if not cell)] = r["status"]
+        rows.append(row)
+    return rows
+
+
 def table(rows: Sequence[Mapping[str, str]], markdown: bool = False) -> str:
     """Returns rows of the same fields as a table with its columns aligned, or as Markdown."""
     head, *lines = [list(rows[0]) if rows else [], *(list(row.values()) for row in rows)]
     if markdown:
         return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
-    widths = [max(map(len, column)) for column in zip(head, *lines)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in [head, *lines])
+    return "\n".join(aligned([head, *lines], "<" * len(head), gap=2))
 
 
 def _median_ms(record: Record) -> float:
@@ -104,7 +130,7 @@ def steps_table(group: Sequence[Record], run: Run, markdown: bool = False) -> st
     return "\n".join([table(rows, markdown), *([""] if markdown else []), *without])
 
 
-def goals_table(outcomes: Sequence[goals.Outcome], markdown: bool = False) -> str:
+def goals_table(outcomes: Sequence[plans.Outcome], markdown: bool = False) -> str:
     """Returns every goal with what was measured."""
     rows = []
     for comparison, goal, verdict, *numbers in outcomes:
@@ -118,21 +144,21 @@ def goals_table(outcomes: Sequence[goals.Outcome], markdown: bool = False) -> st
     return table(rows, markdown)
 
 
+def headlines(outcomes: Iterable[plans.Outcome]) -> str:
+    """Returns the ratios that stand first as a Markdown list; of one that was not measured, why."""
+    lines = []
+    for _, goal, verdict, value, low, high, _ in outcomes:
+        if goal.headline and value is None:
+            lines.append(f"- ? {goal.headline}: {verdict}")
+        elif goal.headline:
+            lines.append(f"- **{value:.2f} times** {goal.headline} ({low:.2f} to {high:.2f})")
+    return "\n".join(lines)
+
+
 def decay_table(run: Run, markdown: bool = False) -> str:
     """Returns what weight decay leaves of 16-bit weights, and the bytes per parameter, of every optimizer."""
-    rows = []
-    for r in run.of("decay"):
-        row = {"optimizer": r["optimizer"], "": r["provider"]}
-        done = r["status"] == "measured"
-        cells = {
-            f"weights left (right: {r['right']:.3f})": "{left:.3f}" if done else "{status}",
-            "weight + gradient + states": "{bytes[weight]:.0f} + {bytes[gradient]:.0f} + {bytes[state]:.2f}" * done,
-            "bytes": "{total:.2f}" * done,
-            "a step moves": "{moved:.1f}" if "moved" in r else "",
-        }
-        rows.append({**row, **{head: cell.format(**r) for head, cell in cells.items()}})
     others = ", ".join(f"{name} {version}" for r in run.of("environment") for name, version in r["others"].items())
-    return "\n\n".join([table(rows, markdown), *([f"Other packages: {others}."] if others else [])])
+    return table(rows_of("decay", run), markdown) + (f"\n\nOther packages: {others}." if others else "")
 
 
 def text(run: Run, markdown: bool = False) -> str:
@@ -145,34 +171,12 @@ def text(run: Run, markdown: bool = False) -> str:
         size = f"{group[0]['params']:,} {group[0]['dtype']} parameters in {group[0]['tensors']:,} tensors"
         parts.append(f"{heading}{name}: {workload}, {size}\n{below}{steps_table(group, run, markdown)}")
     if run.comparisons:
-        parts.append(goals_table(goals.judge(run), markdown))
-    if run.of("decay"):
-        parts.append(f"{heading}weight decay in bfloat16, and bytes per parameter\n{below}{decay_table(run, markdown)}")
-    for kind, (title, columns) in TABLES.items():
-        if rows := [{head: cell.format(**r) for head, cell in columns.items()} for r in run.of(kind)]:
-            parts.append(f"{heading}{title}\n\n{table(rows, markdown)}")
+        parts.append(goals_table(plans.judge(run), markdown))
+    for kind, (title, _) in TABLES.items():
+        if run.of(kind):
+            shown = decay_table(run, markdown) if kind == "decay" else table(rows_of(kind, run), markdown)
+            parts.append(f"{heading}{title}\n\n{shown}")
     return "\n\n".join(parts)
-
-
-HEADLINES = (
-    ("gpt_50m", "adamw", "{} as fast as the loop of transformers 4.34: AdamW"),
-    ("gpt_50m", "adafactor", "{} as fast as the loop of transformers 4.34: Adafactor"),
-    ("gpt_50m", BELOW, "{} as fast as `clip_grad_norm_` and fused AdamW: AdamW with `max_grad_norm=`, not exceeded"),
-)
-"""Workload and rule of the ratios that stand first, with their words; each is the first speed-up among the goals."""
-
-
-def headlines(outcomes: Sequence[goals.Outcome]) -> str:
-    """Returns three ratios as a Markdown list; of one that was not measured, why."""
-    lines = []
-    for workload, rule, words in HEADLINES:
-        speedups = (o for o in outcomes if o.comparison[:2] == (workload, rule) and o.goal.kind == "speedup")
-        first = next(speedups)
-        if first.value is None:
-            lines.append(f"- {words.format('?')}: {first.verdict}")
-        else:
-            lines.append(f"- {words.format(f'**{first.value:.2f} times**')} ({first.low:.2f} to {first.high:.2f})")
-    return "\n".join(lines)
 
 
 def between_marks(document: str, run: Run) -> str:
@@ -183,7 +187,7 @@ def between_marks(document: str, run: Run) -> str:
     """
     parts = {}
     if run.comparisons:
-        outcomes = goals.judge(run)
+        outcomes = plans.judge(run)
         parts["ratios"], parts["measured"] = headlines(outcomes), goals_table(outcomes, markdown=True)
     if run.of("decay"):
         parts["decay"] = decay_table(run, markdown=True)
@@ -243,12 +247,7 @@ def bars_picture(
         ax.bar_label(drawn, labels, padding=4, fontsize=9, color=INK)
         ax.set_ylim(len(bars) - 0.1, -0.6)  # from above; below the last bar there is room for a word
         ax.set_xlim(0, 1.15 * max(totals))
-        ax.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=INK)
-        ax.set_xlabel(xlabel, color=INK)
-        ax.tick_params(colors=INK, length=0)
-        ax.grid(axis="x", color="#E3E6EA", lw=0.7)
-        ax.set_axisbelow(True)
-        ax.spines[["top", "right", "left"]].set_visible(False)
+        _dress(ax, title, xlabel, "x")
         if floor:
             ax.axvline(floor, color=INK, linestyle="--", linewidth=1.2, zorder=4)
             place = ax.get_xaxis_transform()
@@ -262,6 +261,37 @@ def bars_picture(
     return figure
 
 
+def lines_picture(curves: Mapping[str, tuple[Sequence[float], str]], every: int, title: str, xlabel: str) -> Figure:
+    """Draws curves by name: values `every` so many steps, and a colour. Each is thinner than the last; all show."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((8.0, 3.9), dpi=100, layout="constrained", facecolor="white")
+    ax: Axes = figure.subplots()
+    for index, (name, (y, color)) in enumerate(curves.items()):
+        x, width = range(0, every * len(y), every), 2.0 * (len(curves) - index) - 0.5
+        ax.plot(x, y, color=color, linewidth=width, label=name, solid_capstyle="butt")
+    _dress(ax, title, xlabel, "y")
+    ax.legend(frameon=False, fontsize=9, labelcolor=INK)
+    return figure
+
+
+def _dress(ax: Axes, title: str, xlabel: str, grid: Literal["x", "y"]) -> None:
+    """Title, label and grid, and as few lines as possible."""
+    ax.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=INK)
+    ax.set_xlabel(xlabel, color=INK)
+    ax.tick_params(colors=INK, length=0)
+    ax.grid(axis=grid, color="#E3E6EA", lw=0.7)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+
+
+def publish(run: Run, pages: Sequence[Path] = (), markdown: bool = False) -> None:
+    """Prints the report of a run, and puts machine and tables between the marks in these files."""
+    print(text(run, markdown), flush=True)
+    for page in pages:
+        files.write_text(page, between_marks(page.read_text(), run))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m perf.report", description="Tables and pictures from results.")
     parser.add_argument("files", nargs="+", type=Path, help="JSON lines of any command of perf")
@@ -272,9 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     run = Run([record for path in options.files for record in results.read(path)])
-    print(text(run, options.markdown), flush=True)
-    for path in options.into:
-        files.write_text(path, between_marks(path.read_text(), run))
+    publish(run, options.into, options.markdown)
     if options.picture:
         options.picture.parent.mkdir(parents=True, exist_ok=True)
         files.save_figure(steps_picture(run), options.picture, dpi=130)

@@ -108,12 +108,6 @@ class Run:
         return step["floor_bytes"] * step["params"] / self.bandwidth * 1e3 if self.bandwidth else None
 
 
-def committed() -> dict[str, Run]:
-    """Returns the committed results of GPUs, by the name of their folder."""
-    found = {path.parent.name: Run(read(path)) for path in sorted(COMMITTED.glob("*/results.jsonl"))}
-    return {name: run for name, run in found.items() if run.device == "cuda"}
-
-
 def _commit() -> str | None:
     commit = _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
     changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no", "fusedopt", "kernels")

@@ -6,20 +6,17 @@ beginning, with every branch that may be taken but without the subroutines for d
 """
 
 import re
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
-
-import triton
 
 from fusedopt_kernels import elementwise, norm
 from fusedopt_kernels.adafactor import plan, step
+from perf.compiled import cubin_text
 
-SLOTS_PER_BYTE = {"H200": 6.9, "H100": 9.9}
-"""Instructions per thread that a GPU may issue for each byte it copies: 132 multiprocessors x 4 schedulers x 32 lanes x
-1.755 GHz, over 4.3 and 3.0 TB/s."""
+SLOTS_PER_BYTE = 6.9
+"""Instructions per thread that an H200 may issue for each byte it copies: 132 multiprocessors x 4 schedulers x 32 lanes
+x 1.755 GHz, over 4.3 TB/s.
+"""
 
 ELEMENTS = {
     "update": elementwise.BLOCK // elementwise.THREADS,
@@ -41,7 +38,7 @@ class Issued(NamedTuple):
     @property
     def budget(self) -> float:
         """Instructions that an H200 may issue while it copies as many bytes."""
-        return SLOTS_PER_BYTE["H200"] * self.bytes
+        return SLOTS_PER_BYTE * self.bytes
 
     @property
     def share(self) -> float:
@@ -53,8 +50,8 @@ def issued(launch: Any) -> Issued | None:
     """Returns what a launch of `compiled` needs; None for kernels that read no gradients, and for other machines."""
     if launch.kernel not in ELEMENTS or "cubin" not in launch.code.asm:
         return None
-    path = main_path(disassembled(launch.code.asm["cubin"]))
-    return Issued(_bytes(launch.kernel, launch.constants["A"]), len(path) / ELEMENTS[launch.kernel])
+    number = main_path(cubin_text(launch.code, "nvdisasm", "-c"))
+    return Issued(_bytes(launch.kernel, launch.constants["A"]), number / ELEMENTS[launch.kernel])
 
 
 def _bytes(kernel: str, access: Any) -> int:
@@ -65,33 +62,19 @@ def _bytes(kernel: str, access: Any) -> int:
     return read + (sum(sizes.values()) - sizes["grad"] if kernel in _WRITE else 0)
 
 
-def disassembled(cubin: bytes) -> str:
-    """Returns the text of machine code, with labels."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run([str(tool), "-c", file.name], capture_output=True, text=True, check=True).stdout
-
-
-def main_path(text: str) -> list[str]:
-    """Returns the instructions of the main path, of a loop once around.
+def main_path(text: str) -> int:
+    """Returns how many instructions the main path has, of a loop once around.
 
     Several loops: the one with most 128-bit reads is over aligned matrices.
     """
     instructions, labels = _parsed(text)
+    wide = [bool(re.search(r"\bLDG\S*\.128", instruction)) for instruction in instructions]
     following = [_following(i, instruction, labels) for i, instruction in enumerate(instructions)]
     loops = [(to, i) for i, targets in enumerate(following) for to in targets if to < i]
     ends = [(0, i) for i, instruction in enumerate(instructions) if instruction.startswith("EXIT")]
-    around = [[instructions[i] for i in _longest(following, *loop)] for loop in loops]
-    widest = max(around, key=_wide_reads, default=[])
-    if _wide_reads(widest):
-        return widest
-    return max(([instructions[i] for i in _longest(following, *end)] for end in ends), key=len)
-
-
-def _wide_reads(instructions: Sequence[str]) -> int:
-    return sum(bool(re.search(r"\bLDG\S*\.128", instruction)) for instruction in instructions)
+    around = [_longest(following, wide, *loop) for loop in loops]
+    length, reads = max(around, key=lambda way: way[1], default=(0, 0))
+    return length if reads else max(_longest(following, wide, *end)[0] for end in ends)
 
 
 def _parsed(text: str) -> tuple[list[str], dict[str, int]]:
@@ -118,14 +101,11 @@ def _following(place: int, instruction: str, labels: dict[str, int]) -> list[int
     return [target] if always else [place + 1, target]
 
 
-def _longest(following: Sequence[Sequence[int]], start: int, end: int) -> list[int]:
-    """The longest way from one instruction to a later one without going back; empty if there is none."""
-    ways: dict[int, tuple[int, int]] = {end: (1, end)}  # length, and the next instruction
+def _longest(following: Sequence[Sequence[int]], wide: Sequence[bool], start: int, end: int) -> tuple[int, int]:
+    """Length and wide reads of the longest way from one instruction to a later one without going back; 0 for none."""
+    ways = {end: (1, int(wide[end]))}
     for i in range(end - 1, start - 1, -1):
-        later = [(ways[j][0] + 1, j) for j in following[i] if j > i and j in ways]
-        if later:
-            ways[i] = max(later)
-    way = [start] if start in ways else []
-    while way and way[-1] != end:
-        way.append(ways[way[-1]][1])
-    return way
+        if later := [(ways[j][0], j) for j in following[i] if j > i and j in ways]:
+            length, j = max(later)
+            ways[i] = 1 + length, wide[i] + ways[j][1]
+    return ways.get(start, (0, 0))

@@ -6,14 +6,10 @@ accesses, from the compiler; for sm_90, instructions per element beside those th
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from math import prod
-from multiprocessing import get_context
 from pathlib import Path
-from unittest import mock
 
 from perf import compiled, report, results, sass, traffic
 from perf.cases import CASES, DTYPES, Case
@@ -32,13 +28,11 @@ def count(case: Case) -> Record:
     """
     dtype = DTYPES[case.dtypes][0]
     traced = traffic.trace(case.make, SHAPES, dtype)
-    elements = sum(map(prod, SHAPES))
-    kinds = {o: [traced.total(a, o) / elements for a in ("read", "written")] for o in (*traffic.OWNERS, "else")}
-    moved = sum(sum(kinds[owner]) for owner in traffic.OWNERS)
-    numbers = 8 * len(SHAPES) / elements  # of the parameters, an int64 each, where rounding is random
-    ok = moved <= case.floor * (1 + RULES[case.rule].slack * 4 / dtype.itemsize) + numbers
-    row = {"kind": "traffic", "rule": case.rule, "case": case.name, "launches": len(traced.kernels), "bytes": kinds}
-    return {**row, "moved": moved, "floor": case.floor, "ok": ok, "verdict": "" if ok else "MOVES TOO MUCH"}
+    numbers = 8 * len(SHAPES) / sum(map(prod, SHAPES))  # of the parameters, an int64 each, where rounding is random
+    ok = traced.moved <= case.floor * (1 + RULES[case.rule].slack * 4 / dtype.itemsize) + numbers
+    found = {"launches": len(traced.kernels), "bytes": traced.per_parameter(), "moved": traced.moved}
+    verdict = {"floor": case.floor, "ok": ok, "verdict": "" if ok else "MOVES TOO MUCH"}
+    return {"kind": "traffic", "rule": case.rule, "case": case.name, **found, **verdict}
 
 
 def of_one_dtype(cases: Sequence[Case]) -> list[Case]:
@@ -63,10 +57,7 @@ def compile_for(target: str, cases: Sequence[Case]) -> list[Record]:
 
 def rows(targets: Sequence[str], cases: Sequence[Case] = CASES) -> list[Record]:
     """Compiles cases and, in a process of its own with Triton's interpreter, counts those with a floor."""
-    counted = of_one_dtype(cases)
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
-            counts = process.map(count, counted)  # which starts the process
+    with traffic.interpreted(count, of_one_dtype(cases)) as counts:
         kernels = [row for target in targets for row in compile_for(target, cases)]
         return [*counts, *kernels]
 

@@ -4,11 +4,14 @@ An eager operation reads its tensor arguments and writes its results; a kernel m
 asks for. Caches are not taken into account, which is right for tensors larger than they are.
 """
 
+import os
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from math import prod
+from multiprocessing import get_context
 from typing import Any
 from unittest import mock
 
@@ -99,6 +102,7 @@ class MemoryTrace:
     def __init__(self, owners: Mapping[str, Sequence[Tensor]]) -> None:
         self.kernels: list[str] = []
         self.bytes: Counter[tuple[str, str, str]] = Counter()
+        self._elements = sum(t.numel() for t in owners["parameter"])
         rows = sorted((t.data_ptr(), t.nbytes, owner) for owner, tensors in owners.items() for t in tensors if t.nbytes)
         self._starts = np.array([start for start, _, _ in rows], np.uint64)
         self._ends = np.array([start + size for start, size, _ in rows], np.uint64)
@@ -107,6 +111,15 @@ class MemoryTrace:
     def total(self, access: str, owner: str) -> int:
         """Returns the bytes that all kernels together read or write of an owner's."""
         return sum(size for (_, *what), size in self.bytes.items() if what == [access, owner])
+
+    def per_parameter(self) -> dict[str, list[float]]:
+        """Returns the bytes read and written per parameter, by owner."""
+        return {o: [self.total(a, o) / self._elements for a in ("read", "written")] for o in (*OWNERS, "else")}
+
+    @property
+    def moved(self) -> float:
+        """Bytes per parameter that parameters, gradients and states account for."""
+        return sum(sum(self.per_parameter()[owner]) for owner in OWNERS)
 
     def count(self, access: str, pointers: Any, mask: Any) -> None:
         """Counts one load or store of a program, given the interpreter's handles."""
@@ -124,24 +137,24 @@ class MemoryTrace:
         """Inside, counts every launch, load and store of Triton's interpreter."""
         from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
-        load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+        def counted(access: str, name: str, mask: int) -> Any:
+            move = getattr(InterpreterBuilder, name)
+
+            def counting(builder: Any, pointers: Any, *rest: Any) -> Any:
+                self.count(access, pointers, rest[mask])
+                return move(builder, pointers, *rest)
+
+            return mock.patch.object(InterpreterBuilder, name, counting)
+
         call = GridExecutor.__call__
-
-        def counted_load(builder: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-            self.count("read", pointers, mask)
-            return load(builder, pointers, mask, *rest)
-
-        def counted_store(builder: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-            self.count("written", pointers, mask)
-            return store(builder, pointers, value, mask, *rest)
 
         def noted_call(executor: Any, *args: Any, **kwargs: Any) -> Any:
             self.kernels.append(executor.fn.__name__)
             return call(executor, *args, **kwargs)
 
         with (
-            mock.patch.object(InterpreterBuilder, "create_masked_load", counted_load),
-            mock.patch.object(InterpreterBuilder, "create_masked_store", counted_store),
+            counted("read", "create_masked_load", mask=0),
+            counted("written", "create_masked_store", mask=1),  # behind the value
             mock.patch.object(GridExecutor, "__call__", noted_call),
         ):
             yield
@@ -165,3 +178,12 @@ def trace(
     with traced.record():
         optimizer.step()
     return traced
+
+
+@contextmanager
+def interpreted(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Iterator[Any]]:
+    """Calls a function with each item in a process of its own, which interprets kernels; yields what it returns."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
+            returned = process.map(function, items)  # which starts the process
+        yield returned

@@ -16,8 +16,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import tomllib
-
 from fusedopt import files
 from perf import report, results
 from perf.results import ROOT, Record
@@ -52,19 +50,13 @@ def run_tests(tests: Sequence[str]) -> Record:
         command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "--basetemp", folder]
         done = subprocess.run([*command, *tests], cwd=ROOT, capture_output=True, text=True)
     last = done.stdout.strip().splitlines()[-1:] or [done.stderr.strip()]
-    counts = {what: int(number) for number, what in re.findall(r"(\d+) (passed|failed|errors?|skipped)", last[0])}
+    counts = {what: int(number) for number, what in re.findall(r"(\d+) (passed|failed|error|skipped)", last[0])}
     if not counts:
         raise RuntimeError(f"pytest has run no test: {last[0]}")
-    failed = counts.get("failed", 0) + counts.get("error", 0) + counts.get("errors", 0)
-    versions = {name: _version(name) for name in PACKAGES}
-    outcome = {"tests": list(tests), "passed": counts.get("passed", 0), "failed": failed}
-    return {
-        "kind": "tests",
-        "date": _today(),
-        "python": ".".join(map(str, sys.version_info[:3])),
-        **versions,
-        **outcome,
-    }
+    outcome = {"passed": counts.get("passed", 0), "failed": counts.get("failed", 0) + counts.get("error", 0)}
+    versions = {name: str(import_module(name).__version__).partition("+")[0] for name in PACKAGES}
+    python = ".".join(map(str, sys.version_info[:3]))
+    return {"kind": "tests", "date": _today(), "python": python, **versions, "tests": list(tests), **outcome}
 
 
 def check_syntax(python: str) -> Record:
@@ -74,10 +66,6 @@ def check_syntax(python: str) -> Record:
         raise RuntimeError(f"{python} does not compile every file: {done.stderr.strip().splitlines()[-1]}")
     version, files = done.stdout.split()
     return {"kind": "syntax", "date": _today(), "python": version, "files": int(files)}
-
-
-def _version(module: str) -> str:
-    return str(import_module(module).__version__).partition("+")[0]
 
 
 def _today() -> str:
@@ -114,30 +102,19 @@ def not_run(records: Sequence[Record]) -> list[str]:
 
 def table(records: Sequence[Record]) -> str:
     """Returns all results as Markdown."""
-    rows = [
-        {
-            **{name: str(r[name]) for name in ("python", *PACKAGES)},
-            "tests": ", ".join(f"`{Path(test).name}`" for test in r["tests"]),
-            **{name: str(r[name]) for name in ("passed", "failed", "date")},
-        }
-        for r in newest(records)
-        if r["kind"] == "tests"
-    ]
-    syntax = [f"{r['python']} ({r['files']} files, {r['date']})" for r in newest(records) if r["kind"] == "syntax"]
-    missing = not_run(records)
+    rows, syntax = [], []
+    for r in newest(records):
+        if r["kind"] == "syntax":
+            syntax.append(f"{r['python']} ({r['files']} files, {r['date']})")
+        else:
+            tests = ", ".join(f"`{Path(test).name}`" for test in r["tests"])
+            columns = {**{name: r[name] for name in ("python", *PACKAGES)}, "tests": tests}
+            columns |= {name: r[name] for name in ("passed", "failed", "date")}
+            rows.append({name: str(cell) for name, cell in columns.items()})
     paragraphs = [report.table(rows, markdown=True)]
     paragraphs += [f"Every file compiles with Python {', '.join(syntax)}."] if syntax else []
-    paragraphs += [f"Not run: {', '.join(missing)}."] if missing else []
+    paragraphs += [f"Not run: {', '.join(missing)}."] if (missing := not_run(records)) else []
     return "\n\n".join(paragraphs)
-
-
-def least_versions() -> dict[str, str]:
-    """Returns the lower bounds of pyproject.toml, of Python and the packages of `PACKAGES`."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["triton"]]
-    found = [re.match(r"([\w-]+)>=([\d.]+)", requirement) for requirement in wanted]
-    bounds = {match[1]: match[2] for match in found if match and match[1] in PACKAGES}
-    return {"python": project["requires-python"].removeprefix(">="), **bounds}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -6,12 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.comparing import assert_near
+from helpers.comparing import assert_near, assert_same
 from helpers.compiled import in_every_run
 
 import fusedopt
 from fusedopt.reference import ReferenceAdamW
+from fusedopt.statistics.values import QUANTITIES
 from perf import cases, gate, measure, providers, report, results, static_report, traffic, workloads
+from perf.peers import Float32Copy, FusedWithStatistics
 from perf.providers import Provider
 
 CPU = torch.device("cpu")
@@ -194,6 +196,33 @@ def test_constants_hold_during_a_step_and_not_after_it():
     with row.setting():
         step()
     assert (seen, gate.BUDGET) == ([7], before)
+
+
+def test_a_float32_copy_has_the_weights_of_a_float32_run():
+    torch.manual_seed(0)
+    starts = [torch.randn(5, 4).bfloat16(), torch.randn(3).bfloat16()]
+    grads = [torch.randn_like(s) for s in starts]
+    weights, exact = [s.clone().requires_grad_() for s in starts], [s.float().requires_grad_() for s in starts]
+    for p, e, g in zip(weights, exact, grads):
+        p.grad, e.grad = g, g.float()
+    copied, plain = Float32Copy(weights, **providers.ADAM), torch.optim.AdamW(exact, **providers.ADAM, fused=True)
+    for _ in range(3):
+        copied.step()
+        plain.step()
+    assert_same([p.detach() for p in weights], [e.detach().bfloat16() for e in exact])
+
+
+def test_statistics_by_torchs_operations_are_those_that_ours_tracks():
+    torch.manual_seed(0)
+    starts = [0.1 * torch.randn(5, 4), 0.1 * torch.randn(3)]
+    theirs, ours = ([s.clone().requires_grad_() for s in starts] for _ in range(2))
+    for p, q in zip(theirs, ours):
+        p.grad = q.grad = torch.randn_like(p)
+    tracked = fusedopt.AdamW(ours, **providers.ADAM, convention="torch", track_statistics=True)
+    tracked.step()
+    columns = [QUANTITIES.index(n) for n in ("grad_norm", "weight_norm", "update_norm", "largest_update")]
+    found = FusedWithStatistics(theirs, **providers.ADAM).step().T
+    assert_near(found.double(), tracked.statistics.tensor[:, columns].double(), rtol=1e-4, atol=0.0)
 
 
 class FakeCuda:

@@ -25,9 +25,9 @@ def test_steps_of_shards_make_no_more_and_leave_nothing(mesh, name):
     model = dtensor.sharded_layers(4, 6, mesh)
     optimizer = dtensor.OPTIMIZERS[name](list(model.parameters()))
     found = dtensor.measure({name: optimizer.step}, 10)[name]
-    assert found.calls[0] == found.calls[1] > 0
-    assert found.garbage == (0, 0)
-    assert found.left < 5 and found.left_kib < 64
+    assert found.early == found.late and found.late.calls > 0
+    assert found.late.garbage == 0
+    assert found.grown.objects < 5 and found.grown.blocks < 100
 
 
 @pytest.mark.slow
@@ -40,5 +40,6 @@ def test_what_is_left_over_is_found():
         cycle.append(cycle)
 
     found = dtensor.measure({"leaks": step}, 50)["leaks"]
-    assert found.garbage == (2, 2) and found.left >= 50 and found.left_kib > 1
+    assert found.early.garbage == found.late.garbage == 2
+    assert found.grown.objects >= 50 and found.grown.blocks >= 50
     assert "leaks" in dtensor.shown({"leaks": found})

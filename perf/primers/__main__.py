@@ -1,20 +1,15 @@
 """Runs a primer, prints its table, and with --write puts table and picture into its page."""
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from fusedopt import files
 from perf import report, results
-from perf.primers import Primer, clipping, launches, second_moment, weight_decay
+from perf.primers import clipping, launches, second_moment, weight_decay
 
-PRIMERS: Mapping[str, tuple[Callable[[], Primer], str]] = {
-    "weight-decay": (weight_decay.run, str(weight_decay.__doc__)),
-    "second-moment": (second_moment.run, str(second_moment.__doc__)),
-    "clipping": (clipping.run, str(clipping.__doc__)),
-    "launches": (launches.run, str(launches.__doc__)),
-}
-"""By the name of its page: the run, and the question."""
+PRIMERS = {"weight-decay": weight_decay, "second-moment": second_moment, "clipping": clipping, "launches": launches}
+"""By the name of its page: a module with the question and the run."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -26,9 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.names or PRIMERS:
         if name not in PRIMERS:
             parser.error(f"a primer must be one of {', '.join(PRIMERS)}, got {name!r}")
-        run, question = PRIMERS[name]
-        found = clipping.run(options.results) if name == "clipping" else run()
-        print(f"{question.splitlines()[0]}\n\n{report.table(found.rows)}\n")
+        primer = PRIMERS[name]
+        found = clipping.run(options.results) if name == "clipping" else primer.run()
+        print(f"{str(primer.__doc__).splitlines()[0]}\n\n{report.table(found.rows)}\n")
         if options.write:
             page = results.ROOT / "docs" / "primers" / f"{name}.md"
             files.write_text(page, report.filled(page.read_text(), "numbers", report.table(found.rows, markdown=True)))

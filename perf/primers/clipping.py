@@ -32,12 +32,13 @@ def run(path: Path = RESULTS, workload: str = "gpt_50m") -> Primer:
     for model, name in launches.MODELS.items():
         sizes = launches.sizes_of(name)
         for limit in launches.limits():
-            adam, clip = launches.fused_adamw(sizes, limit), launches.clipping(sizes, limit)
-            row = {"": f"{model}, launches, torch {limit.name}", "fused AdamW": str(adam), "clip_grad_norm_": str(clip)}
-            rows.append({**row, "fusedopt with max_grad_norm, in all": str(OURS)})
+            counts = launches.fused_adamw(sizes, limit), launches.clipping(sizes, limit), OURS
+            rows.append(_row(f"{model}, launches, torch {limit.name}", *map(str, counts)))
     fused, both, _, ours = bars.values()
-    what = f"{workload}, ms per step"
-    row = {"": what, "fused AdamW": f"{fused:.1f}", "clip_grad_norm_": f"{both - fused:.1f}"}
-    rows.append({**row, "fusedopt with max_grad_norm, in all": f"{ours:.1f}"})
+    rows.append(_row(f"{workload}, ms per step", *(f"{ms:.1f}" for ms in (fused, both - fused, ours))))
     panel = Panel("AdamW on 49.9 M float32 parameters, norm below the limit", {k: [v] for k, v in bars.items()})
     return Primer(rows, report.bars_picture([panel], "ms per step", note=measured.machine))
+
+
+def _row(what: str, adam: str, clip: str, ours: str) -> dict[str, str]:
+    return {"": what, "fused AdamW": adam, "clip_grad_norm_": clip, "fusedopt with max_grad_norm, in all": ours}

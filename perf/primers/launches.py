@@ -104,12 +104,9 @@ def run() -> Primer:
     rows, panels = [], []
     for model, workload in MODELS.items():
         sizes = sizes_of(workload)
-        found = {f"torch fused,\n{limit.name}": fused_adamw(sizes, limit) for limit in limits()}
-        panels.append(
-            Panel(f"{model}: {len(sizes)} tensors", {"fusedopt": [OURS], **{k: [v] for k, v in found.items()}})
-        )
+        found = {f"torch fused, {limit.name}": fused_adamw(sizes, limit) for limit in limits()}
+        bars = {"fusedopt": OURS, **{name.replace(", ", ",\n"): count for name, count in found.items()}}
+        panels.append(Panel(f"{model}: {len(sizes)} tensors", {name: [count] for name, count in bars.items()}))
         row = {"model": model, "tensors": f"{len(sizes)}", "parameters": f"{sum(sizes) / 1e6:,.0f} M"}
-        rows.append(
-            {**row, **{name.replace("\n", " "): str(count) for name, count in found.items()}, "fusedopt": str(OURS)}
-        )
+        rows.append({**row, **{name: str(count) for name, count in found.items()}, "fusedopt": str(OURS)})
     return Primer(rows, bars_picture(panels, "launches per step of AdamW", most_columns=1))

@@ -1,13 +1,13 @@
 """Why does a bfloat16 second moment freeze? Gradients become a tenth of what they were; v should follow."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from fusedopt import AdamW
-from perf.primers import Primer, lines
-from perf.report import OTHERS, OURS
+from perf.primers import Primer
+from perf.report import OTHERS, OURS, lines_picture
 
 STEPS, EVERY, BETA2 = 3000, 50, 0.999
 LOOKED_AT = (1000, 3000)
@@ -51,14 +51,10 @@ def _row(name: str, after: Mapping[int, float]) -> dict[str, str]:
     return {"AdamW, bfloat16": name, **{f"after {n:,} steps": f"{value:.2f}" for n, value in after.items()}}
 
 
-def run(steps: int = STEPS) -> Primer:
-    curves: dict[str, tuple[Sequence[int], Sequence[float], str]] = {}
-    rows = []
-    for name, (options, color) in RUNS.items():
-        found = excess(options, steps)
-        curves[name] = (range(0, steps + 1, EVERY), found, color)
-        rows.append(_row(name, {n: found[n // EVERY] for n in LOOKED_AT if n <= steps}))
-    stays = {n: right(n) ** -0.5 for n in LOOKED_AT if n <= steps}
+def run() -> Primer:
+    found = {name: (excess(options), color) for name, (options, color) in RUNS.items()}
+    rows = [_row(name, {n: curve[n // EVERY] for n in LOOKED_AT}) for name, (curve, _) in found.items()]
+    stays = {n: right(n) ** -0.5 for n in LOOKED_AT}
     rows.append(_row("a v that stays at 1: 1 / sqrt(0.999^n + (1 - 0.999^n) / 100)", stays))
     title = "sqrt(v), of what it should be, after gradients fell to a tenth"
-    return Primer(rows, lines(title, "steps after the fall", curves))
+    return Primer(rows, lines_picture(found, EVERY, title, "steps after the fall"))

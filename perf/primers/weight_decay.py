@@ -1,32 +1,30 @@
 """Where did my weight decay go? 1,000 steps with zero gradients: nothing but the decay can move the weights."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from fusedopt import AdamW, float32_parameters
 from perf.decay import RIGHT, STEPS, WEIGHT_DECAY
-from perf.primers import Primer, lines
+from perf.primers import Primer
 from perf.providers import LR
-from perf.report import INK, OTHERS, OURS
+from perf.report import INK, OTHERS, OURS, lines_picture
 
 _LEFT, _MOVED = "of their size is left", "of the weights have moved"
 EVERY = 50  # steps between two points of a curve
 
 Make = Callable[[list[torch.Tensor]], torch.optim.Optimizer]
 _OPTIONS: dict[str, Any] = {"lr": LR, "weight_decay": WEIGHT_DECAY}
+_ROUNDED: dict[str, Any] = {**_OPTIONS, "stochastic_rounding": True}
+_MASTER: dict[str, Any] = {**_OPTIONS, "master_weights": True}
 
 RUNS: Mapping[str, tuple[Make, torch.dtype, str]] = {
     "torch.optim.AdamW, float32": (lambda p: torch.optim.AdamW(p, **_OPTIONS), torch.float32, INK),
     "torch.optim.AdamW, bfloat16": (lambda p: torch.optim.AdamW(p, **_OPTIONS), torch.bfloat16, OTHERS),
     "fusedopt.AdamW, bfloat16": (lambda p: AdamW(p, **_OPTIONS), torch.bfloat16, "#56606B"),
-    "..., stochastic_rounding=True": (
-        lambda p: AdamW(p, **_OPTIONS, stochastic_rounding=True),
-        torch.bfloat16,
-        "#E69F00",
-    ),
-    "..., master_weights=True": (lambda p: AdamW(p, **_OPTIONS, master_weights=True), torch.bfloat16, OURS),
+    "..., stochastic_rounding=True": (lambda p: AdamW(p, **_ROUNDED), torch.bfloat16, "#E69F00"),
+    "..., master_weights=True": (lambda p: AdamW(p, **_MASTER), torch.bfloat16, OURS),
 }
 """By name: the optimizer, the dtype of the weights, and the colour of the curve."""
 
@@ -50,12 +48,12 @@ def shares(make: Make, dtype: torch.dtype, steps: int = STEPS) -> tuple[list[flo
     return found, float((weights() != before).double().mean())
 
 
-def run(steps: int = STEPS) -> Primer:
-    curves: dict[str, tuple[Sequence[int], Sequence[float], str]] = {}
-    rows = []
+def run() -> Primer:
+    curves, rows = {}, []
     for name, (make, dtype, color) in RUNS.items():
-        left, moved = shares(make, dtype, steps)
-        curves[name] = (range(0, steps + 1, EVERY), left, color)
+        left, moved = shares(make, dtype)
+        curves[name] = left, color
         rows.append({"AdamW": name, _LEFT: f"{left[-1]:.4f}", _MOVED: f"{moved:.1%}"})
-    rows.append({"AdamW": f"(1 - {LR:g} * {WEIGHT_DECAY:g})^{steps:,}", _LEFT: f"{RIGHT:.4f}", _MOVED: ""})
-    return Primer(rows, lines("Mean size of the weights, of what it was; gradients are zero", "step", curves))
+    rows.append({"AdamW": f"(1 - {LR:g} * {WEIGHT_DECAY:g})^{STEPS:,}", _LEFT: f"{RIGHT:.4f}", _MOVED: ""})
+    title = "Mean size of the weights, of what it was; gradients are zero"
+    return Primer(rows, lines_picture(curves, EVERY, title, "step"))
