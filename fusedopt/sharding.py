@@ -84,6 +84,12 @@ def shard(t: Any) -> Tensor:
     return mine
 
 
+def version(t: Any) -> int:
+    """Returns how often `t`, or the shard of it here, was written to; 0 where nothing counts that."""
+    mine = shard(t)
+    return 0 if mine.is_inference() else mine._version
+
+
 def spread(t: Any) -> ReduceDims:
     """The mesh dimensions over which local sums of `t` must be reduced to be those of the whole tensor."""
     if not is_sharded(t):
