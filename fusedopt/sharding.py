@@ -85,9 +85,9 @@ def shard(t: Any) -> Tensor:
 
 
 def version(t: Any) -> int:
-    """Returns how often `t`, or the shard of it here, was written to; 0 where nothing counts that."""
-    mine = shard(t)
-    return 0 if mine.is_inference() else mine._version
+    """Returns how often `t` was written to, also by way of its local shard; 0 where nothing counts that."""
+    counting = [t, shard(t)] if is_sharded(t) else [t]  # each counts what was done to it
+    return sum(0 if one.is_inference() else one._version for one in counting)
 
 
 def spread(t: Any) -> ReduceDims:

@@ -212,7 +212,7 @@ def raised(rank, mesh, name, where):
         "before": before,
         "after": after,
         "again": again,
-        "end": float(named[0][1].sum()),
+        "end": named[0][1].sum().item(),
     }
 
 
@@ -246,8 +246,12 @@ def lost_step(rank, mesh, name, layout):
         with mock.patch.object(optimizer._engine, "param_sets", side_effect=PLANTED):
             outcomes.append(step(optimizer))
         outcomes.append(step(optimizer))
-    for _ in range(2):
-        backward(named)
+    for in_place in (True, False):
+        if in_place:
+            for _, p in named:
+                p.grad.mul_(2.0)
+        else:
+            backward(named)
         outcomes.append(step(optimizer))
     optimizer.load_state_dict(saved)
     backward(named)
