@@ -29,6 +29,8 @@ class _Position:
     """True if a gradient was added since the last reset."""
     lent: bool = False
     """True if the memory was handed out: it is then replaced, not written to."""
+    zero: bool = False
+    """True if the memory was handed out as zeros, which it is until it is replaced."""
 
     def writable(self, like: Tensor, dtype: torch.dtype | None) -> Tensor:
         """The memory that the next sum goes to."""
@@ -37,7 +39,16 @@ class _Position:
                 self.memory = torch.empty_like(like, dtype=dtype)
             elif self.lent:
                 self.memory = torch.empty_like(self.memory)
-        self.filled, self.lent = True, False
+        self.filled, self.lent, self.zero = True, False, False
+        return self.memory
+
+    def zeros(self) -> Tensor:
+        """Zeros in the place of a sum, the same tensor until there is one: a step that is tried again knows it."""
+        assert self.memory is not None
+        if not self.zero:
+            with outside_inference_mode():
+                self.memory = torch.zeros_like(self.memory)
+            self.lent = self.zero = True
         return self.memory
 
 
@@ -140,7 +151,7 @@ class GradientAccumulator:
         if position.memory is None:
             return None
         if not position.filled:
-            return torch.zeros_like(position.memory) if self._params is None else None
+            return position.zeros() if self._params is None else None
         position.lent = True
         return position.memory
 

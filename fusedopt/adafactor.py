@@ -114,6 +114,7 @@ class Adafactor(FusedOptimizer):
     """
 
     rule = "adafactor"
+    adds_up_over_shards = True
     state_options = {**FusedOptimizer.state_options, "beta1": (None, 0.0)}
     checks = {
         "eps": _eps,

@@ -72,7 +72,9 @@ class AdamW(ElementwiseOptimizer):
             every backend, on any number of processes, and after resuming.
         track_statistics: measure every step, or every N-th for a number N: `optimizer.statistics`, see `Statistics`.
         check_ranks: before each step, have the processes that share the parameters compare gradients and options, in
-            one small all-reduce, and all raise where it differs; see the page on sharded models. Waits for the device.
+            one small all-reduce, and all raise where something differs or one has raised; see the page on sharded
+            models. Waits for the device. Without it, weights differ from then on where one process lacks a gradient,
+            with no error unless the step adds up over processes.
 
     Raises:
         ValueError: an option is out of range, for the constructor or for a group, or a parameter cannot be updated.

@@ -84,6 +84,12 @@ def shard(t: Any) -> Tensor:
     return mine
 
 
+def version(t: Any) -> int:
+    """Returns how often `t` was written to, also by way of its local shard; 0 where nothing counts that."""
+    counting = [t, shard(t)] if is_sharded(t) else [t]  # each counts what was done to it
+    return sum(0 if one.is_inference() else one._version for one in counting)
+
+
 def spread(t: Any) -> ReduceDims:
     """The mesh dimensions over which local sums of `t` must be reduced to be those of the whole tensor."""
     if not is_sharded(t):

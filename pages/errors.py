@@ -218,6 +218,7 @@ TRAINING: Mapping[str, Sequence[Entry]] = {
                 "no step before it had tensors of these dtypes",
                 "a CUDA graph is being captured before the optimizer counts its steps",
                 "an option that needs more state was set before a capture",
+                "and every replay of a CUDA graph would convert or move it again",
                 "there is no pinned memory for another captured step",
                 "no step before it had these limits for norms",
                 "before the optimizer counts skipped steps",
@@ -260,12 +261,13 @@ TRAINING: Mapping[str, Sequence[Entry]] = {
         Entry(
             ["the processes disagree about a step"],
             "With `check_ranks`: a parameter has a gradient in some processes only, options differ, or one has raised.",
-            "The message says what differs where. Nothing was changed; load a checkpoint where one has lost a step.",
+            "The message says what differs where; one that has raised has its own error. Nothing was changed; load a "
+            "checkpoint where one has lost a step.",
         ),
         Entry(
-            ["a step ran out of memory halfway, its gradients or parameters"],
-            "An eager step ran out of memory after it had begun to write, and before the next one a gradient was "
-            "changed in place or a parameter's data replaced.",
+            ["a step ran out of memory halfway, its gradients, parameters or states"],
+            "An eager step ran out of memory after it had begun to write, and before the next one a gradient, a "
+            "parameter or a state was changed in place or replaced.",
             "Load a checkpoint. To go on instead, call `step()` before anything else.",
         ),
         Entry(
@@ -275,7 +277,8 @@ TRAINING: Mapping[str, Sequence[Entry]] = {
         ),
         Entry(
             ["a step of this process failed after all processes had compared"],
-            "With `check_ranks`: a step raised, such as for want of memory, which others may have taken.",
+            "With `check_ranks`: a step raised, such as for want of memory, when all had agreed to it, so that others "
+            "may have taken it. At the next step they raise, too.",
             "Load a checkpoint into all processes.",
         ),
         Entry(

@@ -5,14 +5,17 @@
 
 import copy
 import datetime
+import math
 import os
 import signal
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from helpers.memory import Allocations
 from sharded_on_four_processes import counted
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -80,6 +83,10 @@ def another_limit(optimizer, named):
     optimizer.guard.skip_grad_norm_above = 5.0
 
 
+def loaded(optimizer, named):
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
 def with_one_group_more(optimizer, named):
     optimizer.add_param_group({"params": [("third", torch.nn.Parameter(torch.ones(2)))]})
 
@@ -94,6 +101,7 @@ SPOILT = {
     "NaN": spoilt_gradient,
     "another gradient": another_gradient,
     "one group more": with_one_group_more,
+    "a load": loaded,
 }
 """What happens to the second process alone before the second step."""
 
@@ -105,10 +113,58 @@ def cases():
                 yield name, spoilt, layout
 
 
-def step(optimizer) -> str | None:
+PLANTED = RuntimeError("planted\nand more of it")
+
+
+def planted(target, name):
+    """A step in which something raises."""
+
+    def take(optimizer, named):
+        with mock.patch.object(target(optimizer), name, side_effect=PLANTED):
+            optimizer.step()
+
+    return take
+
+
+def with_a_broken_state(optimizer, named):
+    with mock.patch.dict(optimizer.state[named[1][1]], step="three"):
+        optimizer.step()
+
+
+def with_a_sparse_gradient(optimizer, named):
+    p = named[0][1]
+    g, p.grad = p.grad, p.grad.to_sparse()
     try:
         optimizer.step()
-    except (RuntimeError, ValueError) as error:
+    finally:
+        p.grad = g
+
+
+def pairs(named):
+    return [(p.grad, p) for _, p in named]
+
+
+RAISES = {
+    "a hook of the optimizer": planted(lambda optimizer: optimizer, "before_step"),
+    "an option": planted(lambda optimizer: optimizer, "check_group"),
+    "states that are settled": planted(lambda optimizer: optimizer._engine._states, "settle"),
+    "states that are made": planted(lambda optimizer: sys.modules["fusedopt.optimizer.engine"], "make_states"),
+    "the comparison": planted(lambda optimizer: sys.modules["fusedopt.optimizer.ranks"], "_digest"),
+    "a broken state": with_a_broken_state,
+    "a sparse gradient": with_a_sparse_gradient,
+    "a factor": lambda optimizer, named: optimizer.apply_gradients(pairs(named), scale=math.nan),
+    "a parameter twice": lambda optimizer, named: optimizer.apply_gradients(pairs(named) * 2),
+    "a tensor of nobody": lambda optimizer, named: optimizer.apply_gradients([(torch.ones(3), torch.ones(3))]),
+    "pairs that raise": lambda optimizer, named: optimizer.apply_gradients(1 / 0 for _ in named),
+}
+"""Steps that the second process alone takes, and which raise before all have compared theirs."""
+
+
+def step(optimizer, take=None) -> str | None:
+    """The error of a step, if there is one."""
+    try:
+        optimizer.step() if take is None else take()
+    except (RuntimeError, ValueError, ArithmeticError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -138,6 +194,28 @@ def one(rank, mesh, name, spoilt, layout):
     return {"error": error, "before": before, "after": everything(optimizer, named)}
 
 
+def raised(rank, mesh, name, where):
+    """A second step that raises in one process; then both take it."""
+    named = model(mesh, "whole")
+    optimizer = OPTIMIZERS[name](named, check_ranks=True)
+    if where != "states that are made":
+        backward(named)
+        optimizer.step()
+    backward(named)
+    before, start = everything(optimizer, named), time.monotonic()
+    error = step(optimizer, None if rank == 0 else lambda: RAISES[where](optimizer, named))
+    seconds, after = time.monotonic() - start, everything(optimizer, named)
+    again = step(optimizer)
+    return {
+        "error": error,
+        "seconds": seconds,
+        "before": before,
+        "after": after,
+        "again": again,
+        "end": named[0][1].sum().item(),
+    }
+
+
 def undisturbed(mesh, name, layout):
     """Weights after three steps with the check and without it, and the all-reduces of each."""
     found = []
@@ -152,27 +230,80 @@ def undisturbed(mesh, name, layout):
     return found
 
 
-def lost_step(rank, mesh, name, where):
-    """One process fails in the first step, before the comparison or after it, and goes on; then all load."""
-    named = model(mesh, "rows")
+def lost_step(rank, mesh, name, layout):
+    """One process fails in the first step, when all have compared theirs, and tries it again; then comes the second.
+
+    At last all load.
+    """
+    named = model(mesh, layout)
     optimizer = OPTIMIZERS[name](named, check_ranks=True)
     saved = copy.deepcopy(optimizer.state_dict())
     outcomes = []
-
-    def fail(*args):
-        raise RuntimeError("out of memory")
-
     backward(named)
-    patched, method = (optimizer, "before_step") if where == "before" else (optimizer._engine, "_steppers")
-    if rank == 1:
-        setattr(patched, method, fail)
-    outcomes.append(step(optimizer))
-    if rank == 1:
-        delattr(patched, method)
+    if rank == 0:
+        outcomes += [step(optimizer), None]
+    else:
+        with mock.patch.object(optimizer._engine, "param_sets", side_effect=PLANTED):
+            outcomes.append(step(optimizer))
+        outcomes.append(step(optimizer))
+    for in_place in (True, False):
+        if in_place:
+            for _, p in named:
+                p.grad.mul_(2.0)
+        else:
+            backward(named)
         outcomes.append(step(optimizer))
     optimizer.load_state_dict(saved)
     backward(named)
-    return outcomes, step(optimizer)
+    return [*outcomes, step(optimizer)]
+
+
+def waited_for(rank, mesh):
+    """One process fails when all have compared, before the sums that the other waits for; nothing else is sent then."""
+    named = model(mesh, "rows")
+    optimizer = OPTIMIZERS["AdamW-skipping"](named, check_ranks=True)
+    backward(named)
+    if rank == 0:
+        return step(optimizer), float(optimizer.grad_norm)
+    outcomes = []
+    with mock.patch("fusedopt.sharding.all_reduce_sums", side_effect=PLANTED):
+        outcomes.append(step(optimizer))
+    for _ in range(2):
+        outcomes.append(step(optimizer))
+        backward(named)
+    dist.all_reduce(torch.full((1,), 3.0, dtype=torch.float64))  # in its place
+    return outcomes
+
+
+def out_of_memory(rank, mesh, name):
+    """One process runs out of memory at the first allocation of a first step, the second one, and so on.
+
+    Returns one row for each: the errors, where they are to be tried again, and what lies there after that.
+    """
+    rows = []
+    while True:
+        named = [*model(mesh, "whole"), ("third", torch.nn.Parameter(torch.ones(6, dtype=torch.bfloat16)))]
+        optimizer = OPTIMIZERS[name](named, check_ranks=True)
+        backward(named)
+        with Allocations(len(rows) if rank == 1 else None):
+            error = step(optimizer)
+        enough = rank == 1 and error is None
+        goes_on = optimizer._engine.unfinished is not None
+        flags = torch.tensor([enough, goes_on])
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        enough, goes_on = flags.tolist()
+        if enough:
+            return rows, everything(optimizer, named)
+        row = {"error": error, "goes_on": goes_on, "after": everything(optimizer, named)}
+        told = torch.tensor([error is not None])
+        dist.all_reduce(told, dist.ReduceOp.MIN)
+        row["told"] = bool(told)
+        if row["told"] or (goes_on and rank == 1):
+            row["again"] = step(optimizer)
+            row["end"] = everything(optimizer, named)
+        backward(named)
+        row["next"] = step(optimizer)
+        rows.append(row)
 
 
 def after_the_other_was_killed(mesh, rank):
@@ -216,8 +347,12 @@ def main(rank: int, folder: Path) -> None:
     for name in OPTIMIZERS:
         for layout in LAYOUTS:
             results["undisturbed", name, layout] = undisturbed(mesh, name, layout)
-        for where in ("before", "after") if name != "Adafactor" else ("before",):  # others wait for its sums
-            results["lost", name, where] = lost_step(rank, mesh, name, where)
+        for where in RAISES:
+            results["raised", name, where] = raised(rank, mesh, name, where)
+        for layout in ("whole", "rows") if name != "Adafactor" else ("whole",):  # others wait for sums of its rows
+            results["lost", name, layout] = lost_step(rank, mesh, name, layout)
+        results["out of memory", name] = out_of_memory(rank, mesh, name)
+    results["waited for",] = waited_for(rank, mesh)
     torch.save(results, folder / f"{rank}.pt")
     found = after_the_other_was_killed(mesh, rank)
     torch.save(found, folder / "killed.pt")

@@ -153,6 +153,24 @@ def test_capture_of_a_launch_that_never_ran(capture, two):
     refused(capture, optimizer, params, gradients(params, 1), "no step before it had tensors of these dtypes.*take one")
 
 
+def test_counts_that_would_be_converted_at_every_replay_are_refused(capture, two):
+    """From the same float32 number, so that replays would not count; an eager step converts them for good."""
+    (ours, params, _), (theirs, expected, _) = two
+    grads = gradients(params, 1)
+    for p in params:
+        ours.state[p]["step"] = ours.state[p]["step"].float()
+    refused(capture, ours, params, grads, "is torch.float32 on cpu, and every replay .*: take a step before")
+    assert {ours.state[p]["step"].dtype for p in params} == {torch.float32}
+    step(ours, params, grads)
+    with capture() as graph:
+        step(ours, params, grads)
+    for _ in range(2):
+        graph.replay()
+    for _ in range(3):
+        step(theirs, expected, grads)
+    assert_equal(two)
+
+
 UNTRAINED = "requires a gradient and has none in the step that is being captured"
 
 

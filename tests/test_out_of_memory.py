@@ -277,6 +277,65 @@ def test_an_accumulator(backend):
     fail_everywhere(prepare, check)
 
 
+@pytest.mark.parametrize("params_known", [False, True], ids=["by calls", "of parameters"])
+def test_a_step_of_accumulated_gradients_is_tried_again(monkeypatch, params_known):
+    """The accumulator shows the same tensors again, also where no gradient came: that step, not another one."""
+
+    def taken(fails: bool) -> tuple[Tensor, ...]:
+        params = [nn.Parameter(torch.ones(1 << 10, 1 << 12)), nn.Parameter(torch.ones(3))]
+        optimizer = VARIANTS["AdamW"](params, backend="eager", max_grad_norm=0.1)
+        accumulator = GradientAccumulator(backend="eager")
+
+        def give(grads: list[Tensor | None]) -> None:
+            if not params_known:
+                accumulator(grads)
+                return
+            for p, g in zip(params, grads):
+                p.grad = g
+            accumulator.accumulate(params)
+
+        def step() -> None:
+            optimizer.apply_gradients(zip(accumulator.gradients, params), scale=accumulator.scale)
+
+        give([torch.ones_like(p) for p in params])
+        step()
+        accumulator.reset()
+        give([torch.full_like(params[0], 2.0), None])
+        if fails:
+            with monkeypatch.context() as patch:
+                Fails(patch, torch.OutOfMemoryError("planted"), written=False)
+                with pytest.raises(torch.OutOfMemoryError):
+                    step()
+            assert optimizer._engine.unfinished is not None
+        step()
+        return (*[p.detach() for p in params], *[state["step"] for state in optimizer.state.values()])
+
+    assert_same(taken(fails=True), taken(fails=False))
+
+
+@NEEDS_TRITON
+@pytest.mark.parametrize("measured", [False, True], ids=["plain", "measured"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_launches_take_no_memory(monkeypatch, name, measured):
+    """All that they need is there when the first one is queued."""
+    from fusedopt.backends.triton.stepper import TritonStepper
+
+    launch, taken = TritonStepper._launch, []
+
+    def counted(*args: Any) -> None:
+        with Allocations() as allocations:
+            launch(*args)
+        taken.append(allocations.number)
+
+    monkeypatch.setattr(TritonStepper, "_launch", counted)
+    model = Net()
+    optimizer = OPTIMIZERS[name](model, backend="triton", track_statistics=measured)
+    for number in range(2):
+        give_gradients(model, number)
+        optimizer.step()
+    assert taken == [0, 0]
+
+
 def test_a_checkpoint_drops_a_step_that_was_not_finished():
     model, optimizer = made("AdamW-master_weights", "eager")
     saved = copy.deepcopy(optimizer.state_dict())
@@ -340,15 +399,35 @@ def halfway(monkeypatch: pytest.MonkeyPatch, error: BaseException, written: bool
     return model, optimizer
 
 
-@pytest.mark.parametrize("change", ["gradient", "parameter"])
+def replace_state(model: Any, optimizer: Any) -> None:
+    optimizer.state[model.weight]["exp_avg"] = optimizer.state[model.weight]["exp_avg"].clone()
+
+
+def replace_all_states(model: Any, optimizer: Any) -> None:
+    optimizer.state[model.weight] = {name: t.clone() for name, t in optimizer.state[model.weight].items()}
+
+
+CHANGES: dict[str, Callable[[Any, Any], object]] = {
+    "gradient": lambda model, _: model.weight.grad.mul_(2.0),
+    "gradient elsewhere": lambda model, _: setattr(model.weight.grad, "data", model.weight.grad.clone()),
+    "parameter": lambda model, _: model.weight.detach().mul_(2.0),
+    "parameter elsewhere": lambda model, _: setattr(model.weight, "data", model.weight.data.clone()),
+    "state": lambda model, optimizer: optimizer.state[model.weight]["exp_avg_sq"].zero_(),
+    "state elsewhere": replace_state,
+    "all states elsewhere": replace_all_states,
+    "no state": lambda model, optimizer: optimizer.state.clear(),
+}
+"""What may be done between an error and another try."""
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_step_whose_tensors_have_changed_is_not_gone_on_with(monkeypatch, change):
     model, optimizer = halfway(monkeypatch, torch.OutOfMemoryError("planted"), written=False)
-    if change == "gradient":
-        model.weight.grad.mul_(2.0)
-    else:
-        model.weight.data = model.weight.data.clone()
+    CHANGES[change](model, optimizer)
     before = model.weight.detach().clone()
-    with pytest.raises(RuntimeError, match="ran out of memory halfway, its gradients or parameters have changed"):
+    with pytest.raises(
+        RuntimeError, match="ran out of memory halfway, its gradients, parameters or states have changed"
+    ):
         optimizer.step()
     assert_same(model.weight, before)
 

@@ -1,5 +1,7 @@
 """`check_ranks`: where processes disagree about a step, all of them raise, and none has taken it."""
 
+import math
+
 import pytest
 import ranks_on_two_processes as two
 import torch
@@ -20,6 +22,7 @@ SAYS = {
     "NaN": "the sum of squares of the gradients that they share is [2",
     "another gradient": "the sum of squares of the gradients that they share is [2",
     "one group more": "the number of groups is 1 on rank 0 and 2 on rank 1",
+    "a load": "the number of this step is 2 on rank 0 and 1 on rank 1",
 }
 
 
@@ -66,21 +69,71 @@ def test_the_check_changes_nothing_and_costs_one_all_reduce(results, name, layou
         assert more == calls + 3
 
 
+@pytest.mark.parametrize("where", two.RAISES)
 @pytest.mark.parametrize("name", two.OPTIMIZERS)
-def test_a_process_that_failed_before_the_comparison_is_found_at_its_next_step(results, name):
-    (first, first_loaded), (second, second_loaded) = of_all(results, "lost", name, "before")
-    assert second[0] == "RuntimeError: out of memory"
-    assert first == second[1:] and "the number of this step is 1 on rank 0 and 2 on rank 1" in first[0]
+def test_what_one_process_raises_before_the_comparison_is_told_at_once(results, name, where):
+    """And all of them can take the step then."""
+    first, second = each = of_all(results, "raised", name, where)
+    assert not second["error"].startswith("RuntimeError: the processes")
+    theirs = second["error"].partition("\n")[0]
+    assert first["error"].startswith(
+        f"RuntimeError: the processes disagree about a step: what keeps a process from the step is None on rank 0 and "
+        f"{theirs} on rank 1, where that error itself stands; no process has taken the step"
+    )
+    for one in each:
+        assert one["seconds"] < 30  # half the timeout of the process group
+        assert one["again"] is None
+        assert_same(one["after"], one["before"])
+    assert first["end"] == second["end"]
+
+
+FAILED = "RuntimeError: a step of this process failed after all processes had compared gradients and options, so that"
+
+
+@pytest.mark.parametrize(
+    "name, layout", [(n, at) for n in two.OPTIMIZERS for at in ("whole", "rows") if (n, at) != ("Adafactor", "rows")]
+)
+def test_a_process_that_failed_after_the_comparison_is_found_at_the_next_step(results, name, layout):
+    """A second try sends nothing, which others could take for what they wait for."""
+    (first, retried, *others, first_loaded), (second, again, *more, second_loaded) = of_all(
+        results, "lost", name, layout
+    )
+    assert first is retried is None
+    assert second == f"RuntimeError: {two.PLANTED}"
+    assert all(error.startswith(FAILED) for error in (again, *more))
+    for error in others:
+        assert f"what keeps a process from the step is None on rank 0 and {FAILED}" in error
     assert first_loaded is second_loaded is None
 
 
-@pytest.mark.parametrize("name", [name for name in two.OPTIMIZERS if name != "Adafactor"])
-def test_a_process_that_failed_after_the_comparison_does_not_go_on(results, name):
-    """Nor does it send anything, which others could take for what they wait for."""
-    (first, first_loaded), (second, second_loaded) = of_all(results, "lost", name, "after")
-    assert (first, second[0]) == ([None], "RuntimeError: out of memory")
-    assert second[1].startswith("RuntimeError: a step of this process failed after all processes had compared")
-    assert first_loaded is second_loaded is None
+def test_a_process_that_others_wait_for_sends_nothing_but_their_sums(results):
+    (error, norm), outcomes = of_all(results, "waited for")
+    assert error is None
+    assert norm == pytest.approx(math.sqrt(3.0 + 2 * 2 * 3), rel=1e-6)  # of two halves of two gradients of ones
+    assert outcomes[0] == f"RuntimeError: {two.PLANTED}"
+    assert all(outcome.startswith(FAILED) for outcome in outcomes[1:])
+
+
+@pytest.mark.parametrize("name", two.OPTIMIZERS)
+def test_out_of_memory_in_one_process(results, name):
+    """At any allocation: all raise, or the others have taken the step, and this one does too, or is found."""
+    (first, straight), (second, also_straight) = of_all(results, "out of memory", name)
+    assert_same(straight, also_straight)
+    assert len(first) == len(second) > 3
+    for one, other in zip(first, second):
+        assert other["error"].startswith("OutOfMemoryError")
+        if one["told"]:
+            assert "OutOfMemoryError" in one["error"] and "where that error itself stands" in one["error"]
+            assert one["again"] is other["again"] is one["next"] is other["next"] is None
+            assert_same([one["end"], other["end"]], [straight, straight])
+        elif one["goes_on"]:
+            assert other["again"] is one["next"] is other["next"] is None
+            assert_same([one["after"], other["end"]], [straight, straight])
+        else:
+            assert_same(one["after"], straight)
+            assert other["next"].startswith(FAILED) and FAILED in one["next"]
+    kinds = [(row["told"], row["goes_on"]) for row in first]
+    assert {(True, False), (False, True)} <= set(kinds)
 
 
 def test_a_process_that_is_killed_ends_the_steps_of_the_others(results, folder):

@@ -333,12 +333,15 @@ class AdamWeightDecay(AdamW):
         Raises:
             ValueError: as there; also, as in Keras, if all gradients are None.
         """
+        super().apply_gradients(grads_and_params, scale)
+
+    def given_gradients(self, grads_and_params: Iterable[tuple[Tensor | None, Tensor]]) -> dict[Tensor, Tensor | None]:
         pairs = list(grads_and_params)
         if all(grad is None for grad, _ in pairs):
             raise ValueError(
                 f"there is no gradient among the {len(pairs)} pairs: call backward() first, or skip the step"
             )
-        super().apply_gradients(pairs, scale)
+        return super().given_gradients(pairs)
 
     def _forget(self) -> None:
         super()._forget()

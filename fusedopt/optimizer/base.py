@@ -62,6 +62,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     seed: int = 0
 
+    adds_up_over_shards: ClassVar[bool] = False
+    """True if the update of a sharded parameter adds up over processes."""
+
     updated_in_backward: Set[Tensor] = frozenset()
     """The parameters that the open step has updated already, of a step in backward."""
 
@@ -230,7 +233,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             RuntimeError: a gradient is sparse, or a gradient or a state does not fit its parameter, which has been
                 given another size or an expanded tensor, for instance; nothing was changed. Or a CUDA graph is being
                 captured, and a parameter that requires a gradient has none. Or, with `check_ranks`, another process
-                disagrees with the others about the step; nothing was changed in any.
+                disagrees with the others about the step, or has raised; nothing was changed in any.
             torch.OutOfMemoryError: there is no memory; nothing was changed. On the eager backend a step may have begun
                 to write, which a note on the error says: the next `step()` goes on from there, with the gradients of
                 the interrupted step, and if it has other ones, then takes a step with those. If the same tensors have
@@ -243,7 +246,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         try:
             self._step(given)
-        except BaseException:
+        except BaseException as error:
+            self.ranks.failed(self, error, goes_on=self._engine.unfinished is not None)
             self.forget_scaler()
             if self._engine.unfinished is None:
                 self.tracker.abandon()
@@ -262,6 +266,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         values, args = (None, StepArgs()) if given is None else given
         groups = self.param_groups
         grads = [[p.grad if values is None else values.get(p) for p in group["params"]] for group in groups]
+        if self.ranks:
+            self.ranks.begin_call(grads)
         if self._engine.unfinished is not None:
             done = self._engine.finish()
             self.tracker.close(self)
@@ -306,6 +312,16 @@ class FusedOptimizer(torch.optim.Optimizer):
             >>> w.detach()
             tensor([0.9000, 1.1000])
         """
+        try:
+            given = self.given_gradients(grads_and_params)
+        except Exception as error:
+            self.ranks.begin_call([])
+            self.ranks.failed(self, error)
+            raise
+        self.step(given=(given, StepArgs(scale=scale)))
+
+    def given_gradients(self, grads_and_params: Iterable[tuple[Tensor | None, Tensor]]) -> dict[Tensor, Tensor | None]:
+        """Returns what `apply_gradients` was given, by parameter; raises ValueError for what is not right."""
         known = {p for group in self.param_groups for p in group["params"]}
         given: dict[Tensor, Tensor | None] = {}
         for grad, p in grads_and_params:
@@ -314,7 +330,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             if p in given:
                 raise ValueError(f"a parameter of shape {tuple(p.shape)} comes twice; add its gradients first")
             given[p] = grad
-        self.step(given=(given, StepArgs(scale=scale)))
+        return given
 
     # State.
 

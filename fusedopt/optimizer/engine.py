@@ -4,7 +4,7 @@ Tensors reach a backend as they are. It scales gradients on their way into the u
 backend, `begin_step` in the kernels) and advances step counts in place (`backends/eager/step_counts.py`, `begin_step`).
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from itertools import chain, repeat
 from operator import attrgetter, is_
@@ -35,8 +35,8 @@ Steppers = dict[tuple[torch.device, str], Any]
 _NO_STATE: dict[str, Tensor] = {}
 
 _GOES_ON = (
-    "The step had begun to write. Call step() again: it goes on from there, and ends as if there had been no error. "
-    "Other gradients are a step of their own after that."
+    "{}. Call step() again: it goes on from there, and ends as if there had been no error. Other gradients are a step "
+    "of their own after that."
 )
 _STAYS = "The step may have updated some of the weights, and is not gone on with: load a checkpoint."
 
@@ -62,20 +62,23 @@ class Unfinished(NamedTuple):
         work: what is left to do.
         grads: the gradients that it was given.
         updated: the parameters that they are of.
+        state: of the optimizer.
         args: what it has to return.
-        marks: of gradients and parameters, as the error left them: the rest of the step needs these.
+        marks: of gradients, parameters and states, as the error left them: the rest of the step needs these.
     """
 
     work: Work
     grads: list[Tensor]
     updated: list[Tensor]
+    state: Mapping[Tensor, dict[str, Any]]
     args: StepArgs
-    marks: list[int] | None = None
+    marks: list[tuple[int, int]] | None = None
 
-    def marked(self) -> list[int]:
-        """Returns the versions of the gradients, and where the parameters are."""
-        versions = [0 if g.is_inference() else g._version for g in map(sharding.shard, self.grads)]
-        return versions + [sharding.shard(p.detach()).data_ptr() for p in self.updated]
+    def marked(self) -> list[tuple[int, int]]:
+        """Returns where the gradients, parameters and states are, and how often they were written to."""
+        states = [t for p in self.updated for t in self.state.get(p, {}).values() if isinstance(t, Tensor)]
+        tensors = [*self.grads, *[p.detach() for p in self.updated], *states]
+        return [(sharding.shard(t).data_ptr(), sharding.version(t)) for t in tensors]
 
     def is_of(self, grads: list[Tensor]) -> bool:
         """True if it is the step of these gradients."""
@@ -118,7 +121,7 @@ class Engine:
         args: StepArgs,
         mentioned: Collection[Tensor] | None = None,
     ) -> StepArgs:
-        """Takes one step, in nine phases; those before the last raise before anything has changed.
+        """Takes one step, in eight phases; those before the last raise before anything has changed.
 
         Args:
             optimizer: which declares the update, and has the states.
@@ -134,11 +137,7 @@ class Engine:
         own_grads = flat
 
         # 1. Options, gradients, states and shards must fit.
-        try:
-            grads, updated, sharded = self._checked(optimizer, groups, grads, mentioned)
-        except Exception as error:
-            optimizer.ranks.tell(optimizer, groups, grads, error)
-            raise
+        grads, updated, sharded = self._checked(optimizer, groups, grads, mentioned)
         flat = flat if grads is given else _present(grads)
 
         # 2. States follow their parameters; those without data get a state, which is all there is to do.
@@ -147,44 +146,41 @@ class Engine:
             grads = _leave_out(optimizer, groups, grads)
             flat, updated = _present(grads), list(filter(has_data, updated))
 
-        # 3. All processes agree about the step.
-        squared = flat if optimizer.guard else list(filter(sharding.is_shared, flat)) if optimizer.ranks else []
-        sums = self._sums_of_squares(squared, optimizer.backend, sharded)
-        if optimizer.ranks:
-            optimizer.ranks.compare(optimizer, groups, grads, args, sums)
+        # 3. Backends, which may not work here, and states that are missing.
+        steppers = self._steppers(optimizer, groups) if flat else {}
+        made = make_states(optimizer, groups, grads) if flat and self._states.missing else []
 
-        # 4. A scaler's findings are those of all processes.
-        if sharded and args.found_inf is not None:
-            args = args._replace(found_inf=sharding.all_reduce_found_inf(args.found_inf, flat))
-
-        measurement = None
-        if flat and optimizer.tracker.due(optimizer):
-            measurement = optimizer.tracker.open(optimizer, updated, args)
-
-        spread = len(set(self._states.devices)) > 1  # over several devices
-
-        # 5. Clipping and skipping. Norms come first: by value, an infinite gradient would become a finite one.
-        guarded: Guarded | None = None
-        if flat and optimizer.guard:
-            squares = sharding.all_reduce_sums(sums)
-            undoable = spread or backends.choose(squares[0].device, optimizer.backend) == "eager"
-            guarded = optimizer.guard(squares, args, partial(self._verdict_on, optimizer.backend), undoable)
-            args = guarded.args
-        clipped, args = optimizer.clipping.clip(grads, args)
-        if not flat:
-            return args
-        args = args._replace(measurement=measurement)
-
-        # 6. Backends, which may not work here.
-        steppers = self._steppers(optimizer, groups)
-
-        # 7. States that are missing are made.
-        made = make_states(optimizer, groups, clipped) if self._states.missing else []
-
-        # 8. One piece of work per device and rule, which gets its memory; from here on DTensors are local shards.
         works: list[Work] = []
         started = False
+        guarded: Guarded | None = None
+        measurement = None
+        spread = len(set(self._states.devices)) > 1  # over several devices
         try:
+            # 4. All processes agree about the step.
+            squared = flat if optimizer.guard else list(filter(sharding.is_shared, flat)) if optimizer.ranks else []
+            sums = self._sums_of_squares(squared, optimizer.backend, sharded)
+            if optimizer.ranks:
+                optimizer.ranks.compare(optimizer, groups, grads, args, sums, made)
+
+            # 5. A scaler's findings are those of all processes.
+            if sharded and args.found_inf is not None:
+                args = args._replace(found_inf=sharding.all_reduce_found_inf(args.found_inf, flat))
+            if flat and optimizer.tracker.due(optimizer):
+                measurement = optimizer.tracker.open(optimizer, updated, args)
+
+            # 6. Clipping and skipping. Norms come first: by value, an infinite gradient would become a finite one.
+            if flat and optimizer.guard:
+                squares = sharding.all_reduce_sums(sums)
+                undoable = spread or backends.choose(squares[0].device, optimizer.backend) == "eager"
+                guarded = optimizer.guard(squares, args, partial(self._verdict_on, optimizer.backend), undoable)
+                args = guarded.args
+            clipped, args = optimizer.clipping.clip(grads, args)
+            if not flat:
+                return args
+            args = args._replace(measurement=measurement)
+            optimizer.ranks.waited_for = sharded and (optimizer.adds_up_over_shards or measurement is not None)
+
+            # 7. One piece of work per device and rule, which gets its memory; from here on DTensors are local shards.
             if guarded is not None and spread:  # The other devices get a copy of what makes the step skip.
                 guarded.write()
             param_sets = self.param_sets(optimizer, groups, clipped, measured=measurement is not None)
@@ -201,14 +197,18 @@ class Engine:
             if measurement is not None and clipped is not grads:
                 parts.append(optimizer.tracker.with_gradients(updated, flat, measurement))
 
-            # 9. The work is done. An error in the middle of it leaves the rest to the next step.
+            # 8. The work is done. An error in the middle of it leaves the rest to the next step.
             started = True
-            self.unfinished = Unfinished(Work(*parts), own_grads, updated, args)
+            self.unfinished = Unfinished(Work(*parts), own_grads, updated, optimizer.state, args)
             return self.finish().args
         except BaseException as error:
-            if started and (any(work.begun for work in works) or not isinstance(error, Exception)):
+            begun = any(work.begun for work in works)
+            if self.unfinished is not None and (begun or optimizer.ranks.agreed):
+                begun_by = "The step had begun to write" if begun else "All processes had agreed to the step"
+                error.add_note(_GOES_ON.format(begun_by))
+            elif started and (begun or not isinstance(error, Exception)):
                 # Ctrl-C may come when a part has written: nothing is undone, and nothing gone on with.
-                error.add_note(_STAYS if self.unfinished is None else _GOES_ON)
+                error.add_note(_STAYS)
             else:
                 self.unfinished = None
                 if guarded is not None:
@@ -222,17 +222,20 @@ class Engine:
         assert done is not None
         if done.marks is not None and done.marks != done.marked():
             raise RuntimeError(
-                "a step ran out of memory halfway, its gradients or parameters have changed since: load a checkpoint"
+                "a step ran out of memory halfway, its gradients, parameters or states have changed since: "
+                "load a checkpoint"
             )
         try:
             done.work()
         except BaseException as error:
             if self.goes_on and is_out_of_memory(error):
-                self.unfinished = done._replace(marks=done.marked())
+                self.unfinished = done
             raise
         finally:
             # Neither torch's fused kernel nor ours tells autograd that it wrote to the parameters.
             torch.autograd.graph.increment_version(done.updated)
+            if self.unfinished is not None:
+                self.unfinished = done._replace(marks=done.marked())
         return done
 
     def _verdict_on(self, backend: str, device: torch.device) -> Any:

@@ -1,7 +1,8 @@
 """`check_ranks`: before a step, the processes that share its parameters compare what each of them brings to it."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,6 +28,11 @@ _WAY_OUT = (
     "all of them or in none (zeros where there is none); where one has lost a step, load a checkpoint into all"
 )
 
+_KEPT_FROM_IT = "what keeps a process from the step"
+
+_RAISED = 1 << 62
+"""Above every digest: in the place of that of a process that has raised."""
+
 
 class _Together(NamedTuple):
     """Processes that must agree, and the parameters about which they must."""
@@ -40,18 +46,20 @@ class _Together(NamedTuple):
 class Ranks:
     """The comparison, and what an optimizer remembers for it.
 
-    Nothing is compared in a capture of a CUDA graph, where the host learns nothing.
+    A step begins with `begin_step`, or `begin_call` before it; whatever raises from there to the comparison is told in
+    its place, by `failed`. Nothing is compared in a capture of a CUDA graph, where the host learns nothing.
 
     Attributes:
         check: whether there is one.
         steps: how many there were, this one included.
+        agreed: True if all have agreed to a step that is not done here.
+        waited_for: True if others may still wait in that step for sums of this process.
     """
 
     def __init__(self, check_ranks: bool = False) -> None:
         checks.flag("check_ranks", check_ranks)
         self.check = check_ranks
-        self.steps = 0
-        self._compared = False
+        self.forget()
 
     def __bool__(self) -> bool:
         return self.check
@@ -63,32 +71,81 @@ class Ranks:
     def __setstate__(self, state: dict[str, Any]) -> None:
         Ranks.__init__(self, **state)
 
+    def forget(self) -> None:
+        """Counts steps anew, as after a load in all processes."""
+        self.steps = 0
+        self.agreed = self.waited_for = False
+        self._due = False  # the others come to a comparison, which this process has not taken part in
+        self._grads: list[Tensor] = []  # of this call
+        self._tried: list[tuple[weakref.ref[Tensor], int]] | None = None  # gradients of the step that is not done here
+
+    def begin_call(self, grads: Gradients) -> None:
+        """Begins a call of `step`: that of a step that the others come to, or a second try of one they have left.
+
+        In the second case nothing is sent, which they could take for something else. A try has the same gradients.
+        """
+        self._grads = [g for row in grads for g in row if g is not None]
+        tried = self._tried if self.agreed else None
+        again = tried is not None and (
+            self.waited_for
+            or (
+                len(tried) == len(self._grads)
+                and all(ref() is g and count == sharding.version(g) for (ref, count), g in zip(tried, self._grads))
+            )
+        )
+        self._due = False
+        if not again:
+            self._count()
+
     def begin_step(self) -> None:
-        """Counts a step, which may fail before the processes compare anything.
+        """Begins a step that is to be compared.
 
         Raises:
-            RuntimeError: one failed after that, when others went on or waited for sums that this process did not send.
+            RuntimeError: the last one failed after that, when others went on or waited for sums.
         """
-        if self._compared:
+        if self.agreed:
             raise RuntimeError(
                 "a step of this process failed after all processes had compared gradients and options, so that others "
                 "may have taken it: load a checkpoint into all of them"
             )
-        self.steps += 1
+        self._count()
+
+    def _count(self) -> None:
+        if self.check and not self._due:
+            self.steps += 1
+            self._due = True
 
     def end_step(self) -> None:
         """Ends a step that did not fail."""
-        self._compared = False
+        self._due = self.agreed = False
+        self._grads, self._tried = [], None
 
-    def forget(self) -> None:
-        """Counts steps anew, as after a load in all processes."""
-        self.steps, self._compared = 0, False
+    def failed(self, optimizer: "FusedOptimizer", error: BaseException, goes_on: bool = False) -> None:
+        """Ends a call that raised: tells the others if they come to compare, else remembers what they have agreed to.
 
-    def tell(self, optimizer: "FusedOptimizer", groups: Groups, grads: Gradients, error: Exception) -> None:
-        """Lets the others know, as they compare, of an error that kept this process from a step."""
+        Args:
+            optimizer: whose step it is.
+            error: what was raised.
+            goes_on: whether another call goes on with the step.
+        """
+        due, self._due = self._due, False
+        if due and isinstance(error, Exception):
+            self.tell(optimizer, error)
+        elif self.agreed and self._tried is None:
+            self._tried = [(weakref.ref(g), sharding.version(g)) for g in self._grads]
+            if not goes_on:
+                error.add_note(
+                    "All processes had agreed to this step, and others may have taken it: load a checkpoint into all."
+                )
+        self._grads = []
+
+    def tell(self, optimizer: "FusedOptimizer", error: Exception) -> None:
+        """Takes part in a comparison with what keeps this process from the step."""
         if self.check:
-            with suppress(RuntimeError):  # this one's own error says more
-                self.compare(optimizer, groups, grads, StepArgs(), (), error)
+            with suppress(Exception):  # this one's own error says more
+                everyone = _everyone([p for group in optimizer.param_groups for p in group["params"]])
+                text = f"{type(error).__name__}: {error}".partition("\n")[0]
+                self._differences(everyone, [[(_KEPT_FROM_IT, text)]] * len(everyone), [], raised=True)
 
     def compare(
         self,
@@ -97,7 +154,7 @@ class Ranks:
         grads: Gradients,
         args: StepArgs,
         sums: Sums,
-        error: Exception | None = None,
+        made: Collection[Tensor] = (),
     ) -> None:
         """Compares what this process brings to a step with what the others do; all of them must call it.
 
@@ -107,24 +164,21 @@ class Ranks:
             optimizer: whose step it is.
             groups, grads, args: of the step.
             sums: those of gradients that other processes hold as well are the same there, to the bit.
-            error: what keeps this process from the step.
+            made: parameters whose state this step has made.
 
         Raises:
             RuntimeError: in all processes, for one that brings something else, or nothing.
         """
         params = [p for group in groups for p in group["params"]]
         everyone = _everyone(params)
-        if not everyone or any(map(capturing, {p.device for p in params})):
+        if not everyone:
             return
-        common = list(self._common(optimizer, groups, args, error))
+        new = set(made)
+        states = [None if p in new else optimizer.state.get(p) for p in params]
+        common = list(self._common(optimizer, groups, args, states))
         each = [
-            (
-                tuple(p.shape),
-                str(p.dtype),
-                str(getattr(p, "placements", None)),
-                *_there(optimizer.state.get(p), g is not None),
-            )
-            for p, g in zip(params, chain.from_iterable(grads))
+            (tuple(p.shape), str(p.dtype), str(getattr(p, "placements", None)), *_there(state, g is not None))
+            for p, state, g in zip(params, states, chain.from_iterable(grads))
         ]
         brought = [
             [
@@ -135,36 +189,46 @@ class Ranks:
             ]
             for together in everyone
         ]
-        disagree = [False] * len(everyone)
+        different = self._differences(everyone, brought, list(_names(groups)))
+        if different is not None:
+            raise RuntimeError(f"the processes disagree about a step: {different}; {_WAY_OUT}")
+        self.agreed, self.waited_for = True, any(together.over for together in everyone)
+
+    def _differences(
+        self, everyone: list[_Together], brought: list[list[Any]], names: list[str], raised: bool = False
+    ) -> str | None:
+        """Exchanges what each process brings, or has raised; returns what differs. None if nothing does."""
+        numbers = [_RAISED if raised else _digest(facts) for facts in brought]
+        memory = [torch.empty(3, dtype=torch.int64, device=together.device) for together in everyone]
+        self._due = False
+        found: dict[int, bool] = {}
         anyone = False
         for _ in range(1 if len(everyone) == 1 else 2):  # the second time, it gets around to all
             for k, together in enumerate(everyone):
-                number = _digest(brought[k])
-                most, least, heard = _largest([number, -number, anyone], together)
-                disagree[k] = most != -least
-                anyone = anyone or heard or disagree[k]
-        if not anyone and not any(disagree):
-            self._compared = error is None
-            return
-        names = list(_names(groups))
-        found = [_first_difference(brought[k], together, names) for k, together in enumerate(everyone) if disagree[k]]
-        if error is None:
-            what = "; ".join(found) or "some that share other parameters do not"
-            raise RuntimeError(f"the processes disagree about a step: {what}; {_WAY_OUT}")
+                most, least, heard = _largest([numbers[k], -numbers[k], anyone], memory[k], together)
+                if most != -least:
+                    found[k] = most == _RAISED
+                anyone = anyone or heard or k in found
+        if not anyone:
+            return None
+        said = [
+            _first_difference(brought[k][:1], everyone[k], names) + ", where that error itself stands"
+            if someone_raised
+            else _first_difference(brought[k], everyone[k], names)
+            for k, someone_raised in found.items()
+        ]
+        return "; ".join(said) or "some that share other parameters do not"
 
     def _common(
-        self, optimizer: "FusedOptimizer", groups: Groups, args: StepArgs, error: Exception | None
+        self, optimizer: "FusedOptimizer", groups: Groups, args: StepArgs, states: list[Any]
     ) -> Iterator[tuple[str, Any]]:
-        yield "what keeps a process from the step", None if error is None else f"{type(error).__name__}: {error}"
+        yield _KEPT_FROM_IT, None
         yield "the number of this step", self.steps
-        if error is not None:
-            return
         for name in ("scale", "grad_scale"):
             yield name, checks.plain(getattr(args, name))
         for name, value in optimizer.whole_options().items():
             if name != "backend":
                 yield name, value
-        states = (optimizer.state.get(p) for group in groups for p in group["params"])
         begun = next((state["step"] for state in states if state), None)
         yield "the count of steps in the state", None if begun is None or begun.is_meta else float(begun)
         yield "the number of groups", len(groups)
@@ -175,8 +239,13 @@ class Ranks:
 
 
 def _everyone(params: list[Tensor]) -> list[_Together]:
-    """Who has a part in these parameters, by mesh dimension, in one order everywhere; whole ones belong to all."""
+    """Who has a part in these parameters, by mesh dimension, in one order everywhere; whole ones belong to all.
+
+    Nobody in a capture.
+    """
     if not (distributed.is_available() and distributed.is_initialized()) or not params:
+        return []
+    if any(map(capturing, {p.device for p in params})):
         return []
     meshes: dict[tuple[Any, int], list[int]] = {}
     whole = []
@@ -241,8 +310,9 @@ def _digest(facts: list[Any]) -> int:
     return int.from_bytes(hashlib.blake2b(repr(facts).encode(), digest_size=8).digest(), "big") >> 2
 
 
-def _largest(numbers: list[int], together: _Together) -> tuple[int, int, bool]:
-    t = torch.tensor(numbers, dtype=torch.int64, device=together.device)
+def _largest(numbers: list[int], t: Tensor, together: _Together) -> tuple[int, int, bool]:
+    """Returns the largest numbers of all processes, which meet in `t`."""
+    t.copy_(torch.tensor(numbers, dtype=torch.int64, device="cpu"))
     distributed.all_reduce(t, distributed.ReduceOp.MAX, group=together.process_group)
     most, least, anyone = t.tolist()
     return most, least, bool(anyone)

@@ -109,14 +109,23 @@ def _settled(t: Any, p: Tensor, dtype: torch.dtype | None) -> Any:
     """
     if not isinstance(t, Tensor):
         return t
-    if t.device != p.device or (t.is_inference() and not torch.is_inference_mode_enabled()):
+    moves = t.device != p.device or (t.is_inference() and not torch.is_inference_mode_enabled())
+    if capturing(p.device) and (moves or _is_converted(t, p, dtype)):
+        raise RuntimeError(
+            f"a state of a parameter of shape {tuple(p.shape)} is {t.dtype} on {t.device}, and every replay of a CUDA "
+            "graph would convert or move it again from what it is now: take a step before the capture"
+        )
+    if moves:
         t = t.to(p.device, copy=True)
-    mine = sharding.shard(t)
-    if dtype is None or t.layout is not torch.strided or (t.dtype == dtype and mine.is_contiguous()):
+    if not _is_converted(t, p, dtype):
         return t
-    converted = mine.to(dtype)
-    converted = converted if t.shape == p.shape else converted.contiguous()
-    return t if converted is mine else sharding.with_shard(t, converted)
+    converted = sharding.shard(t).to(dtype)
+    return sharding.with_shard(t, converted if t.shape == p.shape else converted.contiguous())
+
+
+def _is_converted(t: Tensor, p: Tensor, dtype: torch.dtype | None) -> bool:
+    fits = t.dtype == dtype and (t.shape == p.shape or sharding.shard(t).is_contiguous())
+    return dtype is not None and t.layout is torch.strided and not fits
 
 
 def new_state(p: Tensor, specs: dict[str, StateSpec]) -> dict[str, Tensor]:
