@@ -219,6 +219,13 @@ def rate_on_the_device(optimizer: Any, number: int) -> None:
     optimizer.step()
 
 
+def other_dtypes(option: Any) -> Any:
+    """Numbers on the device in float64 where they were in float32, and in float32 where they were not."""
+    if isinstance(option, tuple):
+        return tuple(map(other_dtypes, option))
+    return option.to(F64 if option.dtype == F32 else F32) if isinstance(option, Tensor) else option
+
+
 def missing(grads: list[list[Any]]) -> None:
     for k, i in ((0, 0), (0, 1), (1, 1), (2, 0), (2, 3)):
         grads[k][i] = None
@@ -274,6 +281,14 @@ def three_groups(params: list[Any]) -> list[dict[str, Any]]:
 ADAMW = {"lr": 3e-2, "betas": (0.85, 0.97), "eps": 1e-5, "weight_decay": 0.1}
 LION = {"lr": 3e-3, "weight_decay": 0.1}
 GIVEN_RATE = {"lr": 0.1, "relative_step": False}
+ON_DEVICE: dict[str, Any] = {
+    **{"lr": torch.tensor(0.03), "weight_decay": torch.tensor(0.1, dtype=F64), "eps": torch.tensor(1e-5)},
+    "betas": (torch.tensor(0.85), torch.tensor(0.97, dtype=F64)),
+}
+FACTORED_ON_DEVICE: dict[str, Any] = {
+    **{"lr": torch.tensor(0.03), "weight_decay": torch.tensor(0.1, dtype=F64), "beta1": torch.tensor(0.9)},
+    **{"eps": (torch.tensor(1e-3), torch.tensor(0.2, dtype=F64)), "relative_step": False},
+}
 THREE_WEIGHTS = (0.5, torch.tensor(3.0), torch.tensor(0.7, dtype=F64))
 IMAGES: tuple[Shape, ...] = ((8, 4, 3, 3), (2, 5, 7, 3), (16, 8, 5, 5))
 
@@ -375,6 +390,19 @@ CASES |= {
     "AdamW rate on the device": Case(AdamW, {"lr": torch.tensor(0.5)}, steps=3, step=rate_on_the_device),
     "AdamW float64 rate on the device": Case(
         AdamW, {"lr": torch.tensor(0.5, dtype=F64)}, steps=3, step=rate_on_the_device
+    ),
+    "AdamW options on the device": Case(AdamW, ON_DEVICE, shapes=((40,), (33,)), steps=3),
+    "AdamW options on the device, in other dtypes": Case(
+        AdamW, {name: other_dtypes(value) for name, value in ON_DEVICE.items()}, shapes=((40,), (33,)), steps=3
+    ),
+    "Lion options on the device": Case(
+        Lion, {name: ON_DEVICE[name] for name in ("lr", "betas", "weight_decay")}, shapes=((40,), (33,))
+    ),
+    "Adafactor options on the device": Case(Adafactor, FACTORED_ON_DEVICE, shapes=((40,), (33, 40), (4, 3))),
+    "Adafactor options on the device, in other dtypes": Case(
+        Adafactor,
+        {name: other_dtypes(value) for name, value in FACTORED_ON_DEVICE.items()},
+        shapes=((40,), (33, 40), (4, 3)),
     ),
     "AdamW channels last": Case(AdamW, ADAMW, shapes=IMAGES, memory_format=torch.channels_last),
     "AdamW 200 tensors": Case(AdamW, ADAMW, shapes=tuple((n % 5 + 1,) for n in range(200)), steps=1),
