@@ -104,23 +104,28 @@ def _language_of_the_interpreter() -> Iterator[None]:
     # Without checks for integers that overflow, which take as long as the rest of a kernel.
     options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
     with (
-        mock.patch.object(interpreter, "_LangPatchScope", lambda: scopes.append(_Scope()) or scopes[-1]),
+        mock.patch.object(interpreter, "_LangPatchScope", lambda: _Scope(scopes)),
         mock.patch.object(interpreter.interpreter_builder, "options", options),
     ):
         try:
-            interpreter._patch_lang(standard.sum.fn)
-            scopes.append(_Scope())
-            for name, function in vars(standard).items():  # of which a process has one copy, which is compiled
-                if isinstance(function, JITFunction) and getattr(tl, name, None) is function:
-                    scopes[-1].set_attr(tl, name, function.fn)
+            interpreter._patch_lang(vars(standard)["sum"].fn)
+            standard_functions = _Scope(scopes)
+            functions: dict[str, Any] = vars(standard)  # of which a process has one copy, which is compiled
+            for name, function in functions.items():
+                if isinstance(function, JITFunction) and getattr(tl, name, standard) is function:
+                    standard_functions.set_attr(tl, name, function.fn)
             yield
         finally:
             for scope in reversed(scopes):
                 scope.undo()
 
 
-class _Scope(interpreter._LangPatchScope):
+class _Scope(interpreter._LangPatchScope):  # type: ignore[misc]  # which has no types
     """Patches of the language, which are taken back in the reverse order of all scopes."""
+
+    def __init__(self, scopes: "list[_Scope]") -> None:
+        super().__init__()
+        scopes.append(self)
 
     def restore(self) -> None:
         pass

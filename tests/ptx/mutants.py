@@ -168,7 +168,7 @@ def main() -> None:
     print(f"seed {given.seed}")
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)
-    launches, cases_of = Launches(), {}
+    launches, cases_of = Launches(), dict[str, str]()
     for name in tqdm([name for name in CASES if given.k in name], "as they are"):
         known = set(launches.names)
         launches.run(CASES[name])

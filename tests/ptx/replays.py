@@ -74,7 +74,7 @@ class Launches:
                 self._keep(replay, time.process_time() - began, case.watched)
             began = time.process_time()
 
-        with standing_in(Schedule(watched=case.watched), compared=True, watch=watch):
+        with standing_in(Schedule(watched=case.watched), case.compared, watch):
             case.run("triton")
 
     def _keep(self, replay: Replay, seconds: float, watched: bool) -> None:

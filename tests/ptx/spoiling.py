@@ -51,7 +51,8 @@ def dead(listing: Listing) -> set[int]:
         changing = False
         for k in reversed(range(len(found))):
             live = set().union(*(live_before[other] for other in after[k]))
-            for i in reversed([*found[k].body, *([found[k].last] if found[k].last else [])]):
+            last = found[k].last
+            for i in reversed(found[k].body if last is None else [*found[k].body, last]):
                 written = set(_written(i))
                 if not written or written & live:
                     useful.add(i)

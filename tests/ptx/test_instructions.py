@@ -225,7 +225,8 @@ def from_bfloat16(bits: np.ndarray) -> np.ndarray:
 def test_two_comparisons_of_16_bits_at_once() -> None:
     a = np.array([1.0, 2.0, np.nan, -0.0] * 32, np.float16)
     b = np.array([1.0, 3.0, np.nan, 0.0] * 32, np.float16)
-    for type_, x, y in (("f16x2", a, b), ("bf16x2", *(to_bfloat16(v.astype(np.float32)) for v in (a, b)))):
+    wide = [v.astype(np.float32) for v in (a, b)]
+    for type_, x, y in (("f16x2", a, b), ("bf16x2", to_bfloat16(wide[0]), to_bfloat16(wide[1]))):
         out = np.zeros(2 * THREADS, np.uint32)
         execute(
             f"""mad.wide.u32 %rd10, %r1, 4, %rd1;
