@@ -150,7 +150,7 @@ def to_integer(x: Array, integer: type) -> Array:
     limits = np.iinfo(integer)
     t = np.trunc(np.where(x != x, 0, x))
     low, high = t <= float(limits.min), t >= float(limits.max)
-    inside = np.where(low | high, 0, t).astype(integer)
+    inside: Array = np.where(low | high, 0, t).astype(integer)
     return np.where(low, limits.min, np.where(high, limits.max, inside)).astype(integer)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from ptx import ranks, workloads
 
 CASES: dict[str, Any] = {**workloads.CASES, **{f"shards, {name}": case for name, case in ranks.CASES.items()}}
-"""Each has `run(backend)`, which returns an `Outcome`, and `parameters` and `watched` of a `Case`."""
+"""Each has `run(backend)`, which returns an `Outcome`, and `parameters`, `watched` and `compared` of a `Case`."""
 
 ONE_OF_EVERY_KERNEL = (
     *("AdamW amsgrad float32", "AdamW bfloat16 stochastic", "AdamW statistics bfloat16 master", "AdamW 200 tensors"),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ptx.arithmetic import Array
-from ptx.memory import BASE, CELLS, Access, Findings, Registry, as_bytes
+from ptx.memory import BASE, CELLS, Access, Findings, Journal, Registry, as_bytes
 from ptx.races import races
 from ptx.translator import SHARED_BASE, Kernel
 
@@ -50,6 +50,7 @@ class Run:
     Attributes:
         findings: what was found.
         executed: numbers of basic blocks, and -1 minus numbers of guarded accesses, that some thread carried out.
+        journal: of global memory.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Run:
         self.kernel, self.registry, self.schedule = kernel, registry, schedule
         self.findings = Findings()
         self.executed: set[int] = set()
+        self.journal = Journal()
         self._threads = kernel.listing.threads
         self._blocks, self._shared_bytes = blocks, max(16, shared_bytes)
         self._arguments = dict(zip(kernel.listing.params, arguments, strict=True))
@@ -225,6 +227,7 @@ class Run:
         self._record(self._log, number, threads, address[at], size * len(values), [v[at] for v in values])
         first = ((address[at] - np.uint64(BASE)) // np.uint64(size)).astype(np.int64)
         for k, value in enumerate(values):
+            self.journal.note(size, first + k)
             CELLS[size][first + k] = value[at]
 
     # ---- shared memory

@@ -1,191 +1,207 @@
 """How many spoilt instructions the tests notice: `make mutants`.
 
-Of all instructions that the cases of `ptx.cases` carry out, a sample is spoilt, one at a time (`spoiling`), and the
-cases that run it are run again, the cheapest first, until one fails: its numbers differ from the eager ones, the
-machine finds something, or the kernel does not come to an end. Each trial is a process of its own, since a spoilt
-address may hit memory of the trial itself.
+The cases of `ptx.cases` run as in `test_steps`, and some launches of every kernel are kept. Of all instructions that
+they carry out, a sample is spoilt, one at a time (`spoiling`), and the launches that carry it out are run again until
+one is noticed, by what the tests look at: numbers that are not those of Triton's interpreter, findings of the machine,
+a kernel that does not come to an end. That is less than the tests see, which run all launches, and compare with eager
+steps as well.
+
+A spoilt kernel that passes is equivalent if it leaves the same bits everywhere, in all these launches and in those of
+random larger cases; else it survived. Instructions whose results nobody reads (`spoiling.dead`) are not spoilt.
 """
 
 import argparse
 import os
 import signal
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from random import Random
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
+from ptx.agreement import disagreement
 from ptx.cases import CASES
-from ptx.gpu import FindingsError, listing_of, standing_in
+from ptx.gpu import listing_of
 from ptx.machine import Schedule, StuckError
-from ptx.reader import Block, UnknownInstructionError
-from ptx.spoiling import Spoilt, is_dead, spoilt, with_statement
+from ptx.reader import Instruction, UnknownInstructionError
+from ptx.replays import Kept, Launches, larger
+from ptx.spoiling import Spoilt, dead, spoilt, with_statement
 from ptx.translator import Kernel, translate
-from ptx.workloads import Outcome, assert_agree
 
-SECONDS = 600
-"""That a trial may take; it is noticed then, as a kernel that does not end."""
+SECONDS = 120
+"""Of the processor, that a trial may take; it is noticed then, as a kernel that does not end."""
 
-SURVIVED = "survived"
-HOW = ("numbers", "findings", "stuck", SURVIVED)
+NUMBERS, FINDINGS, STUCK, SURVIVED, EQUIVALENT, FAILED = HOW = (
+    *("numbers", "findings", "stuck", "survived", "equivalent"),
+    "failed",
+)
 
 
 class Site(NamedTuple):
     """A statement of a kernel that was carried out."""
 
+    kernel: str
     text: str
     at: int
 
     @property
-    def instruction(self) -> Any:
-        return listing_of(self.text).statements[self.at]
+    def instruction(self) -> Instruction:
+        statement = listing_of(self.text).statements[self.at]
+        assert isinstance(statement, Instruction)
+        return statement
 
-
-class Baseline(NamedTuple):
-    """A case as it should be.
-
-    Attributes:
-        expected: of the eager backend.
-        seconds: that it takes.
-        executed: by kernel, indices of statements that it carries out.
-    """
-
-    expected: Outcome
-    seconds: float
-    executed: dict[str, set[int]]
+    @property
+    def kind(self) -> str:
+        """Of the instruction: its first word, with the memory that it reaches."""
+        return ".".join(self.instruction.opcode.split(".")[: 2 if self.instruction.opcode[:3] in ("ld.", "st.") else 1])
 
 
 class Trial(NamedTuple):
-    """One spoilt instruction, and how it was noticed."""
+    """A spoilt instruction."""
 
     site: Site
     way: str
     statement: Spoilt
-    how: str
+    kernel: Kernel
 
     def __str__(self) -> str:
         new = "nothing" if self.statement is None else self.statement
         i = self.site.instruction
-        return f"{listing_of(self.site.text).name}: {self.way}: {i} -> {new} at {i.where}"
+        return f"{self.site.kernel}: {self.way}: {i} -> {new} at {i.where}"
 
 
-def baseline(name: str) -> Baseline:
-    """Runs a case as it should run."""
-    expected = CASES[name].run("eager")
-    began = time.perf_counter()
-    with standing_in(Schedule(watched=CASES[name].watched)) as gpu:
-        outcome = CASES[name].run("triton")
-    assert_agree(outcome, expected, CASES[name].parameters)
-    executed = {text: _statements(text, numbers) for text, numbers in gpu.executed.items()}
-    return Baseline(expected, time.perf_counter() - began, executed)
+def sample(sites: Sequence[Site], random: Random, number: int) -> list[Site]:
+    """Returns one site of every kernel, one of every kind of instruction, and then any."""
+    left = sorted(sites)
+    random.shuffle(left)
+    first = {("kernel", s.kernel): s for s in left} | {("kind", s.kind): s for s in left}
+    chosen = list(dict.fromkeys([*first.values(), *left]))
+    return chosen[: max(number, len(set(first.values())))]
 
 
-def _statements(text: str, executed: set[int]) -> set[int]:
-    """Indices of statements, of what `machine.Run.executed` has."""
-    listing = listing_of(text)
-    kernel = translate(listing)
-    place = {id(s): k for k, s in enumerate(listing.statements)}
-    done = {place[id(kernel.numbered[-1 - number])] for number in executed if number < 0}
-    for number in executed:
-        if number >= 0:
-            block: Block = kernel.blocks[number]
-            body = [i for i in block.body if i.guard is None or not i.opcode.startswith(("ld.", "st."))]
-            done |= {place[id(i)] for i in (*body, *([block.last] if block.last else []))}
-    return done
-
-
-def try_out(kernel: Kernel, text: str, names: Sequence[str], baselines: dict[str, Baseline]) -> str:
-    """Returns how a spoilt kernel is noticed by the first of these cases that does."""
-    for name in names:
+def trial_of(site: Site, random: Random) -> Trial | None:
+    """Spoils a site in one of the ways that there are; None if there is none."""
+    listing = listing_of(site.text)
+    ways = spoilt(listing, site.at, random)
+    random.shuffle(ways)
+    for way, statement in ways:
         try:
-            with standing_in(Schedule(watched=CASES[name].watched), {text: kernel}):
-                outcome = CASES[name].run("triton")
-            assert_agree(outcome, baselines[name].expected, CASES[name].parameters)
-        except FindingsError:
-            return "findings"
-        except (StuckError, RuntimeError, IndexError):
-            return "stuck"
-        except AssertionError:
-            return "numbers"
-    return SURVIVED
+            return Trial(site, way, statement, translate(with_statement(listing, site.at, statement)))
+        except UnknownInstructionError:  # not everything that can be spoilt is an instruction then
+            continue
+    return None
 
 
-def in_a_child(work: Any) -> str:
-    """Returns what `work()` returns, one of `HOW`, called in a forked process."""
-    child = os.fork()
-    if child == 0:
-        how = "stuck"
+def try_out(kernel: Kernel, launches: Iterable[Kept]) -> str:
+    """Returns how a spoilt kernel is noticed by the first of these launches that does."""
+    same = True
+    for kept in launches:
         try:
-            signal.alarm(SECONDS)
-            how = work()
-        finally:
-            os._exit(HOW.index(how))
-    status = os.waitpid(child, 0)[1]
-    return HOW[os.WEXITSTATUS(status)] if os.WIFEXITED(status) else "stuck"
+            run = kept.replay.run(kernel, Schedule(watched=kept.watched))
+        except StuckError:
+            return STUCK
+        if run.findings.counts:
+            return FINDINGS
+        if disagreement(kept.replay.launch, run.journal):
+            return NUMBERS
+        written = run.journal.written()
+        same = same and all(map(np.array_equal, written, kept.replay.after))
+    return EQUIVALENT if same else SURVIVED
 
 
-def trials(sites: Sequence[Site], baselines: dict[str, Baseline], random: Random, most: int) -> Iterator[Trial]:
-    """Spoils these sites, each in one way."""
-    for site in sites:
-        listing = listing_of(site.text)
-        ways = spoilt(listing, site.at, random)
-        random.shuffle(ways)
-        for way, statement in ways:
-            try:
-                kernel = translate(with_statement(listing, site.at, statement))
-            except UnknownInstructionError:  # not everything that can be spoilt is an instruction then
+def in_children(works: Sequence[Callable[[], str]], jobs: int) -> Iterator[tuple[int, str]]:
+    """Yields the numbers of works and what they return, one of `HOW`, each in a process of its own.
+
+    Raises:
+        RuntimeError: a work raised an error.
+    """
+    running: dict[int, int] = {}
+    waiting = list(enumerate(works))[::-1]
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            number, work = waiting.pop()
+            if child := os.fork():
+                running[child] = number
                 continue
-            names = [n for n, b in baselines.items() if site.at in b.executed.get(site.text, ())]
-            names.sort(key=lambda n: baselines[n].seconds)
-            work = (kernel, site.text, names[:most], baselines)
-            yield Trial(site, way, statement, in_a_child(lambda work=work: try_out(*work)))
-            break
+            how = FAILED
+            try:
+                signal.setitimer(signal.ITIMER_PROF, SECONDS)
+                how = work()
+            finally:
+                os._exit(HOW.index(how))
+        child, status = os.wait()
+        how = HOW[os.WEXITSTATUS(status)] if os.WIFEXITED(status) else STUCK
+        if how == FAILED:
+            raise RuntimeError(f"trial {running[child]} failed")
+        yield running.pop(child), how
 
 
-def report(done: Sequence[Trial], executed: int, dead: int) -> None:
-    """Prints a table by kernel."""
-    counts = Counter((listing_of(trial.site.text).name, trial.how) for trial in done)
-    counts += Counter(("all", trial.how) for trial in done)
-    print(f"\n{executed} executed instructions, and {dead} whose results are overwritten unread; {len(done)} spoilt\n")
-    print(f"{'kernel':20} {'spoilt':>7} " + " ".join(f"{how:>9}" for how in HOW) + f" {'noticed':>9}")
+def report(done: Sequence[tuple[Trial, str]], executed: int, dead: int) -> None:
+    """Prints a table by kernel, and the ones that were not noticed."""
+    counts = Counter((name, how) for trial, how in done for name in (trial.site.kernel, "all"))
+    print(f"\n{executed} instructions carried out, and {dead} whose results nobody reads; {len(done)} spoilt\n")
+    print(f"{'kernel':24} {'spoilt':>7} " + " ".join(f"{how:>10}" for how in HOW[:-1]) + "    noticed  of the rest")
     for name in [*sorted({name for name, _ in counts} - {"all"}), "all"]:
-        row = [counts[name, how] for how in HOW]
-        share = 1 - counts[name, SURVIVED] / max(1, sum(row))
-        print(f"{name:20} {sum(row):7} " + " ".join(f"{n:9}" for n in row) + f" {share:9.1%}")
+        row = {how: counts[name, how] for how in HOW[:-1]}
+        noticed, every = row[NUMBERS] + row[FINDINGS] + row[STUCK], sum(row.values())
+        shares = f"{noticed / every:11.1%} {noticed / max(1, every - row[EQUIVALENT]):12.1%}"
+        print(f"{name:24} {every:7} " + " ".join(f"{n:10}" for n in row.values()) + shares)
+    print("\nThe rest are those that are not equivalent.")
+    for how in (SURVIVED, EQUIVALENT):
+        print("\n".join(f"{how}: {trial}" for trial, found in done if found == how))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="How many spoilt instructions the tests notice.")
     parser.add_argument("--number", type=int, default=300, help="how many instructions to spoil (default: 300)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default: 0)")
-    parser.add_argument("--most", type=int, default=12, help="that a spoilt kernel runs at most (default: 12 cases)")
-    parser.add_argument("--minutes", type=float, default=60.0, help="to stop after (default: 60)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="at once (default: one per core)")
+    parser.add_argument("--larger", type=int, default=12, help="random larger cases at most (default: 12)")
     parser.add_argument("-k", default="", metavar="WORD", help="only cases with this word (default: all)")
     given = parser.parse_args()
+    print(f"seed {given.seed}")
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)
-    names = [name for name in CASES if given.k in name]
-    baselines = {name: baseline(name) for name in tqdm(names, "as they are")}
-    executed = {Site(text, at) for b in baselines.values() for text, done in b.executed.items() for at in done}
-    dead = {site for site in executed if is_dead(listing_of(site.text), site.at)}
+    launches, cases_of = Launches(), dict[str, str]()
+    for name in tqdm([name for name in CASES if given.k in name], "as they are"):
+        known = set(launches.names)
+        launches.run(CASES[name])
+        cases_of |= {text: name for text in set(launches.names) - known}
+    deads = {text: dead(listing_of(text)) for text in launches.names}
+    sites = [Site(kernel, text, at) for text, kernel in launches.names.items() for at in launches.executed(text)]
+    alive = [site for site in sites if site.at not in deads[site.text]]
     random = Random(given.seed)
-    alive = sorted(executed - dead)
-    sites = random.sample(alive, min(given.number, len(alive)))
-    done: list[Trial] = []
-    end = time.monotonic() + 60 * given.minutes
-    for trial in tqdm(trials(sites, baselines, random, given.most), "spoilt", len(sites)):
-        done.append(trial)
-        if trial.how == SURVIVED:
-            tqdm.write(f"survived: {trial}")
-        if time.monotonic() > end:
-            break
-    report(done, len(executed - dead), len(dead))
+    trials = [t for site in sample(alive, random, given.number) if (t := trial_of(site, random))]
+    done: dict[int, str] = {}
+
+    def try_all(numbers: Sequence[int], among: Launches, what: str) -> None:
+        works = [
+            lambda n=n: try_out(trials[n].kernel, among.of(trials[n].site.text, trials[n].site.at)) for n in numbers
+        ]
+        for k, how in tqdm(in_children(works, given.jobs), what, len(works)):
+            done[numbers[k]] = how
+            if how == SURVIVED:
+                tqdm.write(f"{how}: {trials[numbers[k]]}")
+
+    try_all(range(len(trials)), launches, "spoilt")
+    unseen = [n for n, how in done.items() if how == EQUIVALENT]
+    texts = {trials[n].site.text for n in unseen}
+    others = Launches()
+    names = sorted({cases_of[text] for text in texts})
+    for name in tqdm(random.sample(names, min(given.larger, len(names))), "larger"):
+        if (case := larger(name, random)) is not None:
+            others.run(case, texts)
+    try_all(unseen, others, "spoilt, larger")
+    for n in unseen:
+        if done[n] in (NUMBERS, FINDINGS, STUCK):
+            done[n] = SURVIVED  # the tests have no such case
+    report([(trials[n], done[n]) for n in sorted(done)], len(alive), len(sites) - len(alive))
 
 
 if __name__ == "__main__":

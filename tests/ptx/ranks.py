@@ -103,7 +103,7 @@ class Shards:
     """Steps of parameters of which each rank has a half of the rows (`dim` -2) or of the columns (-1).
 
     Attributes:
-        make, options, dtype, shapes, steps, parameters, watched: as in `Case`.
+        make, options, dtype, shapes, steps, parameters, watched, compared: as in `Case`.
         dim: that is cut; that of a vector always is.
     """
 
@@ -115,6 +115,7 @@ class Shards:
     steps: int = 2
     parameters: Tolerance | None = None
     watched: bool = True
+    compared: bool = True
 
     def run(self, backend: str) -> Outcome:
         """Returns what the steps leave of the whole parameters, by name."""

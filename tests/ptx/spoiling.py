@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from random import Random
 
-from ptx.reader import Instruction, Label, Listing
+from ptx.reader import Instruction, Label, Listing, blocks
 
 OTHER_WORDS = {
     **{"add": "sub", "sub": "add", "mul": "add", "max": "min", "min": "max", "and": "or", "or": "and", "xor": "or"},
@@ -36,22 +36,31 @@ def with_statement(listing: Listing, at: int, statement: Spoilt) -> Listing:
     return replace(listing, statements=[*listing.statements[:at], *new, *listing.statements[at + 1 :]])
 
 
-def is_dead(listing: Listing, at: int) -> bool:
-    """True if everything that an instruction writes is overwritten, in the same basic block, before anyone reads it."""
-    i = listing.statements[at]
-    if isinstance(i, Label):
-        return False
-    live = set(_written(i))
-    if not live or i.opcode.startswith(("st", "bar", "bra", "ret")):
-        return False
-    for later in listing.statements[at + 1 :]:
-        if isinstance(later, Label) or later.opcode.startswith(("bra", "ret")) or live & set(_read(later)):
-            return False
-        if later.guard is None:
-            live -= set(_written(later))
-        if not live:
-            return True
-    return False
+def dead(listing: Listing) -> set[int]:
+    """Statements whose results nobody reads, but for others of them: they could be left out."""
+    found = blocks(listing.statements)
+    places = {block.label: k for k, block in enumerate(found) if block.label}
+    after: list[list[int]] = []
+    for k, block in enumerate(found):
+        falls = [] if block.end in ("exit", "jump") or k + 1 == len(found) else [k + 1]
+        after.append(falls + ([places[block.target]] if block.target else []))
+    live_before: list[set[str]] = [set() for _ in found]
+    useful: set[Instruction] = set()
+    changing = True
+    while changing:
+        changing = False
+        for k in reversed(range(len(found))):
+            live = set().union(*(live_before[other] for other in after[k]))
+            last = found[k].last
+            for i in reversed(found[k].body if last is None else [*found[k].body, last]):
+                written = set(_written(i))
+                if not written or written & live:
+                    useful.add(i)
+                    live = (live - written if i.guard is None else live) | set(_read(i))
+            changing |= live != live_before[k]
+            live_before[k] = live
+    statements = enumerate(listing.statements)
+    return {at for at, i in statements if isinstance(i, Instruction) and i not in useful}
 
 
 def _written(i: Instruction) -> list[str]:
@@ -63,8 +72,7 @@ def _written(i: Instruction) -> list[str]:
 def _read(i: Instruction) -> list[str]:
     stores = i.opcode.startswith(("st.", "stmatrix", "bra", "bar", "ret"))
     registers = _REGISTER.findall(str(i.operands if stores else i.operands[1:]))
-    guard = [i.guard[0]] if i.guard else []
-    return registers + guard + (_written(i) if i.guard else [])
+    return registers + ([i.guard[0]] if i.guard else [])
 
 
 def _registers_before(listing: Listing, at: int) -> list[str]:

@@ -27,6 +27,10 @@ TYPES: dict[str, Any] = {
 }
 
 
+Operations = Mapping[str, Callable[..., Any]]
+"""Functions by the first word of an instruction."""
+
+
 class Rule(NamedTuple):
     """How instructions of one form are computed.
 
@@ -39,10 +43,10 @@ class Rule(NamedTuple):
     pattern: str
     result: str
     sources: str
-    function: Callable[..., Any] | Mapping[str, Callable[..., Any]]
+    function: Callable[..., Any] | Operations
 
 
-COMPARISONS = {
+COMPARISONS: dict[str, Callable[..., Any]] = {
     **{"eq": np.equal, "ne": arithmetic.ordered_not_equal},
     **{"lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal},
     "neu": np.not_equal,
@@ -52,12 +56,12 @@ COMPARISONS = {
 for _name in ("eq", "lt", "le", "gt", "ge"):  # true for NaN too
     COMPARISONS[_name + "u"] = lambda a, b, _ordered=COMPARISONS[_name]: _ordered(a, b) | arithmetic.unordered(a, b)
 _SIGNS = {"lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal}
-OF_INTEGERS = {**COMPARISONS, **_SIGNS, "ne": np.not_equal}
+OF_INTEGERS: Operations = {**COMPARISONS, **_SIGNS, "ne": np.not_equal}
 _ANY = "|".join(COMPARISONS)
 _OF_INTEGERS = "eq|ne|lt|le|gt|ge|lo|ls|hi|hs"
-_SUM = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "mul.lo": np.multiply, "div": np.divide}
-_BITS = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert}
-_EXTREMES = {
+_SUM: Operations = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "mul.lo": np.multiply, "div": np.divide}
+_BITS: Operations = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert}
+_EXTREMES: Operations = {
     **{"max": arithmetic.float_max, "min": arithmetic.float_min},
     **{"max.NaN": arithmetic.nan_max, "min.NaN": arithmetic.nan_min},
 }

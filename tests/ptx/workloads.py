@@ -110,6 +110,21 @@ def states_of(optimizer: Any, params: Sequence[Tensor]) -> Outcome:
 
 
 def plain_step(optimizer: Any, number: int) -> None:
+    """Gradients count by half at every other step, so that kernels cannot take their factor for another number."""
+    if number % 2:
+        optimizer.grad_scale = torch.tensor([2.0])
+    optimizer.step()
+    optimizer.forget_scaler()
+
+
+def skipped_step(optimizer: Any) -> None:
+    """One that changes nothing, whatever its gradients are."""
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor([1.0]), torch.tensor([1.0])
+    optimizer.step()
+    optimizer.forget_scaler()
+
+
+def unscaled_step(optimizer: Any, number: int) -> None:
     optimizer.step()
 
 
@@ -123,11 +138,12 @@ class Case:
         dtype, grad_dtype: of the parameters, and of gradients if they differ.
         offset: by how many elements parameters, gradients and states are off an aligned address.
         edit: changes the gradients, [step][parameter].
-        step: takes a step.
+        step: takes a step. Another one, which is skipped, follows if it is `plain_step`.
         groups: parameters as the optimizer gets them.
         parameters: what parameters may differ by; that of their dtype if None.
         steps_before: that the state says were taken.
         watched: whether races are looked for, which takes longer than all else where tensors are large.
+        compared: whether launches are compared with the interpreter's, which takes as long again.
     """
 
     make: Any
@@ -145,6 +161,7 @@ class Case:
     parameters: Tolerance | None = None
     steps_before: int = 0
     watched: bool = True
+    compared: bool = True
 
     def run(self, backend: str) -> Outcome:
         """Returns what the steps leave behind, by name."""
@@ -170,7 +187,7 @@ class Case:
         found: Outcome = {}
         for k, row in enumerate(grads):
             if self.grad_dtype not in (None, self.dtype):
-                optimizer.apply_gradients(zip(row, params[:-1]))
+                optimizer.apply_gradients(zip(row, params[:-1]), scale=0.5 if k % 2 else 1.0)
             else:
                 for p, g in zip(params, row):
                     p.grad = g
@@ -178,6 +195,8 @@ class Case:
             if optimizer.tracker:
                 found["statistics"] = optimizer.statistics.tensor.clone()
             spoil_workspaces(optimizer)
+        if self.step is plain_step:
+            skipped_step(optimizer)
         found |= states_of(optimizer, params)
         found["skipped steps"] = torch.tensor(int(optimizer.skipped_steps or 0))
         if optimizer.grad_norm is not None:
@@ -195,6 +214,7 @@ class Accumulation:
     offset: int = 0
     parameters: Tolerance | None = None
     watched: bool = True
+    compared: bool = True
 
     def run(self, backend: str) -> Outcome:
         accumulator = GradientAccumulator(self.dtype, backend=backend)
@@ -217,6 +237,13 @@ def scaled_step(optimizer: Any, number: int) -> None:
 def rate_on_the_device(optimizer: Any, number: int) -> None:
     optimizer.param_groups[0]["lr"].fill_((0.5, 0.0, 0.25)[number])
     optimizer.step()
+
+
+def other_dtypes(option: Any) -> Any:
+    """Numbers on the device in float64 where they were in float32, and in float32 where they were not."""
+    if isinstance(option, tuple):
+        return tuple(map(other_dtypes, option))
+    return option.to(F64 if option.dtype == F32 else F32) if isinstance(option, Tensor) else option
 
 
 def missing(grads: list[list[Any]]) -> None:
@@ -274,6 +301,14 @@ def three_groups(params: list[Any]) -> list[dict[str, Any]]:
 ADAMW = {"lr": 3e-2, "betas": (0.85, 0.97), "eps": 1e-5, "weight_decay": 0.1}
 LION = {"lr": 3e-3, "weight_decay": 0.1}
 GIVEN_RATE = {"lr": 0.1, "relative_step": False}
+ON_DEVICE: dict[str, Any] = {
+    **{"lr": torch.tensor(0.03), "weight_decay": torch.tensor(0.1, dtype=F64), "eps": torch.tensor(1e-5)},
+    "betas": (torch.tensor(0.85), torch.tensor(0.97, dtype=F64)),
+}
+FACTORED_ON_DEVICE: dict[str, Any] = {
+    **{"lr": torch.tensor(0.03), "weight_decay": torch.tensor(0.1, dtype=F64), "beta1": torch.tensor(0.9)},
+    **{"eps": (torch.tensor(1e-3), torch.tensor(0.2, dtype=F64)), "relative_step": False},
+}
 THREE_WEIGHTS = (0.5, torch.tensor(3.0), torch.tensor(0.7, dtype=F64))
 IMAGES: tuple[Shape, ...] = ((8, 4, 3, 3), (2, 5, 7, 3), (16, 8, 5, 5))
 
@@ -328,18 +363,27 @@ for _label, _dtype in DTYPES.items():
     CASES[f"Adafactor statistics {_label}"] = Case(Adafactor, {"beta1": 0.9, "track_statistics": True}, _dtype, FEW)
 CASES |= {
     "AdamW statistics of a skipped step": Case(
-        AdamW, {**ADAMW, "track_statistics": True, "skip_nonfinite": True}, edit=infinite
+        AdamW, {**ADAMW, "track_statistics": True, "skip_nonfinite": True}, edit=infinite, step=unscaled_step
     ),
     "Adafactor statistics of a skipped step": Case(
-        Adafactor, {"track_statistics": True, "skip_nonfinite": True}, BF16, FEW, edit=infinite
+        Adafactor, {"track_statistics": True, "skip_nonfinite": True}, BF16, FEW, edit=infinite, step=unscaled_step
     ),
-    "AdamW skipping": Case(AdamW, {**ADAMW, "skip_nonfinite": True, "max_grad_norm": 1.0}, steps=3, edit=infinite),
-    "Adafactor skipping": Case(Adafactor, {"skip_nonfinite": True}, BF16, FEW, steps=3, edit=infinite),
+    "AdamW skipping": Case(
+        AdamW, {**ADAMW, "skip_nonfinite": True, "max_grad_norm": 1.0}, steps=3, edit=infinite, step=unscaled_step
+    ),
+    "Adafactor skipping": Case(
+        Adafactor, {"skip_nonfinite": True}, BF16, FEW, steps=3, edit=infinite, step=unscaled_step
+    ),
     "AdamW skipping outliers": Case(
-        AdamW, {**ADAMW, "skip_outliers": 3.0}, shapes=((40,), (33,)), steps=106, edit=louder
+        AdamW, {**ADAMW, "skip_outliers": 3.0}, shapes=((40,), (33,)), steps=106, edit=louder, step=unscaled_step
     ),
     "Lion skipping large gradients": Case(
-        Lion, {**LION, "skip_grad_norm_above": 30.0}, shapes=((40,), (33,)), steps=5, edit=louder_or_infinite
+        Lion,
+        {**LION, "skip_grad_norm_above": 30.0},
+        shapes=((40,), (33,)),
+        steps=5,
+        edit=louder_or_infinite,
+        step=unscaled_step,
     ),
     "AdamW later": Case(AdamW, {"lr": 0.1}, shapes=((40,), (33,)), steps_before=1000),
     "Adafactor later": Case(Adafactor, {"weight_decay": 0.1}, shapes=((40,), (33, 40), (4, 3)), steps_before=1000),
@@ -353,7 +397,7 @@ CASES |= {
     "AdamW keras scaled": Case(AdamW, {**ADAMW, "convention": "keras"}, steps=3, step=scaled_step),
     "Adafactor scaled": Case(Adafactor, {"beta1": 0.9}, F32, FEW, steps=3, step=scaled_step),
     "AdamW clipped": Case(AdamW, {**ADAMW, "max_grad_norm": 1.0}, BF16, steps=1),
-    "Adafactor clipped": Case(Adafactor, {**GIVEN_RATE, "max_grad_norm": 1.0}, F32, FEW),
+    "Adafactor clipped": Case(Adafactor, {**GIVEN_RATE, "max_grad_norm": 1.0}, F32, FEW, compared=False),
     "AdamW without correction": Case(AdamW, {**ADAMW, "correct_bias": False}),
     "AdamW eps 0, gradients 0": Case(AdamW, {**ADAMW, "eps": 0.0}, edit=zero),
     "AdamW not finite": Case(AdamW, {**ADAMW, "amsgrad": True}, steps=1, edit=not_finite),
@@ -376,21 +420,38 @@ CASES |= {
     "AdamW float64 rate on the device": Case(
         AdamW, {"lr": torch.tensor(0.5, dtype=F64)}, steps=3, step=rate_on_the_device
     ),
+    "AdamW options on the device": Case(AdamW, ON_DEVICE, shapes=((40,), (33,)), steps=3),
+    "AdamW options on the device, in other dtypes": Case(
+        AdamW, {name: other_dtypes(value) for name, value in ON_DEVICE.items()}, shapes=((40,), (33,)), steps=3
+    ),
+    "Lion options on the device": Case(
+        Lion, {name: ON_DEVICE[name] for name in ("lr", "betas", "weight_decay")}, shapes=((40,), (33,))
+    ),
+    "Adafactor options on the device": Case(Adafactor, FACTORED_ON_DEVICE, shapes=((40,), (33, 40), (4, 3))),
+    "Adafactor options on the device, in other dtypes": Case(
+        Adafactor,
+        {name: other_dtypes(value) for name, value in FACTORED_ON_DEVICE.items()},
+        shapes=((40,), (33, 40), (4, 3)),
+    ),
     "AdamW channels last": Case(AdamW, ADAMW, shapes=IMAGES, memory_format=torch.channels_last),
     "AdamW 200 tensors": Case(AdamW, ADAMW, shapes=tuple((n % 5 + 1,) for n in range(200)), steps=1),
-    "Adafactor defaults": Case(Adafactor, {}, F32, FACTORED),
+    "Adafactor defaults": Case(Adafactor, {}, F32, FACTORED, compared=False),
     "Adafactor given rate, low threshold": Case(
-        Adafactor, {**GIVEN_RATE, "clip_threshold": 0.1, "scale_parameter": False}, F32, FACTORED
+        Adafactor, {**GIVEN_RATE, "clip_threshold": 0.1, "scale_parameter": False}, F32, FACTORED, compared=False
     ),
     "Adafactor warmup, maximize": Case(
-        Adafactor, {"warmup_init": True, "maximize": True, "decay_rate": -0.5, "eps": (1e-3, 0.1)}, F32, FACTORED
+        Adafactor,
+        {"warmup_init": True, "maximize": True, "decay_rate": -0.5, "eps": (1e-3, 0.1)},
+        F32,
+        FACTORED,
+        compared=False,
     ),
     "Adafactor misaligned": Case(Adafactor, {"beta1": 0.9}, F32, FEW, offset=(1, 3, 1)),
     "Adafactor channels last": Case(Adafactor, {}, F32, IMAGES, memory_format=torch.channels_last),
     "Adafactor missing gradients": Case(Adafactor, {}, F32, FEW, steps=3, edit=missing),
-    "Adafactor three groups": Case(Adafactor, {"relative_step": False}, F32, FEW, groups=three_groups),
+    "Adafactor three groups": Case(Adafactor, {"relative_step": False}, F32, FEW, groups=three_groups, compared=False),
     "Adafactor many tiles": Case(Adafactor, {}, F32, ((600, 520), (40, 1500), (1500, 40), (5000,)), steps=1),
-    "Adafactor many rows": Case(Adafactor, {}, F32, ((9000, 2), (2, 9000)), steps=1),
+    "Adafactor many rows": Case(Adafactor, {}, F32, ((9000, 2), (2, 9000)), steps=1, compared=False),
     "Adafactor gradients 0": Case(Adafactor, {}, F32, FEW, edit=zero),
     "Adafactor NaN and inf": Case(Adafactor, {"beta1": 0.9}, F32, FEW, edit=not_finite),
 }
