@@ -23,7 +23,7 @@ from torch.multiprocessing.spawn import spawn
 from tqdm import tqdm
 
 from fusedopt import Adafactor, AdamW
-from perf.long_run import Memory, ends_ms
+from perf.long_run import Memory, median_ms
 from perf.providers import ADAM
 from perf.report import table
 
@@ -118,7 +118,12 @@ def measure(steps: dict[str, Callable[[], object]], number: int, quiet: bool = T
         grown[name] = Memory.now().since(before)
     late = {name: made_by(step) for name, step in steps.items()}
     tenth = max(1, number // 10)
-    return {name: Found(*ends_ms(times[name], tenth), early[name], late[name], grown[name]) for name in steps}
+    return {
+        name: Found(
+            median_ms(times[name][:tenth]), median_ms(times[name][-tenth:]), early[name], late[name], grown[name]
+        )
+        for name in steps
+    }
 
 
 def shown(found: dict[str, Found]) -> str:

@@ -1,4 +1,4 @@
-"""A long run of small models: time per step and memory at its beginning and at its end, and the steps it counted.
+"""A long run of small models: what it adds to the time of a step and to memory, and the steps it counted.
 
 python -m perf.long_run --steps 100000
 
@@ -11,8 +11,7 @@ import os
 import statistics
 import sys
 import time
-from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,54 +60,79 @@ class Memory(NamedTuple):
         return {"objects": f"{self.objects:+,}", "blocks": f"{self.blocks:+,}", "KiB": f"{self.resident:+,}"}
 
 
-def ends_ms(seconds: Sequence[float], number: int) -> tuple[float, float]:
-    """Returns the medians of the first and of the last so many times, in milliseconds."""
-    return 1e3 * statistics.median(seconds[:number]), 1e3 * statistics.median(seconds[-number:])
+def median_ms(seconds: Iterable[float]) -> float:
+    """Returns the median, in milliseconds."""
+    return 1e3 * statistics.median(seconds)
 
 
 class Outcome(NamedTuple):
     """What came of a run.
 
     Attributes:
-        first_ms, last_ms: median time of the processor for a step, of the first and of the last thousand steps.
+        new_ms, old_ms: median time of the processor for a step, of a new optimizer and of this one, in turn.
         grown: memory at the end beside that after a tenth of the run, when the history is full.
         counted: of the state.
         expected: steps that were not skipped.
     """
 
-    first_ms: float
-    last_ms: float
+    new_ms: float
+    old_ms: float
     grown: Memory
     counted: float
     expected: int
 
 
-def run(name: str, steps: int, quiet: bool = True) -> Outcome:
-    """Trains a small model for so many steps, at least 20."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 4))
-    if "bfloat16" in name:
-        model = model.to(torch.bfloat16)
-    optimizer = OPTIMIZERS[name](model.named_parameters())
-    recorder = StatisticsRecorder(optimizer, limit=max(2, min(1000, steps // 200)))
-    schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
-    grads = [[torch.randn_like(p) for p in model.parameters()] for _ in range(7)]
-    spoilt = [torch.full_like(g, torch.nan) for g in grads[0]]
-    took = array("d", [0.0]) * steps  # no objects of its own, and all of its memory from the beginning
-    for step in tqdm(range(steps), name, leave=False, disable=quiet, mininterval=1.0):
-        if step == steps // 10:
-            before = Memory.now()
-        for p, g in zip(model.parameters(), grads[step % 7] if (step + 1) % SPOILT else spoilt):
+class Training:
+    """A small model, its optimizer, a schedule of so many steps, and the history of statistics.
+
+    Attributes:
+        taken: steps so far.
+    """
+
+    def __init__(self, name: str, steps: int) -> None:
+        torch.manual_seed(0)
+        self._model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 4))
+        if "bfloat16" in name:
+            self._model.to(torch.bfloat16)
+        self._optimizer = OPTIMIZERS[name](self._model.named_parameters())
+        self._recorder = StatisticsRecorder(self._optimizer, limit=max(2, min(1000, steps // 200)))
+        self._schedule = get_linear_schedule_with_warmup(self._optimizer, steps // 10, steps)
+        self._grads = [[torch.randn_like(p) for p in self._model.parameters()] for _ in range(7)]
+        self._spoilt = [torch.full_like(g, torch.nan) for g in self._grads[0]]
+        self.taken = 0
+
+    def step(self) -> float:
+        """Takes a step; returns its time of the processor in seconds."""
+        grads = self._grads[self.taken % 7]
+        self.taken += 1
+        for p, g in zip(self._model.parameters(), grads if self.taken % SPOILT else self._spoilt):
             p.grad = g
         start = time.thread_time()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        took[step] = time.thread_time() - start
+        self._optimizer.step()
+        self._schedule.step()
+        self._optimizer.zero_grad()
+        return time.thread_time() - start
+
+    def close(self) -> float:
+        """Closes the history; returns the count of steps in the state."""
+        self._recorder.close()
+        (count,) = {state["step"].item() for state in self._optimizer.state.values()}
+        return float(count)
+
+
+def run(name: str, steps: int, quiet: bool = True) -> Outcome:
+    """Trains a small model for so many steps, at least 20, the last thousand in turn with a new one."""
+    compared = min(1000, steps // 4)
+    old = Training(name, steps)
+    for step in tqdm(range(steps - compared), name, leave=False, disable=quiet, mininterval=1.0):
+        if step == steps // 10:
+            before = Memory.now()
+        old.step()
     grown = Memory.now().since(before)
-    recorder.close()
-    (count,) = {state["step"].item() for state in optimizer.state.values()}
-    return Outcome(*ends_ms(took, min(1000, steps // 4)), grown, count, steps - steps // SPOILT)
+    new = Training(name, steps)
+    new_times, old_times = zip(*((new.step(), old.step()) for _ in range(compared)))
+    new.close()
+    return Outcome(median_ms(new_times), median_ms(old_times), grown, old.close(), steps - steps // SPOILT)
 
 
 def main() -> int:
@@ -122,10 +146,10 @@ def main() -> int:
     for name in args.optimizers:
         run(name, 100)  # what is made once
         o = run(name, args.steps, quiet=False)
-        times = {"first ms": f"{o.first_ms:.3f}", "last ms": f"{o.last_ms:.3f}"}
+        times = {"new ms": f"{o.new_ms:.3f}", "old ms": f"{o.old_ms:.3f}"}
         rows.append({"": name, **times, **o.grown.shown(), "counted": f"{o.counted:,.0f} of {o.expected:,}"})
         right = right and o.counted == o.expected
-    print(f"{args.steps:,} steps each: median time of the first and the last thousand, growth after the first tenth\n")
+    print(f"{args.steps:,} steps each: median time of the last ones, in turn with a new optimizer's, and growth\n")
     print(table(rows))
     return 0 if right else 1
 
