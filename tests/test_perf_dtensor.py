@@ -41,5 +41,5 @@ def test_what_is_left_over_is_found():
 
     found = dtensor.measure({"leaks": step}, 50)["leaks"]
     assert found.early.garbage == found.late.garbage == 2
-    assert found.grown.objects >= 50 and found.grown.blocks >= 50
+    assert found.grown.objects > 40 and found.grown.blocks > 40  # of 50 that it keeps, less what others let go
     assert "leaks" in dtensor.shown({"leaks": found})
