@@ -128,8 +128,8 @@ def store_moment(x, at, mask, DTYPE: tl.constexpr, words=None, ROUNDING: tl.cons
     """Stores moments at these addresses; with `words`, those that would freeze in 16 bits if rounded to nearest."""
     if ROUNDING > 0 and DTYPE.primitive_bitwidth == 16:
         if tl.float64 == x.dtype:  # what float32 cannot hold becomes its largest number
-            largest = tl.clamp(x, -3.4028234663852886e38, 3.4028234663852886e38)
-            x = tl.where(tl.abs(x) < float("inf"), largest, x)
+            within = tl.maximum(tl.minimum(x, 3.4028234663852886e38), -3.4028234663852886e38)  # no `clamp` compiles
+            x = tl.where(tl.abs(x) < float("inf"), within, x)
         tl.store(at, _stochastic(x.to(tl.float32), words >> (16 if tl.bfloat16 == DTYPE else 19), DTYPE), mask=mask)
     else:
         tl.store(at, narrow(x, DTYPE), mask=mask)

@@ -344,6 +344,7 @@ PRECISIONS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "float16 stochastic": (F16, {"stochastic_rounding": True, "seed": 5}),
     "bfloat16 stochastic, float32 moments": (BF16, {"stochastic_rounding": True, "seed": 5, "state_dtype": F32}),
     "float32, bfloat16 moments": (F32, {"state_dtype": BF16, "seed": 5}),
+    "float64, bfloat16 moments": (F64, {"state_dtype": BF16, "seed": 5}),
 }
 for _label, (_dtype, _policy) in PRECISIONS.items():
     CASES[f"AdamW {_label}"] = Case(AdamW, {**ADAMW, **_policy}, _dtype, steps=3)
