@@ -78,8 +78,9 @@ def expected(
             count += advance
         own = Expected(exactly, dict(state), count, old=old)
         if p in present:
-            # Kernels read a wider gradient in the parameter's arithmetic.
-            seen = raw[p] if training.optimizer.backend == "eager" else raw[p].read_in(arithmetic_of(p.dtype))
+            # Kernels measure in the parameter's arithmetic; where they get clipped copies, torch measures the gradients.
+            by_kernels = training.optimizer.backend != "eager" and keras["clipvalue"] is keras["clipnorm"] is None
+            seen = raw[p].read_in(arithmetic_of(p.dtype)) if by_kernels else raw[p]
             own.grad_norm = (seen.norm() * abs(factor)).kept_as_square()
             if not skipped:
                 # What an infinite average becomes depends on the order of operations: inf, or inf - inf.
