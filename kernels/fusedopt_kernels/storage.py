@@ -127,8 +127,8 @@ def load_moment(at, mask, COMPUTE: tl.constexpr, OTHER: tl.constexpr = None):
 def store_moment(x, at, mask, DTYPE: tl.constexpr, words=None, ROUNDING: tl.constexpr = 0):
     """Stores moments at these addresses; with `words`, those that would freeze in 16 bits if rounded to nearest."""
     if ROUNDING > 0 and DTYPE.primitive_bitwidth == 16:
-        if tl.float64 == x.dtype:  # what float32 cannot hold becomes its largest number
-            within = tl.maximum(tl.minimum(x, 3.4028234663852886e38), -3.4028234663852886e38)  # no `clamp` compiles
+        if tl.float64 == x.dtype:  # what float32 cannot hold becomes its largest number; for `clamp` there is no code
+            within = tl.maximum(tl.minimum(x, 3.4028234663852886e38), -3.4028234663852886e38)
             x = tl.where(tl.abs(x) < float("inf"), within, x)
         tl.store(at, _stochastic(x.to(tl.float32), words >> (16 if tl.bfloat16 == DTYPE else 19), DTYPE), mask=mask)
     else:
