@@ -78,7 +78,7 @@ def expected(
             count += advance
         own = Expected(exactly, dict(state), count, old=old)
         if p in present:
-            # Kernels measure in the parameter's arithmetic; where they get clipped copies, torch measures the gradients.
+            # Kernels measure in the parameter's arithmetic; of clipped copies, torch measures the gradients.
             by_kernels = training.optimizer.backend != "eager" and keras["clipvalue"] is keras["clipnorm"] is None
             seen = raw[p].read_in(arithmetic_of(p.dtype)) if by_kernels else raw[p]
             own.grad_norm = (seen.norm() * abs(factor)).kept_as_square()
