@@ -136,6 +136,7 @@ class Case:
         make: the optimizer's class.
         options: of the optimizer.
         dtype, grad_dtype: of the parameters, and of gradients if they differ.
+        spread: whether gradients are of all magnitudes, and a few of the last ones not finite.
         offset: by how many elements parameters, gradients and states are off an aligned address.
         edit: changes the gradients, [step][parameter].
         step: takes a step. Another one, which is skipped, follows if it is `plain_step`.
@@ -174,6 +175,10 @@ class Case:
             ]
             for k in range(self.steps)
         ]
+        if self.spread:
+            for g in grads[-1]:
+                if g.shape == (7,):
+                    g[:4] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0])
         if self.edit:
             self.edit(grads)
         params.append(torch.nn.Parameter(torch.ones(3, dtype=self.dtype)))
@@ -239,11 +244,15 @@ def rate_on_the_device(optimizer: Any, number: int) -> None:
     optimizer.step()
 
 
-def other_dtypes(option: Any) -> Any:
+def in_other_dtypes(options: dict[str, Any]) -> dict[str, Any]:
     """Numbers on the device in float64 where they were in float32, and in float32 where they were not."""
-    if isinstance(option, tuple):
-        return tuple(map(other_dtypes, option))
-    return option.to(F64 if option.dtype == F32 else F32) if isinstance(option, Tensor) else option
+
+    def other(option: Any) -> Any:
+        if isinstance(option, tuple):
+            return tuple(map(other, option))
+        return option.to(F64 if option.dtype == F32 else F32) if isinstance(option, Tensor) else option
+
+    return {name: other(option) for name, option in options.items()}
 
 
 def missing(grads: list[list[Any]]) -> None:
@@ -309,6 +318,7 @@ FACTORED_ON_DEVICE: dict[str, Any] = {
     **{"lr": torch.tensor(0.03), "weight_decay": torch.tensor(0.1, dtype=F64), "beta1": torch.tensor(0.9)},
     **{"eps": (torch.tensor(1e-3), torch.tensor(0.2, dtype=F64)), "relative_step": False},
 }
+STOCHASTIC: dict[str, Any] = {"stochastic_rounding": True, "seed": 5}
 THREE_WEIGHTS = (0.5, torch.tensor(3.0), torch.tensor(0.7, dtype=F64))
 IMAGES: tuple[Shape, ...] = ((8, 4, 3, 3), (2, 5, 7, 3), (16, 8, 5, 5))
 
@@ -336,6 +346,16 @@ MIXED = {
 for _label, (_dtype, _grad) in MIXED.items():
     CASES[f"AdamW {_label}"] = Case(AdamW, ADAMW, _dtype, grad_dtype=_grad)
     CASES[f"accumulation {_label}"] = Accumulation(_dtype, _grad, THREE_WEIGHTS)
+
+_TWO = ((40,), (33,))
+_FOUR = ((40,), (33, 40), (4, 3), (19,))
+for _label, _dtype, _policy in (("float32", F32, {}), ("bfloat16 stochastic", BF16, STOCHASTIC)):
+    for _kind, _made in (("", dict), (", in other dtypes", in_other_dtypes)):
+        _of_lion = {name: ON_DEVICE[name] for name in ("lr", "betas", "weight_decay")}
+        _name = f"options on the device, {_label}{_kind}"
+        CASES[f"AdamW {_name}"] = Case(AdamW, {**_made(ON_DEVICE), **_policy}, _dtype, _TWO)
+        CASES[f"Lion {_name}"] = Case(Lion, {**_made(_of_lion), **_policy}, _dtype, _TWO)
+        CASES[f"Adafactor {_name}"] = Case(Adafactor, {**_made(FACTORED_ON_DEVICE), **_policy}, _dtype, _FOUR)
 
 PRECISIONS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "bfloat16 master": (BF16, {"master_weights": True}),
@@ -419,19 +439,6 @@ CASES |= {
     "AdamW rate on the device": Case(AdamW, {"lr": torch.tensor(0.5)}, steps=3, step=rate_on_the_device),
     "AdamW float64 rate on the device": Case(
         AdamW, {"lr": torch.tensor(0.5, dtype=F64)}, steps=3, step=rate_on_the_device
-    ),
-    "AdamW options on the device": Case(AdamW, ON_DEVICE, shapes=((40,), (33,)), steps=3),
-    "AdamW options on the device, in other dtypes": Case(
-        AdamW, {name: other_dtypes(value) for name, value in ON_DEVICE.items()}, shapes=((40,), (33,)), steps=3
-    ),
-    "Lion options on the device": Case(
-        Lion, {name: ON_DEVICE[name] for name in ("lr", "betas", "weight_decay")}, shapes=((40,), (33,))
-    ),
-    "Adafactor options on the device": Case(Adafactor, FACTORED_ON_DEVICE, shapes=((40,), (33, 40), (4, 3))),
-    "Adafactor options on the device, in other dtypes": Case(
-        Adafactor,
-        {name: other_dtypes(value) for name, value in FACTORED_ON_DEVICE.items()},
-        shapes=((40,), (33, 40), (4, 3)),
     ),
     "AdamW channels last": Case(AdamW, ADAMW, shapes=IMAGES, memory_format=torch.channels_last),
     "AdamW 200 tensors": Case(AdamW, ADAMW, shapes=tuple((n % 5 + 1,) for n in range(200)), steps=1),
