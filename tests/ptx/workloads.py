@@ -136,7 +136,6 @@ class Case:
         make: the optimizer's class.
         options: of the optimizer.
         dtype, grad_dtype: of the parameters, and of gradients if they differ.
-        spread: whether gradients are of all magnitudes, and a few of the last ones not finite.
         offset: by how many elements parameters, gradients and states are off an aligned address.
         edit: changes the gradients, [step][parameter].
         step: takes a step. Another one, which is skipped, follows if it is `plain_step`.
@@ -175,10 +174,6 @@ class Case:
             ]
             for k in range(self.steps)
         ]
-        if self.spread:
-            for g in grads[-1]:
-                if g.shape == (7,):
-                    g[:4] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0])
         if self.edit:
             self.edit(grads)
         params.append(torch.nn.Parameter(torch.ones(3, dtype=self.dtype)))
@@ -273,10 +268,23 @@ def not_finite(grads: list[list[Any]]) -> None:
                 g.view(-1)[:4] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0])
 
 
+def not_finite_at_last(grads: list[list[Any]]) -> None:
+    for g in grads[-1]:
+        if g.shape == (7,):
+            g[:4] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0])
+
+
 def tiny_and_huge(grads: list[list[Any]]) -> None:
     for row in grads:
         for i, g in enumerate(row):
             g.mul_(10.0 ** (-38 - i % 5) if i % 2 else 1e18)
+
+
+def one_huge(grads: list[list[Any]]) -> None:
+    """One element of each gradient, another one every time, without which the squares of the others are right."""
+    for row in grads:
+        for i, g in enumerate(row):
+            g.mul_(1e-3)[331 * i % g.numel()] = 1e200 if g.dtype == F64 else 1e30
 
 
 def zero(grads: list[list[Any]]) -> None:
@@ -320,21 +328,26 @@ FACTORED_ON_DEVICE: dict[str, Any] = {
 }
 STOCHASTIC: dict[str, Any] = {"stochastic_rounding": True, "seed": 5}
 THREE_WEIGHTS = (0.5, torch.tensor(3.0), torch.tensor(0.7, dtype=F64))
+HUGE: tuple[Shape, ...] = ((4096,), (4095,)) * 16
 IMAGES: tuple[Shape, ...] = ((8, 4, 3, 3), (2, 5, 7, 3), (16, 8, 5, 5))
 
 CASES: dict[str, Any] = {}
 
 for _label, _dtype in DTYPES.items():
     for _convention in ("transformers", "torch", "keras"):
-        CASES[f"AdamW {_convention} {_label}"] = Case(AdamW, {**ADAMW, "convention": _convention}, _dtype, spread=True)
+        CASES[f"AdamW {_convention} {_label}"] = Case(
+            AdamW, {**ADAMW, "convention": _convention}, _dtype, spread=True, edit=not_finite_at_last
+        )
     CASES[f"AdamW amsgrad {_label}"] = Case(
         AdamW, {**ADAMW, "convention": "torch", "amsgrad": True, "maximize": True}, _dtype, spread=True
     )
-    CASES[f"Lion {_label}"] = Case(Lion, LION, _dtype, spread=True)
+    CASES[f"Lion {_label}"] = Case(Lion, LION, _dtype, spread=True, edit=not_finite_at_last)
     CASES[f"Adafactor {_label}"] = Case(Adafactor, {"beta1": 0.9, "weight_decay": 0.1}, _dtype, FACTORED)
     CASES[f"AdamW misaligned {_label}"] = Case(AdamW, ADAMW, _dtype, offset=(1, 3, 1))
     CASES[f"Lion clipped {_label}"] = Case(Lion, {**LION, "max_grad_norm": 1.0}, _dtype)
     CASES[f"accumulation {_label}"] = Accumulation(_dtype, _dtype, THREE_WEIGHTS)
+    for _kind, _weight in zip(("a number", "float32", "float64"), THREE_WEIGHTS):
+        CASES[f"accumulation of one, its weight {_kind}, {_label}"] = Accumulation(_dtype, _dtype, (_weight,))
     CASES[f"accumulation misaligned {_label}"] = Accumulation(_dtype, _dtype, THREE_WEIGHTS, offset=1)
 
 MIXED = {
@@ -386,13 +399,19 @@ CASES |= {
         AdamW, {**ADAMW, "track_statistics": True, "skip_nonfinite": True}, edit=infinite, step=unscaled_step
     ),
     "Adafactor statistics of a skipped step": Case(
-        Adafactor, {"track_statistics": True, "skip_nonfinite": True}, BF16, FEW, edit=infinite, step=unscaled_step
+        Adafactor,
+        {"track_statistics": True, "skip_nonfinite": True},
+        BF16,
+        FEW,
+        edit=infinite,
+        step=unscaled_step,
+        compared=False,
     ),
     "AdamW skipping": Case(
         AdamW, {**ADAMW, "skip_nonfinite": True, "max_grad_norm": 1.0}, steps=3, edit=infinite, step=unscaled_step
     ),
     "Adafactor skipping": Case(
-        Adafactor, {"skip_nonfinite": True}, BF16, FEW, steps=3, edit=infinite, step=unscaled_step
+        Adafactor, {"skip_nonfinite": True}, BF16, FEW, steps=3, edit=infinite, step=unscaled_step, compared=False
     ),
     "AdamW skipping outliers": Case(
         AdamW, {**ADAMW, "skip_outliers": 3.0}, shapes=((40,), (33,)), steps=106, edit=louder, step=unscaled_step
@@ -415,8 +434,14 @@ CASES |= {
     ),
     "AdamW scaled": Case(AdamW, ADAMW, steps=3, step=scaled_step),
     "AdamW keras scaled": Case(AdamW, {**ADAMW, "convention": "keras"}, steps=3, step=scaled_step),
-    "Adafactor scaled": Case(Adafactor, {"beta1": 0.9}, F32, FEW, steps=3, step=scaled_step),
+    "Adafactor scaled": Case(Adafactor, {"beta1": 0.9}, F32, FEW, steps=3, step=scaled_step, compared=False),
     "AdamW clipped": Case(AdamW, {**ADAMW, "max_grad_norm": 1.0}, BF16, steps=1),
+    **{
+        f"Lion clipped, one huge, {_label}": Case(
+            Lion, {**LION, "max_grad_norm": 1.0}, DTYPES[_label], HUGE, steps=1, edit=one_huge
+        )
+        for _label in ("float32", "float64", "bfloat16")
+    },
     "Adafactor clipped": Case(Adafactor, {**GIVEN_RATE, "max_grad_norm": 1.0}, F32, FEW, compared=False),
     "AdamW without correction": Case(AdamW, {**ADAMW, "correct_bias": False}),
     "AdamW eps 0, gradients 0": Case(AdamW, {**ADAMW, "eps": 0.0}, edit=zero),
@@ -455,7 +480,7 @@ CASES |= {
     ),
     "Adafactor misaligned": Case(Adafactor, {"beta1": 0.9}, F32, FEW, offset=(1, 3, 1)),
     "Adafactor channels last": Case(Adafactor, {}, F32, IMAGES, memory_format=torch.channels_last),
-    "Adafactor missing gradients": Case(Adafactor, {}, F32, FEW, steps=3, edit=missing),
+    "Adafactor missing gradients": Case(Adafactor, {}, F32, FEW, steps=3, edit=missing, compared=False),
     "Adafactor three groups": Case(Adafactor, {"relative_step": False}, F32, FEW, groups=three_groups, compared=False),
     "Adafactor many tiles": Case(Adafactor, {}, F32, ((600, 520), (40, 1500), (1500, 40), (5000,)), steps=1),
     "Adafactor many rows": Case(Adafactor, {}, F32, ((9000, 2), (2, 9000)), steps=1, compared=False),
