@@ -91,7 +91,8 @@ def _allowed(launch: Launch, dtype: str) -> _Allowed:
         return SIXTEEN_BITS[dtype]
     units = SCALARS.get(launch.kernel, 0.0) if dtype == "float64" else 0.0
     if launch.kernel in {*ADDS_UP, APPLY} or (launch.kernel in MEASURES and dtype == "float64"):
-        units = UNITS * (2.0**29 if dtype == "float64" and launch.compute == "fp32" else 1.0)
+        in_float32 = dtype == "float64" and launch.compute == "fp32" and launch.kernel not in MEASURES
+        units = UNITS * (2.0**29 if in_float32 else 1.0)
     return _Allowed(units, units)
 
 

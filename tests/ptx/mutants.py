@@ -152,7 +152,7 @@ def report(done: Sequence[tuple[Trial, str]], executed: int, dead: int) -> None:
         noticed, every = row[NUMBERS] + row[FINDINGS] + row[STUCK], sum(row.values())
         shares = f"{noticed / every:11.1%} {noticed / max(1, every - row[EQUIVALENT]):12.1%}"
         print(f"{name:24} {every:7} " + " ".join(f"{n:10}" for n in row.values()) + shares)
-    print("\nThe rest are those that are not equivalent.")
+    print("\nEquivalent: the same bits in all launches that were kept, and in those of random larger cases.\n")
     for how in (SURVIVED, EQUIVALENT):
         print("\n".join(f"{how}: {trial}" for trial, found in done if found == how))
 

@@ -26,6 +26,7 @@ from ptx.workloads import (
     Shape,
     normal,
     states_of,
+    unscaled_step,
     with_float32_weights,
 )
 
@@ -120,7 +121,8 @@ class Shards:
     def run(self, backend: str) -> Outcome:
         """Returns what the steps leave of the whole parameters, by name."""
         if backend == "eager":
-            whole = Case(self.make, self.options, self.dtype, self.shapes, steps=self.steps).run(backend)
+            case = Case(self.make, self.options, self.dtype, self.shapes, steps=self.steps, step=unscaled_step)
+            whole = case.run(backend)
             without = f"p{len(self.shapes)}"  # which never has a gradient
             statistics = {"statistics": whole.pop("statistics")[:-1]} if "statistics" in whole else {}
             kept = {k: v for k, v in whole.items() if k != "skipped steps" and k.split(".")[0] != without}

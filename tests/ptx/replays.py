@@ -19,8 +19,8 @@ from ptx.workloads import ELEMENTWISE, FACTORED, FEW, Shape
 USUAL = (ELEMENTWISE, FACTORED, FEW, SHAPES)
 """Shapes of cases that are not about shapes."""
 
-MOST = 20
-"""Launches of a kernel that are kept, beside those that carry out what no other one did."""
+FIRST, LAST = 2, 2
+"""How many launches of a kernel are kept of each case, beside those that carry out what no other one did."""
 
 
 class Kept(NamedTuple):
@@ -46,8 +46,7 @@ class Launches:
         names: of the kernels.
     """
 
-    def __init__(self, most: int = MOST) -> None:
-        self.most = most
+    def __init__(self) -> None:
         self.names: dict[str, str] = {}
         self._kept: defaultdict[str, list[Kept]] = defaultdict(list)
         self._contents: dict[bytes, Array] = {}
@@ -67,24 +66,30 @@ class Launches:
             FindingsError: what the tests of the same cases would find.
         """
         began = time.process_time()
+        new: defaultdict[str, list[Kept]] = defaultdict(list)
 
         def watch(replay: Replay) -> None:
             nonlocal began
             if texts is None or replay.text in texts:
-                self._keep(replay, time.process_time() - began, case.watched)
+                before = [(span, self._once(content)) for span, content in replay.before]
+                replay = replay._replace(before=before)
+                kept = Kept(replay, statements_of(replay), time.process_time() - began, case.watched)
+                new[replay.text] = self._chosen(replay.text, [*new[replay.text], kept])
+                self.names[replay.text] = replay.launch.kernel
             began = time.process_time()
 
         with standing_in(Schedule(watched=case.watched), case.compared, watch):
             case.run("triton")
+        for text, kept in new.items():
+            self._kept[text] += kept
 
-    def _keep(self, replay: Replay, seconds: float, watched: bool) -> None:
-        text, statements = replay.text, statements_of(replay)
-        kept = self._kept[text]
-        if len(kept) >= self.most and statements <= self.executed(text):
-            return
-        self.names[text] = replay.launch.kernel
-        before = [(span, self._once(content)) for span, content in replay.before]
-        kept.append(Kept(replay._replace(before=before), statements, seconds, watched))
+    def _chosen(self, text: str, launches: list[Kept]) -> list[Kept]:
+        """Some of one case, which carry out as much as all of them."""
+        if len(launches) <= FIRST + LAST:
+            return launches
+        rest = [*launches[:FIRST], *launches[FIRST + 1 :]]
+        known = self.executed(text).union(*(kept.statements for kept in rest))
+        return rest if launches[FIRST].statements <= known else launches
 
     def _once(self, content: Array) -> Array:
         """The same content, as it was kept first."""

@@ -239,11 +239,15 @@ def rate_on_the_device(optimizer: Any, number: int) -> None:
     optimizer.step()
 
 
-def other_dtypes(option: Any) -> Any:
+def in_other_dtypes(options: dict[str, Any]) -> dict[str, Any]:
     """Numbers on the device in float64 where they were in float32, and in float32 where they were not."""
-    if isinstance(option, tuple):
-        return tuple(map(other_dtypes, option))
-    return option.to(F64 if option.dtype == F32 else F32) if isinstance(option, Tensor) else option
+
+    def other(option: Any) -> Any:
+        if isinstance(option, tuple):
+            return tuple(map(other, option))
+        return option.to(F64 if option.dtype == F32 else F32) if isinstance(option, Tensor) else option
+
+    return {name: other(option) for name, option in options.items()}
 
 
 def missing(grads: list[list[Any]]) -> None:
@@ -264,10 +268,23 @@ def not_finite(grads: list[list[Any]]) -> None:
                 g.view(-1)[:4] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0])
 
 
+def not_finite_at_last(grads: list[list[Any]]) -> None:
+    for g in grads[-1]:
+        if g.shape == (7,):
+            g[:4] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0])
+
+
 def tiny_and_huge(grads: list[list[Any]]) -> None:
     for row in grads:
         for i, g in enumerate(row):
             g.mul_(10.0 ** (-38 - i % 5) if i % 2 else 1e18)
+
+
+def one_huge(grads: list[list[Any]]) -> None:
+    """One element of each gradient has no square in its dtype: in all registers of a thread, and in many threads."""
+    for row in grads:
+        for i, g in enumerate(row):
+            g.mul_(1e-3)[257 * (i // 2) % g.numel()] = 1e200 if g.dtype == F64 else 1e30
 
 
 def zero(grads: list[list[Any]]) -> None:
@@ -309,22 +326,28 @@ FACTORED_ON_DEVICE: dict[str, Any] = {
     **{"lr": torch.tensor(0.03), "weight_decay": torch.tensor(0.1, dtype=F64), "beta1": torch.tensor(0.9)},
     **{"eps": (torch.tensor(1e-3), torch.tensor(0.2, dtype=F64)), "relative_step": False},
 }
+STOCHASTIC: dict[str, Any] = {"stochastic_rounding": True, "seed": 5}
 THREE_WEIGHTS = (0.5, torch.tensor(3.0), torch.tensor(0.7, dtype=F64))
+HUGE: tuple[Shape, ...] = ((4096,), (4095,)) * 16
 IMAGES: tuple[Shape, ...] = ((8, 4, 3, 3), (2, 5, 7, 3), (16, 8, 5, 5))
 
 CASES: dict[str, Any] = {}
 
 for _label, _dtype in DTYPES.items():
     for _convention in ("transformers", "torch", "keras"):
-        CASES[f"AdamW {_convention} {_label}"] = Case(AdamW, {**ADAMW, "convention": _convention}, _dtype, spread=True)
+        CASES[f"AdamW {_convention} {_label}"] = Case(
+            AdamW, {**ADAMW, "convention": _convention}, _dtype, spread=True, edit=not_finite_at_last
+        )
     CASES[f"AdamW amsgrad {_label}"] = Case(
         AdamW, {**ADAMW, "convention": "torch", "amsgrad": True, "maximize": True}, _dtype, spread=True
     )
-    CASES[f"Lion {_label}"] = Case(Lion, LION, _dtype, spread=True)
+    CASES[f"Lion {_label}"] = Case(Lion, LION, _dtype, spread=True, edit=not_finite_at_last)
     CASES[f"Adafactor {_label}"] = Case(Adafactor, {"beta1": 0.9, "weight_decay": 0.1}, _dtype, FACTORED)
     CASES[f"AdamW misaligned {_label}"] = Case(AdamW, ADAMW, _dtype, offset=(1, 3, 1))
     CASES[f"Lion clipped {_label}"] = Case(Lion, {**LION, "max_grad_norm": 1.0}, _dtype)
     CASES[f"accumulation {_label}"] = Accumulation(_dtype, _dtype, THREE_WEIGHTS)
+    for _kind, _weight in zip(("a number", "float32", "float64"), THREE_WEIGHTS):
+        CASES[f"accumulation of one, its weight {_kind}, {_label}"] = Accumulation(_dtype, _dtype, (_weight,))
     CASES[f"accumulation misaligned {_label}"] = Accumulation(_dtype, _dtype, THREE_WEIGHTS, offset=1)
 
 MIXED = {
@@ -336,6 +359,16 @@ MIXED = {
 for _label, (_dtype, _grad) in MIXED.items():
     CASES[f"AdamW {_label}"] = Case(AdamW, ADAMW, _dtype, grad_dtype=_grad)
     CASES[f"accumulation {_label}"] = Accumulation(_dtype, _grad, THREE_WEIGHTS)
+
+_TWO = ((40,), (33,))
+_FOUR = ((40,), (33, 40), (4, 3), (19,))
+for _label, _dtype, _policy in (("float32", F32, {}), ("bfloat16 stochastic", BF16, STOCHASTIC)):
+    for _kind, _made in (("", dict), (", in other dtypes", in_other_dtypes)):
+        _of_lion = {name: ON_DEVICE[name] for name in ("lr", "betas", "weight_decay")}
+        _name = f"options on the device, {_label}{_kind}"
+        CASES[f"AdamW {_name}"] = Case(AdamW, {**_made(ON_DEVICE), **_policy}, _dtype, _TWO)
+        CASES[f"Lion {_name}"] = Case(Lion, {**_made(_of_lion), **_policy}, _dtype, _TWO)
+        CASES[f"Adafactor {_name}"] = Case(Adafactor, {**_made(FACTORED_ON_DEVICE), **_policy}, _dtype, _FOUR)
 
 PRECISIONS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "bfloat16 master": (BF16, {"master_weights": True}),
@@ -353,27 +386,39 @@ for _label, (_dtype, _policy) in PRECISIONS.items():
     CASES[f"Adafactor {_label}"] = Case(Adafactor, {"beta1": 0.9, "weight_decay": 0.1, **_policy}, _dtype, FEW)
 
 _A_TIE = Tolerance("a moment may fall to the other side of a tie of bfloat16", rtol=1e-5, atol=4e-5)
-CASES["Adafactor float32, bfloat16 moments"] = replace(CASES["Adafactor float32, bfloat16 moments"], parameters=_A_TIE)
+CASES["Adafactor float32, bfloat16 moments"] = replace(
+    CASES["Adafactor float32, bfloat16 moments"], parameters=_A_TIE, compared=False
+)
 
 for _label in ("bfloat16 master", "bfloat16 stochastic"):
     _dtype, _policy = PRECISIONS[_label]
     CASES[f"AdamW statistics {_label}"] = Case(AdamW, {**ADAMW, **_policy, "track_statistics": True}, _dtype)
-    CASES[f"Adafactor statistics {_label}"] = Case(Adafactor, {**_policy, "track_statistics": True}, _dtype, FEW)
+    CASES[f"Adafactor statistics {_label}"] = Case(
+        Adafactor, {**_policy, "track_statistics": True}, _dtype, FEW, compared=False
+    )
 for _label, _dtype in DTYPES.items():
     CASES[f"Lion statistics {_label}"] = Case(Lion, {**LION, "lr": 3e-4, "track_statistics": True}, _dtype)
-    CASES[f"Adafactor statistics {_label}"] = Case(Adafactor, {"beta1": 0.9, "track_statistics": True}, _dtype, FEW)
+    CASES[f"Adafactor statistics {_label}"] = Case(
+        Adafactor, {"beta1": 0.9, "track_statistics": True}, _dtype, FEW, compared=False
+    )
 CASES |= {
     "AdamW statistics of a skipped step": Case(
         AdamW, {**ADAMW, "track_statistics": True, "skip_nonfinite": True}, edit=infinite, step=unscaled_step
     ),
     "Adafactor statistics of a skipped step": Case(
-        Adafactor, {"track_statistics": True, "skip_nonfinite": True}, BF16, FEW, edit=infinite, step=unscaled_step
+        Adafactor,
+        {"track_statistics": True, "skip_nonfinite": True},
+        BF16,
+        FEW,
+        edit=infinite,
+        step=unscaled_step,
+        compared=False,
     ),
     "AdamW skipping": Case(
         AdamW, {**ADAMW, "skip_nonfinite": True, "max_grad_norm": 1.0}, steps=3, edit=infinite, step=unscaled_step
     ),
     "Adafactor skipping": Case(
-        Adafactor, {"skip_nonfinite": True}, BF16, FEW, steps=3, edit=infinite, step=unscaled_step
+        Adafactor, {"skip_nonfinite": True}, BF16, FEW, steps=3, edit=infinite, step=unscaled_step, compared=False
     ),
     "AdamW skipping outliers": Case(
         AdamW, {**ADAMW, "skip_outliers": 3.0}, shapes=((40,), (33,)), steps=106, edit=louder, step=unscaled_step
@@ -396,8 +441,14 @@ CASES |= {
     ),
     "AdamW scaled": Case(AdamW, ADAMW, steps=3, step=scaled_step),
     "AdamW keras scaled": Case(AdamW, {**ADAMW, "convention": "keras"}, steps=3, step=scaled_step),
-    "Adafactor scaled": Case(Adafactor, {"beta1": 0.9}, F32, FEW, steps=3, step=scaled_step),
+    "Adafactor scaled": Case(Adafactor, {"beta1": 0.9}, F32, FEW, steps=3, step=scaled_step, compared=False),
     "AdamW clipped": Case(AdamW, {**ADAMW, "max_grad_norm": 1.0}, BF16, steps=1),
+    **{
+        f"Lion clipped, one huge, {_label}": Case(
+            Lion, {**LION, "max_grad_norm": 1.0}, DTYPES[_label], HUGE, steps=1, edit=one_huge
+        )
+        for _label in ("float32", "float64", "bfloat16")
+    },
     "Adafactor clipped": Case(Adafactor, {**GIVEN_RATE, "max_grad_norm": 1.0}, F32, FEW, compared=False),
     "AdamW without correction": Case(AdamW, {**ADAMW, "correct_bias": False}),
     "AdamW eps 0, gradients 0": Case(AdamW, {**ADAMW, "eps": 0.0}, edit=zero),
@@ -411,6 +462,7 @@ CASES |= {
         Adafactor,
         {"beta1": 0.9, "track_statistics": True},
         shapes=((300, 7, 9), (32, 31), (16, 8, 5, 5), (40, 30, 3, 3)),
+        compared=False,
     ),
     "Lion not finite": Case(Lion, LION, edit=not_finite),
     "AdamW tiny and huge": Case(AdamW, ADAMW, edit=tiny_and_huge),
@@ -420,19 +472,6 @@ CASES |= {
     "AdamW rate on the device": Case(AdamW, {"lr": torch.tensor(0.5)}, steps=3, step=rate_on_the_device),
     "AdamW float64 rate on the device": Case(
         AdamW, {"lr": torch.tensor(0.5, dtype=F64)}, steps=3, step=rate_on_the_device
-    ),
-    "AdamW options on the device": Case(AdamW, ON_DEVICE, shapes=((40,), (33,)), steps=3),
-    "AdamW options on the device, in other dtypes": Case(
-        AdamW, {name: other_dtypes(value) for name, value in ON_DEVICE.items()}, shapes=((40,), (33,)), steps=3
-    ),
-    "Lion options on the device": Case(
-        Lion, {name: ON_DEVICE[name] for name in ("lr", "betas", "weight_decay")}, shapes=((40,), (33,))
-    ),
-    "Adafactor options on the device": Case(Adafactor, FACTORED_ON_DEVICE, shapes=((40,), (33, 40), (4, 3))),
-    "Adafactor options on the device, in other dtypes": Case(
-        Adafactor,
-        {name: other_dtypes(value) for name, value in FACTORED_ON_DEVICE.items()},
-        shapes=((40,), (33, 40), (4, 3)),
     ),
     "AdamW channels last": Case(AdamW, ADAMW, shapes=IMAGES, memory_format=torch.channels_last),
     "AdamW 200 tensors": Case(AdamW, ADAMW, shapes=tuple((n % 5 + 1,) for n in range(200)), steps=1),
@@ -447,12 +486,14 @@ CASES |= {
         FACTORED,
         compared=False,
     ),
-    "Adafactor misaligned": Case(Adafactor, {"beta1": 0.9}, F32, FEW, offset=(1, 3, 1)),
-    "Adafactor channels last": Case(Adafactor, {}, F32, IMAGES, memory_format=torch.channels_last),
-    "Adafactor missing gradients": Case(Adafactor, {}, F32, FEW, steps=3, edit=missing),
+    "Adafactor misaligned": Case(Adafactor, {"beta1": 0.9}, F32, FEW, offset=(1, 3, 1), compared=False),
+    "Adafactor channels last": Case(Adafactor, {}, F32, IMAGES, memory_format=torch.channels_last, compared=False),
+    "Adafactor missing gradients": Case(Adafactor, {}, F32, FEW, steps=3, edit=missing, compared=False),
     "Adafactor three groups": Case(Adafactor, {"relative_step": False}, F32, FEW, groups=three_groups, compared=False),
-    "Adafactor many tiles": Case(Adafactor, {}, F32, ((600, 520), (40, 1500), (1500, 40), (5000,)), steps=1),
+    "Adafactor many tiles": Case(
+        Adafactor, {}, F32, ((600, 520), (40, 1500), (1500, 40), (5000,)), steps=1, compared=False
+    ),
     "Adafactor many rows": Case(Adafactor, {}, F32, ((9000, 2), (2, 9000)), steps=1, compared=False),
-    "Adafactor gradients 0": Case(Adafactor, {}, F32, FEW, edit=zero),
+    "Adafactor gradients 0": Case(Adafactor, {}, F32, FEW, edit=zero, compared=False),
     "Adafactor NaN and inf": Case(Adafactor, {"beta1": 0.9}, F32, FEW, edit=not_finite),
 }
