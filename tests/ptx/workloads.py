@@ -39,9 +39,14 @@ _STATES = {
     BF16: Tolerance("a tie may fall to the other side, and again at the next step", ulps=2, of_largest=2**-13),
     F16: Tolerance("a tie may fall to the other side", ulps=1, of_largest=2**-16),
 }
-_STATISTICS = Tolerance("of updates, which are differences of float32 weights", rtol=2e-5, atol=1e-30)
 _STATISTICS_READ = Tolerance("norms of float32 numbers, which eager steps add up in float32 by pieces", rtol=5e-7)
 _SUM_OF_SQUARES = Tolerance("float32 squares, summed in another order", rtol=1e-6)
+
+
+def _of_updates(statistics: Tensor) -> Tolerance:
+    """For what is measured of a parameter, whose weights are no larger than their norm."""
+    unit = 2**-23 * statistics[PLACES.weight].nan_to_num(0.0, 0.0).item()
+    return Tolerance("updates are differences of float32 weights: one unit of a weight", rtol=2e-5, atol=unit + 1e-30)
 
 
 def assert_agree(actual: Outcome, expected: Outcome, parameters: Tolerance | None = None) -> None:
@@ -50,10 +55,12 @@ def assert_agree(actual: Outcome, expected: Outcome, parameters: Tolerance | Non
     for name, value in expected.items():
         tolerance = _STATES.get(value.dtype) if "." in name else parameters or _PARAMETERS.get(value.dtype)
         if name == "statistics":
-            tolerance = _STATISTICS
             read = slice(None), [PLACES.gradient, PLACES.weight]
             assert_near(actual[name][read], value[read], _STATISTICS_READ, name=name, equal_nan=True)
-        elif name == "grad_norm":
+            for k, (row, right) in enumerate(zip(actual[name], value)):
+                assert_near(row, right, _of_updates(right), name=f"{name}[{k}]", equal_nan=True)
+            continue
+        if name == "grad_norm":
             tolerance = _SUM_OF_SQUARES
         elif name.endswith(".remainder"):  # part of a weight, which is compared as a whole
             continue
