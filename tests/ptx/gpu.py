@@ -196,7 +196,11 @@ def standing_in(
         for patched in (
             mock.patch.object(driver, "_active", stand_in_driver),
             mock.patch.object(KernelInterface, "__getitem__", launcher),
-            mock.patch.object(CUDABackend, "make_cubin", lambda self, *args: b""),  # which nothing here would run
+            # No machine code, which nothing here would run; and a place of its own in Triton's cache for what lacks it.
+            mock.patch.object(CUDABackend, "make_cubin", lambda self, *args: b""),
+            mock.patch.object(
+                CUDABackend, "hash", lambda self, of=CUDABackend.hash: f"{of(self)}, without machine code"
+            ),
             mock.patch.object(torch.version, "hip", None),
             mock.patch("fusedopt.backends.interpreting", lambda: True),
         ):

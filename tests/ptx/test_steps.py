@@ -4,9 +4,10 @@ from functools import cache
 
 import pytest
 from helpers.comparing import assert_same
+from triton.compiler.compiler import make_backend
 
 from ptx.cases import CASES, ONE_OF_EVERY_KERNEL
-from ptx.gpu import standing_in
+from ptx.gpu import TARGET, standing_in
 from ptx.machine import Schedule
 from ptx.workloads import Outcome, assert_agree
 
@@ -39,3 +40,10 @@ def test_the_order_of_blocks_and_warps_changes_no_bit(name: str) -> None:
 def test_approximate_instructions_may_be_off_by_two_units(name: str) -> None:
     """They are the quotient here, to nearest; a GPU promises two units in the last place."""
     assert_agree(compiled(name, Schedule(seed=3, inexact=2, watched=False)), eager(name))
+
+
+def test_a_gpu_that_shares_the_cache_finds_its_machine_code() -> None:
+    """What is compiled here has none; the backend's hash is part of the key in Triton's cache."""
+    with standing_in():
+        apart = make_backend(TARGET).hash()
+    assert apart != make_backend(TARGET).hash()
