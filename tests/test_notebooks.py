@@ -25,11 +25,12 @@ def test_every_notebook_is_here():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_notebook_runs_from_top_to_bottom(name, monkeypatch):
-    # As a reader's kernel: not in Triton's interpreter. One thread, since other tests use the other cores.
+    # As a reader's kernel: not in Triton's interpreter. One thread, since other tests use the other cores. A cell
+    # compiles every kernel, where no other test has done so before: minutes on a busy machine.
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = nbformat.read(NOTEBOOKS / name, nbformat.NO_CONVERT)
-    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": NOTEBOOKS}})
+    client = NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": NOTEBOOKS}})
     start = time.monotonic()
     client.execute()
     print(f"{name}: {time.monotonic() - start:.0f} s")
