@@ -42,7 +42,7 @@ demo: $(VENV)/.run  ## train a small GPT twice, with the eager loop and with our
 test: $(VENV)/.test  ## run the tests, but for those marked as slow (options: ARGS="-k adamw")
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup -m "not slow" $(ARGS)
 
-test-all: $(VENV)/.lint $(VENV)/.docs  ## run every test: the slow ones, kernels for every architecture, the site in a browser
+test-all: $(VENV)/.lint $(VENV)/.docs  ## run every test but those of test-ptx: the slow ones, kernels for every architecture, the site in a browser
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup $(ARGS)
 
 test-ptx: $(VENV)/.test  ## run what Triton compiles for sm_90 on the CPU, and compare it with eager steps and recorded runs

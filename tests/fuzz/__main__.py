@@ -1,8 +1,9 @@
 """`python -m fuzz --minutes 30` (`make fuzz MINUTES=30`): random examples until the time is over.
 
-Prints a line for each round: minutes, examples and steps so far, failures, and the options that repeat it. A failure is
-told at once, shrunk for two minutes at most, also beyond the end of the time, and printed as Python that does it once
-more. It is kept in `.hypothesis/fuzz`, and the next run tries it first. Returns 1 if something failed.
+Prints a line for each round: minutes, examples and steps so far, failures, and the options that repeat it, alone with
+`--rounds 1`. A failure is told at once, shrunk for two minutes at most, also beyond the end of the time, and printed as
+Python that does it once more, with PYTHONPATH=.:kernels:tests and TRITON_INTERPRET=1. It is kept in `.hypothesis/fuzz`,
+and the next round of the same optimizer on the same backend tries it first. Returns 1 if something failed.
 """
 
 import argparse
@@ -32,6 +33,17 @@ STEPS = 15
 
 EXAMPLES = {"eager": 40, "triton": 6}
 """Examples of a round, by the backend that they begin on: in the interpreter, a step takes a hundred times as long."""
+
+IMPORTS = """
+from math import inf, nan
+
+import torch
+from torch import tensor
+
+from fuzz.events import Run
+from fuzz.setups import Grads, Group, Setup, Spec
+"""
+"""Of an example that is printed."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -80,7 +92,8 @@ def main(arguments: list[str] | None = None) -> int:
             failures += 1
             traceback.print_exception(watch.error or error, file=sys.stdout)
             ended = "after shrinking for long enough" if isinstance(error, Enough) else f"with {type(error).__name__}"
-            print(f"\n{again} failed, {ended}; its shortest example:", *watch.failing, "", sep="\n", flush=True)
+            print(f"\n{again} failed, {ended}; its shortest example:", IMPORTS, *watch.failing, "", sep="\n")
+            sys.stdout.flush()
     minutes = (time.monotonic() - began) / 60
     print(f"{minutes:5.1f} min  {watch.examples:6d} examples  {watch.steps:7d} steps  {failures} failures")
     return 1 if failures else 0

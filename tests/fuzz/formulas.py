@@ -172,7 +172,7 @@ def is_finite(number: Bound) -> bool:
     """Whether a number is neither inf nor NaN.
 
     Raises:
-        UnclearError: it may be.
+        UnclearError: it may be either.
     """
     if np.isinf(number.error):
         raise UnclearError

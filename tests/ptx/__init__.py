@@ -16,5 +16,6 @@ counts what they notice.
     agreement.py    whether both left the same behind, and how far sums may be apart
     gpu.py          the stand-in for Triton's driver
     workloads.py, ranks.py, cases.py   what runs on it
+    snippets.py     kernels of a few lines, for the tests of all this
     spoiling.py, replays.py, mutants.py   one instruction spoilt, in launches that were kept
 """

@@ -6,8 +6,8 @@
                matrices, writes the averages themselves (exp_avg_sq; exp_avg_sq_row and exp_avg_sq_col)
     averages   those of larger matrices: writes exp_avg_sq_row and exp_avg_sq_col (of shards, `shard_averages` does)
     squares    reads g: the update's sums of squares
-    finish     both root mean squares of each tensor; from them, its step size
-    apply      reads g and p, writes p
+    finish     both root mean squares of each tensor, and writes RMS; from them, its step size
+    apply      reads g and p, writes p, and exp_avg where there is one
 
 Those that work on next to nothing (`prologue`, `averages`, `finish`) are shared by all classes. So g is read three
 times, p twice, once without `scale_parameter`, and written once. The update's mean square is a bilinear form of g², but
