@@ -330,9 +330,9 @@ class Run(Training):
             assert name in specs, f"{name} came up"
         for name in now.keys() & then.keys():
             new, old = now[name], then[name]
-            # An average that the group no longer asks for, as after amsgrad, follows that of squares.
-            follows = specs.get(name, specs.get("exp_avg_sq"))
-            assert new.dtype in (old.dtype, follows), f"{name} is {new.dtype}, was {old.dtype}"
+            # What the group no longer asks for, as after amsgrad, may be kept wider: all its numbers stay.
+            becomes = specs.get(name, torch.promote_types(p.dtype, torch.float32))
+            assert new.dtype in (old.dtype, becomes), f"{name} is {new.dtype}, was {old.dtype}"
             assert_same(new, old.to(new.dtype), name, equal_nan=True)
 
     def refuse_checkpoint(self, place: int, what: str) -> None:
