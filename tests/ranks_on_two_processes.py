@@ -321,7 +321,10 @@ def went_on(rank):
                 with mock.patch("fusedopt.backends.work.Work.__call__", side_effect=torch.OutOfMemoryError("planted")):
                     outcomes.append(step(optimizer))
             else:
-                with mock.patch.object(optimizer, at, side_effect=error()), suppress(KeyboardInterrupt, UnprintableError):
+                with (
+                    mock.patch.object(optimizer, at, side_effect=error()),
+                    suppress(KeyboardInterrupt, UnprintableError),
+                ):
                     optimizer.step()
                 if error is KeyboardInterrupt:
                     outcomes.append(step(optimizer))
