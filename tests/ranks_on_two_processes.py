@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from unittest import mock
 
@@ -306,6 +307,36 @@ def out_of_memory(rank, mesh, name):
         rows.append(row)
 
 
+def went_on(rank):
+    """One process is interrupted before the comparison, or runs out of memory after it; then come other gradients."""
+    outcomes = []
+    for at, error in (("before_step", KeyboardInterrupt), ("before_step", UnprintableError), ("finish", None)):
+        named = model(None, "whole")
+        optimizer = OPTIMIZERS["AdamW"](named, check_ranks=True)
+        for number in range(3):
+            backward(named)
+            if rank == 0 or number != 1:
+                outcomes.append(step(optimizer))
+            elif error is None:
+                with mock.patch("fusedopt.backends.work.Work.__call__", side_effect=torch.OutOfMemoryError("planted")):
+                    outcomes.append(step(optimizer))
+            else:
+                with (
+                    mock.patch.object(optimizer, at, side_effect=error()),
+                    suppress(KeyboardInterrupt, UnprintableError),
+                ):
+                    optimizer.step()
+                if error is KeyboardInterrupt:
+                    outcomes.append(step(optimizer))
+        outcomes.append(everything(optimizer, named))
+    return outcomes
+
+
+class UnprintableError(Exception):
+    def __str__(self):
+        raise TypeError("planted")
+
+
 def after_the_other_was_killed(mesh, rank):
     """The errors of steps that need the other process, the seconds until then, and all there is before and after."""
     makes = {
@@ -352,6 +383,7 @@ def main(rank: int, folder: Path) -> None:
         for layout in ("whole", "rows") if name != "Adafactor" else ("whole",):  # others wait for sums of its rows
             results["lost", name, layout] = lost_step(rank, mesh, name, layout)
         results["out of memory", name] = out_of_memory(rank, mesh, name)
+    results["went on",] = went_on(rank)
     results["waited for",] = waited_for(rank, mesh)
     torch.save(results, folder / f"{rank}.pt")
     found = after_the_other_was_killed(mesh, rank)

@@ -114,6 +114,17 @@ def test_a_process_that_others_wait_for_sends_nothing_but_their_sums(results):
     assert all(outcome.startswith(FAILED) for outcome in outcomes[1:])
 
 
+def test_a_process_that_was_interrupted_or_ran_out_of_memory_goes_on_with_other_gradients(results):
+    """And counts that step once."""
+    first, second = of_all(results, "went on")
+    interrupted, unprintable, out_of_memory = first[:4], first[4:8], first[8:]
+    assert interrupted[:3] == second[:3] == [None] * 3
+    assert unprintable[0] is None and "UnprintableError on rank 1" in unprintable[1] and unprintable[2] is None
+    assert second[4:6] == [None] * 2 and second[8].startswith("OutOfMemoryError")
+    assert out_of_memory[:3] == [None] * 3 and second[-2] is None
+    assert_same([first[3], first[7], first[-1]], [second[3], second[6], second[-1]])
+
+
 @pytest.mark.parametrize("name", two.OPTIMIZERS)
 def test_out_of_memory_in_one_process(results, name):
     """At any allocation: all raise, or the others have taken the step, and this one does too, or is found."""

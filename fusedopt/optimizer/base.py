@@ -271,9 +271,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self._engine.unfinished is not None:
             done = self._engine.finish()
             self.tracker.close(self)
-            self.ranks.end_step()
+            self.ranks.caught_up()
             self.after_step(done.args)
             if done.is_of([g for row in grads for g in row if g is not None]):
+                self.ranks.end_step()
                 return
         self.ranks.begin_step()
         args = args._replace(

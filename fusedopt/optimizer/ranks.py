@@ -117,8 +117,12 @@ class Ranks:
 
     def end_step(self) -> None:
         """Ends a step that did not fail."""
-        self._due = self.agreed = False
-        self._grads, self._tried = [], None
+        self.caught_up()
+        self._due, self._grads = False, []
+
+    def caught_up(self) -> None:
+        """Ends the step that was not done here; that of this call, which may be another one, is still to come."""
+        self.agreed, self._tried = False, None
 
     def failed(self, optimizer: "FusedOptimizer", error: BaseException, goes_on: bool = False) -> None:
         """Ends a call that raised: tells the others if they come to compare, else remembers what they have agreed to.
@@ -128,10 +132,13 @@ class Ranks:
             error: what was raised.
             goes_on: whether another call goes on with the step.
         """
-        due, self._due = self._due, False
+        due = self._due
         if due and isinstance(error, Exception):
             self.tell(optimizer, error)
-        elif self.agreed and self._tried is None:
+        if self._due:  # Nothing was sent: the others still wait, and the next call is of the step that they wait in.
+            self._due = False
+            self.steps -= 1
+        elif not due and self.agreed and self._tried is None:
             self._tried = [(weakref.ref(g), sharding.version(g)) for g in self._grads]
             if not goes_on:
                 error.add_note(
@@ -144,7 +151,9 @@ class Ranks:
         if self.check:
             with suppress(Exception):  # this one's own error says more
                 everyone = _everyone([p for group in optimizer.param_groups for p in group["params"]])
-                text = f"{type(error).__name__}: {error}".partition("\n")[0]
+                text = type(error).__name__
+                with suppress(Exception):  # of an error that cannot be printed
+                    text = f"{text}: {error}".partition("\n")[0]
                 self._differences(everyone, [[(_KEPT_FROM_IT, text)]] * len(everyone), [], raised=True)
 
     def compare(
