@@ -29,8 +29,8 @@ class _Position:
     """True if a gradient was added since the last reset."""
     lent: bool = False
     """True if the memory was handed out: it is then replaced, not written to."""
-    zero: bool = False
-    """True if the memory was handed out as zeros, which it is until it is replaced."""
+    zero: int | None = None
+    """Of memory that was handed out as zeros: how often it had been written to, which it is not since then."""
 
     def writable(self, like: Tensor, dtype: torch.dtype | None) -> Tensor:
         """The memory that the next sum goes to."""
@@ -39,16 +39,16 @@ class _Position:
                 self.memory = torch.empty_like(like, dtype=dtype)
             elif self.lent:
                 self.memory = torch.empty_like(self.memory)
-        self.filled, self.lent, self.zero = True, False, False
+        self.filled, self.lent, self.zero = True, False, None
         return self.memory
 
     def zeros(self) -> Tensor:
-        """Zeros in the place of a sum, the same tensor until there is one: a step that is tried again knows it."""
+        """Zeros in the place of a sum, the same tensor while it is zero: a step that is tried again knows it."""
         assert self.memory is not None
-        if not self.zero:
+        if self.zero is None or self.zero != self.memory._version:
             with outside_inference_mode():
                 self.memory = torch.zeros_like(self.memory)
-            self.lent = self.zero = True
+            self.lent, self.zero = True, self.memory._version
         return self.memory
 
 

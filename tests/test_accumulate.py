@@ -405,3 +405,13 @@ def test_two_processes_under_ddp(tmp_path):
             result["refused"], ("gradient 1 was None", "already those of all", "have [0, 1]"), strict=True
         ):
             assert words in refusal
+
+
+def test_zeros_that_somebody_wrote_to_are_handed_out_no_more():
+    accumulator = GradientAccumulator()
+    accumulator([torch.ones(2)])
+    accumulator.reset()
+    zeros = accumulator.gradients[0]
+    assert accumulator.gradients[0] is zeros
+    zeros.mul_(torch.nan)  # as clipping by a norm that is NaN does
+    assert accumulator.gradients[0].tolist() == [0.0, 0.0]
