@@ -83,8 +83,8 @@ def expected(
             seen = raw[p].read_in(arithmetic_of(p.dtype)) if by_kernels else raw[p]
             own.grad_norm = (seen.norm() * abs(factor)).kept_as_square()
             if not skipped:
-                # What an infinite average becomes depends on the order of operations: inf, or inf - inf. A wider one, as
-                # after `model.to`, is read in the parameter's arithmetic.
+                # What an infinite average becomes depends on the order of operations: inf, or inf - inf. A wider one,
+                # as after `model.to`, is read in the arithmetic of the parameter.
                 moments = {
                     name: Bound.of(exact(t), arithmetic_of(t.dtype), np.where(np.isinf(exact(t)), np.inf, 0.0)).read_in(
                         arithmetic_of(p.dtype)
