@@ -238,6 +238,34 @@ def test_evidence_goes_on_after_a_fault_and_ends_in_time(tmp_path, capsys):
     assert state[:1] in ("", "Z"), "what a part started ends with it"
 
 
+def test_what_only_checks_runs_side_by_side_before_what_measures(tmp_path):
+    waits = "sh -c 'until [ -e {{out}}/{other} ]; do sleep 0.1; done; touch {{out}}/{own}'"
+    parts = [
+        evidence.Part("first", "touch {out}/0", 10, enough=0, checks=True),
+        evidence.Part("waits for the third", waits.format(own=1, other=2), 10, enough=0, checks=True),
+        evidence.Part("third", "touch {out}/2", 10, enough=0, checks=True),
+        evidence.Part("measures", "sh -c 'test -e {out}/1'", 10, enough=0),
+        evidence.Part("measures too", "touch {out}/4", 10, enough=0),
+    ]
+    summary = evidence.run(parts, tmp_path, minutes=1)
+    assert [(s["part"], s["outcome"]) for s in summary] == [(part.name, "done") for part in parts]
+
+
+def test_a_part_that_is_stopped_may_say_what_it_has_found(tmp_path):
+    says = "sh -c 'trap \"echo two failed; exit 1\" INT; echo running; while :; do sleep 0.1; done'"
+    (end,) = evidence.run([evidence.Part("tests", says, 1.0, enough=0)], tmp_path, minutes=1)
+    assert end["outcome"] == "stopped after 1 s"
+    assert "running\ntwo failed\n" in (tmp_path / "log.txt").read_text()
+
+
+def test_only_the_parts_that_are_named(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(evidence, "run", lambda parts, *_: started.extend(parts) or [])
+    evidence.main(["--out", str(tmp_path), "--parts", "sweeps", "NCCL on one process"])
+    assert [part.name for part in started] == ["NCCL on one process", "sweeps", "report"]
+
+
 def test_a_program_of_a_wheel_is_found_and_run(tmp_path, monkeypatch):
     """compute-sanitizer comes with a toolkit, or in a wheel that puts nothing on the path."""
     monkeypatch.setenv("PATH", f"{tmp_path / 'empty'}:/usr/bin:/bin")
