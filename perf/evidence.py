@@ -1,8 +1,8 @@
 """`python -m perf.evidence --out DIR --minutes M`: everything there is to learn from a GPU machine, in bounded time.
 
 Runs from a bare checkout (`PYTHONPATH=.:kernels`) without a package registry. Each part is a process of its own, so
-that a fault in one of them, which costs it the device, costs the others nothing. What only checks runs side by side, and
-is over before anything is measured.
+that a fault in one of them, which costs it the device, costs the others nothing. What only checks runs side by side,
+and is over before anything is measured.
 
 In DIR: `results.jsonl` and `sweeps.jsonl` (measurements), `static.jsonl` (registers, spills, bytes),
 `low_precision.jsonl` (weight decay in bfloat16), `parts.jsonl` (what ran, how it ended, how long it took), `log.txt`
