@@ -8,6 +8,7 @@ import torch
 from helpers.adamw import gradients, parameters
 from helpers.comparing import assert_same
 from helpers.optimizers import OPTIMIZERS, every_optimizer
+from helpers.waits import Waits
 
 from fusedopt import AdamW, Lion, register_step_in_backward
 from fusedopt.backends.triton.adamw import TritonAdamW
@@ -232,6 +233,55 @@ def test_a_step_in_backward_knows_what_it_has_updated(capture):
     handle.remove()
     with capture(), pytest.raises(RuntimeError, match="requires a gradient and has none"):
         optimizer.step()
+
+
+HALVES = {
+    "nearest": {},
+    "stochastic": {"stochastic_rounding": True},
+    "master": {"master_weights": True},
+    "statistics": {"track_statistics": True},
+    "clipped": {"max_grad_norm": 0.5},
+}
+
+
+@pytest.mark.parametrize("how", HALVES)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_no_step_but_the_first_waits_for_the_device(name, how):
+    """Nor looks at what it has written itself, as `.tolist()` would."""
+    params = [torch.nn.Parameter(p.detach().bfloat16()) for p in parameters(CPU, SIZES)]
+    optimizer = OPTIMIZERS[name].at(0.1, params, backend="triton", **HALVES[how])
+    step(optimizer, params, gradients(params, 0))
+    for seed in (1, 2):
+        with Waits() as waits:
+            step(optimizer, params, gradients(params, seed))
+        assert waits.lists == 0
+    assert waits.count == 0  # Before, counts on a CPU are checked.
+
+
+def test_numbers_that_were_loaded_are_read_before_a_capture(capture):
+    """Those that a step has given, or read, are known."""
+    runs = []
+    for _ in range(2):
+        params = [torch.nn.Parameter(p.detach().bfloat16()) for p in parameters(CPU, SIZES)]
+        optimizer = AdamW(params, **OPTIONS, stochastic_rounding=True, seed=3)
+        step(optimizer, params, gradients(params, 0))
+        runs.append((optimizer, params))
+    (ours, params), (theirs, expected) = runs
+    ours.load_state_dict(ours.state_dict())
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(RuntimeError, match=r"numbers for random rounding .* take a step before the capture"):
+        with capture():
+            step(ours, params, gradients(params, 1))
+    assert_same(params, before)
+    for optimizer, own in runs:
+        step(optimizer, own, gradients(own, 1))
+    grads = gradients(params, 2)
+    with Waits() as waits, capture() as graph:
+        step(ours, params, grads)
+    assert waits.count == waits.lists == 0
+    graph.replay()
+    step(theirs, expected, grads)
+    assert_same(params, expected)
 
 
 def test_a_number_on_the_cpu_is_refused(capture):

@@ -61,7 +61,7 @@ def make_states(
         optimizer.state.update(made)
         try:
             for entries in missing.values():
-                optimizer.numbers.give(optimizer, [p for p, _ in entries])
+                optimizer.numbers.give(optimizer, [p for p, _ in entries], new=True)
         except BaseException:
             forget_states(optimizer, made)
             raise

@@ -58,9 +58,12 @@ def constant_function(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @constant_function
 def dtypes_of_names(constants: Any) -> Any:
-    """A tuple of constants with dtypes in the place of their names, inside of a kernel."""
+    """A tuple of constants with dtypes in the place of their names, inside of a kernel.
+
+    It keeps its type, unless triton 3.6 has dropped that before, in a call from another function of constants.
+    """
     values = [_BY_NAME[value] if isinstance(value, str) else value for value in constants]
-    return type(constants)(*values)
+    return type(constants)(*values) if hasattr(constants, "_fields") else tuple(values)
 
 
 def _loop_range(first: Any, last: Any, step: Any) -> range:

@@ -64,6 +64,7 @@ def captures(monkeypatch):
     for module in (
         "fusedopt.optimizer.engine",
         "fusedopt.optimizer.clipping",
+        "fusedopt.optimizer.numbering",
         "fusedopt.optimizer.state",
         "fusedopt.optimizer.tracking",
         "fusedopt.backends.graphs",
