@@ -3,6 +3,9 @@
 import dataclasses
 import importlib.util
 import os
+import re
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 # Before torch is imported, here and in every process that a test starts: tests run side by side, one per core, and
@@ -32,10 +35,21 @@ if importlib.util.find_spec("triton") is None:  # as on macOS and Windows
     ]
 
 
+SAYS_WHERE = {"device", "of_four_processes"}
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where the Triton kernels under test run."""
     return torch.device("cuda", 0) if GPU else torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def where_kernels_run(request: pytest.FixtureRequest) -> Iterator[None]:
+    """On a GPU, a test of the Triton backend makes its tensors there, unless it says itself where they are."""
+    on_gpu = GPU and "triton" in re.split(r"\W+", request.node.name)
+    with torch.device("cuda") if on_gpu and not SAYS_WHERE.intersection(request.fixturenames) else nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -92,7 +92,7 @@ def test_a_bad_gradient_anywhere_skips_the_step_as_a_whole(maker, backend, bad):
 def test_grad_scaler(maker, backend, unscale):
     ours, theirs = parameters(maker), parameters(maker)
     a, b = MAKERS[maker](ours, backend=backend), MAKERS[maker](theirs, backend="eager")
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+    scaler = torch.amp.GradScaler(torch.get_default_device().type, init_scale=1024.0, growth_interval=2)
     for seed in range(4):
         grads = gradients(ours, seed)
         scale = scaler.scale(torch.tensor(1.0)).item()
@@ -120,7 +120,7 @@ def test_all_at_once(backend):
     ours, theirs = parameters(""), parameters("")
     a = AdamW(ours, lr=0.1, backend=backend, max_grad_norm=0.5, skip_nonfinite=True)
     b = AdamW(theirs, lr=0.1, backend="eager")
-    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    scaler = torch.amp.GradScaler(torch.get_default_device().type, init_scale=256.0)
     for seed in range(3):
         grads = gradients(ours, seed)
         scale = scaler.scale(torch.tensor(1.0)).item()
@@ -312,12 +312,14 @@ def test_a_step_that_raises_under_a_scaler_leaves_no_scale_behind(in_backward):
     model = torch.nn.Linear(2, 2)
     optimizer = AdamW(model.parameters())
     handle = register_step_in_backward(optimizer, model) if in_backward else None
-    scaler = torch.amp.GradScaler("cpu")
+    scaler = torch.amp.GradScaler(torch.get_default_device().type)
     scaler.scale(model(torch.ones(2)).sum()).backward()
     if handle is None:
         model.weight.grad = model.weight.grad.to_sparse()
     else:
-        scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = {torch.device("cpu"): torch.zeros(1)}
+        scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = {
+            torch.get_default_device(): torch.zeros(1)
+        }
     with pytest.raises(RuntimeError, match="GradScaler cannot unscale" if in_backward else "is sparse"):
         scaler.step(optimizer)
     assert not hasattr(optimizer, "grad_scale") and not hasattr(optimizer, "found_inf")

@@ -3,9 +3,10 @@
 import time
 from pathlib import Path
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
+
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 
@@ -30,7 +31,9 @@ def test_a_notebook_runs_from_top_to_bottom(name, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = nbformat.read(NOTEBOOKS / name, nbformat.NO_CONVERT)
-    client = NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": NOTEBOOKS}})
+    client = nbclient.NotebookClient(
+        notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": NOTEBOOKS}}
+    )
     start = time.monotonic()
     client.execute()
     print(f"{name}: {time.monotonic() - start:.0f} s")

@@ -262,7 +262,7 @@ def test_a_scale_that_has_fallen_to_0_is_no_error(name, backend):
 
 def test_a_scaler_whose_scale_overflows_and_the_averages():
     optimizer = OPTIMIZERS["AdamW"](parameters(), skip_outliers=3.0)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-60)
+    scaler = torch.amp.GradScaler(torch.get_default_device().type, init_scale=2.0**127, backoff_factor=2.0**-60)
     scaler.scale(torch.zeros(()))
     for _ in range(4):
         params = optimizer.param_groups[0]["params"]
