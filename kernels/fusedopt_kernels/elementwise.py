@@ -2,7 +2,7 @@
 """Kernels that go over tensors element by element: what a program works on, and how they are launched."""
 
 from collections import namedtuple
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,7 +34,7 @@ def pieces_of(numel: np.ndarray) -> np.ndarray:
     return -(-numel // BLOCK)
 
 
-@lru_cache(maxsize=None)
+@cache
 def access_of(record: Record, key: int, decisive: int = 1, *, block: int) -> Any:
     """The constexpr argument of a kernel: dtypes, and how it reaches elements.
 
