@@ -5,8 +5,8 @@ import importlib.util
 import os
 import re
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 # Before torch is imported, here and in every process that a test starts: tests run side by side, one per core, and
 # threads that wait for each other by spinning make that many times slower.
@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 GPU = torch.cuda.is_available()
 
@@ -35,9 +36,6 @@ if importlib.util.find_spec("triton") is None:  # as on macOS and Windows
     ]
 
 
-SAYS_WHERE = {"device", "of_four_processes"}
-
-
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where the Triton kernels under test run."""
@@ -47,9 +45,22 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def where_kernels_run(request: pytest.FixtureRequest) -> Iterator[None]:
     """On a GPU, a test of the Triton backend makes its tensors there, unless it says itself where they are."""
-    on_gpu = GPU and "triton" in re.split(r"\W+", request.node.name)
-    with torch.device("cuda") if on_gpu and not SAYS_WHERE.intersection(request.fixturenames) else nullcontext():
+    if GPU and "triton" in re.split(r"\W+", request.node.name) and "device" not in request.fixturenames:
+        with torch.device("cuda"), DrawnOnTheCpu():
+            yield
+    else:
         yield
+
+
+class DrawnOnTheCpu(TorchFunctionMode):
+    """Random tensors of a generator of the CPU are made there, and moved to the default device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        generator = (kwargs or {}).get("generator")
+        if generator is None or generator.device.type != "cpu" or "device" in kwargs:
+            return func(*args, **(kwargs or {}))
+        made = func(*args, **kwargs) if isinstance(args[0], torch.Tensor) else func(*args, **kwargs, device="cpu")
+        return made.to(torch.get_default_device())
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -123,12 +134,16 @@ def takes_long(item: pytest.Item) -> bool:
     return "of_four_processes" in item.fixturenames or ("triton" in words and again)
 
 
+def belongs_elsewhere(item: pytest.Item) -> bool:
+    """True if a test needs a GPU and there is none, or has processes that run in the interpreter, whatever there is."""
+    return "of_four_processes" in item.fixturenames if GPU else item.get_closest_marker("gpu") is not None
+
+
 def pytest_collection_modifyitems(config, items):
-    if GPU:
-        return
-    for item in filter(takes_long, items):
-        item.add_marker(pytest.mark.slow)
-    needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if needs_gpu:
-        config.hook.pytest_deselected(items=needs_gpu)
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    if not GPU:
+        for item in filter(takes_long, items):
+            item.add_marker(pytest.mark.slow)
+    elsewhere = [item for item in items if belongs_elsewhere(item)]
+    if elsewhere:
+        config.hook.pytest_deselected(items=elsewhere)
+        items[:] = [item for item in items if not belongs_elsewhere(item)]

@@ -6,7 +6,7 @@ from helpers.comparing import assert_same
 from helpers.surroundings import DEVICE, MAKE, SHAPES, both_backends, drawn, every_optimizer, outcome, parameters, step
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fusedopt import AdamW
+from fusedopt import AdamW, backends
 
 
 @every_optimizer
@@ -57,6 +57,19 @@ def test_a_step_without_data_makes_the_state_and_nothing_else(name, backend, kin
             optimizer.step()
         assert [{k: (t.shape, t.dtype) for k, t in s.items()} for s in optimizer.state.values()] == shapes
     step(expected, 1)
+
+
+@every_optimizer
+def test_kernels_are_not_asked_for_where_there_is_no_data(name, monkeypatch):
+    """Outside of the interpreter there are none for the meta device."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(backends, "interpreting", lambda: False)
+    model = torch.nn.Linear(4, 3, device="meta")
+    optimizer = MAKE[name](model.parameters(), backend="triton")
+    for _ in range(2):
+        model(torch.ones(2, 4, device="meta")).sum().backward()
+        optimizer.step()
+    assert all(optimizer.state[p] for p in model.parameters())
 
 
 @every_optimizer

@@ -20,6 +20,7 @@ from fusedopt.optimizer.clipping import Clipping
 from fusedopt.optimizer.distributed_checkpoint import torch_looks_at_state
 from fusedopt.optimizer.engine import Part
 from fusedopt.precision import PLAIN, Precision, name_of_dtype
+from fusedopt.without_data import has_data
 
 _KERAS_EPSILON = 1e-7
 """The epsilon of Keras' Adam where 0 was given."""
@@ -202,7 +203,7 @@ class AdamWeightDecay(AdamW):
     @property
     def _counting_device(self) -> torch.device | None:
         """The device that counts the steps: the first parameter's, if Triton updates it; None if the host counts."""
-        device = next((p.device for group in self.param_groups for p in group["params"]), None)
+        device = next((p.device for group in self.param_groups for p in group["params"] if has_data(p)), None)
         if device is None or self._counts_calls:
             return None
         if self._triton is None or self._triton[0] != device:
