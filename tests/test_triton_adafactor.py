@@ -84,18 +84,6 @@ def test_less_launches_where_there_is_less_to_do(monkeypatch, device):
     assert launches(monkeypatch, normal((7,)), device) == SIX - Counter(averages=1, squares=1)
 
 
-@pytest.mark.slow
-def test_batches_for_the_cache_change_no_bit(monkeypatch, device):
-    start, steps = normal(*SHAPES), [normal(*SHAPES, seed=k) for k in (1, 2)]
-    expected, states = after(TritonAdafactor, start, steps, device, beta1=0.9)
-    monkeypatch.setattr(adafactor_plan, "CACHE_BATCH_BYTES", 600)
-    ours, others = after(TritonAdafactor, start, steps, device, beta1=0.9)
-    assert_same(ours, expected)
-    assert_same(others, states)
-    # The first three tensors, and the fourth.
-    assert launches(monkeypatch, start, device) == SIX + SIX - Counter(prologue=1)
-
-
 # The workspace.
 
 

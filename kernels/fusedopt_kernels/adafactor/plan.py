@@ -7,6 +7,7 @@ come by the hundred thousand: a program takes many of them, which need no worksp
 """
 
 from collections import namedtuple
+from functools import cache
 from math import prod
 from typing import Any, NamedTuple
 
@@ -27,10 +28,10 @@ TILE_BYTES = 512
 """Length of a tile's rows in bytes of the gradient: a warp reads one with a 128-bit access per lane, and so adds up
 rows by itself."""
 
-TILE_HEIGHT = 256
+TILE_HEIGHT = 512
 """Rows of a tile, read some at a time. Each tile leaves a sum per row and per column. So a float32 matrix needs a
-workspace of 1/128 + 1/256 of its size, a 16-bit one of 2/256 + 2/256, since its tiles are wider and sums are float32.
-Higher tiles need less, and keep fewer programs busy: a matrix of 768 x 768 has 18 such tiles in float32."""
+workspace of 1/128 + 1/512 of its size, a 16-bit one of 2/256 + 2/512, since its tiles are wider and sums are float32.
+Higher tiles need less, and keep fewer programs busy: a matrix of 768 x 768 has 12 such tiles in float32."""
 
 SMALL_SIDE = 32
 """Longest side of a small matrix, which one program walks along."""
@@ -51,11 +52,6 @@ SQUARES = 1024
 
 MEANS = 256
 """Programs that may share the rows of a matrix in averages: every later program adds up their partial sums."""
-
-
-CACHE_BATCH_BYTES = 0
-"""An experiment: tensors are updated in batches with this many bytes of gradients, all phases of one before the next,
-so that their gradients are read from the L2 cache again. 0: all at once. To be swept from 10 to 50 MB on an H200."""
 
 
 class Sizes(NamedTuple):
@@ -101,6 +97,7 @@ def as_spec(tables: Any, sizes: Any, access: Any) -> Any:
     return Spec(tables.row, tables.scalars, tables.measures, *dtypes_of_names(access), *sizes)
 
 
+@cache
 def access_of(key: int) -> Access:
     """Returns the properties of a launch class of parameters, gradients, `master`s and averages of updates."""
     dtypes, _, rounding, sharded = launch_class(key, 4)
@@ -136,7 +133,6 @@ class Plan(NamedTuple):
         shard_matrices: int64 [tensors], how many matrices a shard has.
         whole: int64 [tensors], 1 but for tensors without elements.
         in_float64: int64 [tensors], 1 where arithmetic is in float64, 0 for float32.
-        cache_batches: which tensors go through all phases together, in turn; see CACHE_BATCH_BYTES.
         partial_sums: elements of that workspace in float32, and in float64.
         square_partials: elements of that workspace.
         shards: which tensors are shards.
@@ -151,7 +147,6 @@ class Plan(NamedTuple):
     shard_matrices: np.ndarray
     whole: np.ndarray
     in_float64: np.ndarray
-    cache_batches: list[slice]
     partial_sums: tuple[int, int]
     square_partials: int
     shards: Shards
@@ -238,20 +233,11 @@ def plan_of(shapes: Shapes, keys: np.ndarray, shards: Shards | None = None) -> P
         shard_matrices=np.where(is_matrix & is_shard, matrices, 0),
         whole=np.where(is_shard, 1, np.minimum(numel, 1)),
         in_float64=wide,
-        cache_batches=[slice(None)] if is_shard.any() else _cache_batches(numel * TILE_BYTES // tile_width),
         partial_sums=(workspace.ends[0], workspace.ends[1]),
         square_partials=square_workspace.ends[0],
         shards=shards,
         segments={"sums": totals.segments, "means": means.segments, "squares": squares.segments},
     )
-
-
-def _cache_batches(sizes: np.ndarray) -> list[slice]:
-    """Runs of tensors whose gradients, of these sizes in bytes, begin in the same stretch of CACHE_BATCH_BYTES."""
-    if not CACHE_BATCH_BYTES:
-        return [slice(None)]
-    borders = np.flatnonzero(np.diff(_starts(sizes) // CACHE_BATCH_BYTES)) + 1
-    return [slice(start, stop) for start, stop in zip([0, *borders.tolist()], [*borders.tolist(), len(sizes)])]
 
 
 def _ceil(a: np.ndarray, b: int | np.ndarray) -> np.ndarray:

@@ -16,7 +16,6 @@ the order of the pieces: two runs give the same bits, whatever else shares the l
 that phases hand sums on in. Shards of tensors go through three more launches, see `shards`.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -213,19 +212,8 @@ def apply(
             vector_apply(row, scalar, partials, piece, SPEC, False)
 
 
-class _Launches:
-    """The launches of a phase; called with some of the tensors, yields key and chunks of each launch for them."""
-
-    def __init__(self, table: LaunchTable, phase: str, keys: np.ndarray, pieces: np.ndarray) -> None:
-        self._chunks, self._keys, self._pieces = table.chunks(phase, keys, pieces), keys, pieces
-
-    def __call__(self, tensors: slice) -> Iterator[tuple[int, Tensor]]:
-        for key, chunks in self._chunks.items():
-            if tensors != slice(None):
-                starts = np.cumsum([0, *np.where(self._keys == key, self._pieces, 0)])
-                chunks = chunks[starts[tensors.start] : starts[tensors.stop]]
-            if len(chunks):
-                yield key, chunks
+Launches = dict[int, Tensor]
+"""Chunks of the launches of a phase, by what they are compiled for."""
 
 
 class Room(NamedTuple):
@@ -240,11 +228,11 @@ class Room(NamedTuple):
         shards: the extra work for shards.
     """
 
-    pieces: _Launches
-    averages: _Launches
-    squares: _Launches
-    tensors: _Launches
-    update: _Launches
+    pieces: Launches
+    averages: Launches
+    squares: Launches
+    tensors: Launches
+    update: Launches
     scalars: Tensor
     partial_sums: list[Tensor]
     square_partials: Tensor
@@ -259,13 +247,13 @@ def make_room(
     square_partials = table.scratch("square_partials", plan.square_partials, dtype=torch.float64)
     dtypes = torch.float32, torch.float64
     partial_sums = [table.scratch(f"partial_sums {d}", n, dtype=d) for d, n in zip(dtypes, plan.partial_sums)]
-    pieces = _Launches(table, "pieces", keys, plan.pieces)
+    pieces = table.chunks("pieces", keys, plan.pieces)
     return Room(
         pieces,
-        _Launches(table, "averages", plan.in_float64, plan.averages),
-        _Launches(table, "squares", keys, plan.matrix_pieces),
-        _Launches(table, "finish", np.zeros_like(keys), plan.whole),
-        _Launches(table, "measured pieces", keys, plan.pieces) if measured else pieces,
+        table.chunks("averages", plan.in_float64, plan.averages),
+        table.chunks("squares", keys, plan.matrix_pieces),
+        table.chunks("finish", np.zeros_like(keys), plan.whole),
+        table.chunks("measured pieces", keys, plan.pieces) if measured else pieces,
         scalars,
         partial_sums,
         square_partials,
@@ -296,27 +284,26 @@ def adafactor(
     random = any(access_of(key).rounding for key in set(keys.tolist()))
     run_prologue(prologue, table, TABLES._replace(random=random))
 
-    for tensors in plan.cache_batches:
-        for key, chunks in room.pieces(tensors):
-            constants, wide = _constants(key)
-            arguments = table.rows, scalars, partial_sums[wide], square_partials, *constants
-            sums[(len(chunks),)](chunks, *arguments, **options(THREADS))
-        for wide, chunks in room.averages(tensors):
-            averages[(len(chunks),)](chunks, table.rows, scalars, partial_sums[wide], **averages_options(wide))
-        room.shards.averages()
-        for key, chunks in room.squares(tensors):
-            constants, wide = _constants(key)
-            arguments = table.rows, scalars, partial_sums[wide], square_partials, *constants
-            squares[(len(chunks),)](chunks, *arguments, **options(THREADS))
-        room.shards.squares()
-        for _, chunks in room.tensors(tensors):
-            tables = table.rows, table.hyper
-            finish[(len(chunks),)](chunks, *tables, scalars, square_partials, TABLES, SQUARES, enable_fp_fusion=False)
-        for key, chunks in room.update(tensors):
-            (tables, *others), wide = _constants(key)
-            constants = measuring(tables, partials), *others
-            arguments = table.rows, scalars, partial_sums[wide], partials, *constants
-            apply[(len(chunks),)](chunks, *arguments, **options(THREADS))
+    for key, chunks in room.pieces.items():
+        constants, wide = _constants(key)
+        arguments = table.rows, scalars, partial_sums[wide], square_partials, *constants
+        sums[(len(chunks),)](chunks, *arguments, **options(THREADS))
+    for wide, chunks in room.averages.items():
+        averages[(len(chunks),)](chunks, table.rows, scalars, partial_sums[wide], **averages_options(wide))
+    room.shards.averages()
+    for key, chunks in room.squares.items():
+        constants, wide = _constants(key)
+        arguments = table.rows, scalars, partial_sums[wide], square_partials, *constants
+        squares[(len(chunks),)](chunks, *arguments, **options(THREADS))
+    room.shards.squares()
+    for chunks in room.tensors.values():
+        tables = table.rows, table.hyper
+        finish[(len(chunks),)](chunks, *tables, scalars, square_partials, TABLES, SQUARES, enable_fp_fusion=False)
+    for key, chunks in room.update.items():
+        (tables, *others), wide = _constants(key)
+        constants = measuring(tables, partials), *others
+        arguments = table.rows, scalars, partial_sums[wide], partials, *constants
+        apply[(len(chunks),)](chunks, *arguments, **options(THREADS))
 
 
 def _constants(key: int) -> tuple[tuple[Any, ...], int]:
