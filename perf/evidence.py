@@ -50,11 +50,17 @@ _METRICS = (
 _BENCH = "{python} -m perf.bench --seconds {seconds} --out {out}"
 _ONCE = "{python} -m perf.bench --once"
 _NCU = f"ncu --clock-control none --profile-from-start off --csv --metrics {_METRICS} {_ONCE} --workloads"
-_CHECKED = (
-    # Without torch's cache every tensor is an allocation of its own, whose borders and contents the tool knows.
-    "compute-sanitizer --error-exitcode 1 --target-processes all --tool {tool} "
-    f"env PYTORCH_NO_CUDA_MEMORY_CACHING=1 {_ONCE} --workloads smoke,smoke:bfloat16 --rules {{rule}}"
-)
+
+
+def _checked(tool: str, rule: str) -> str:
+    """Returns a step under a tool of compute-sanitizer.
+
+    Without torch's cache every tensor is an allocation of its own, whose borders and contents the tool knows.
+    """
+    step = f"env PYTORCH_NO_CUDA_MEMORY_CACHING=1 {_ONCE} --workloads smoke,smoke:bfloat16 --rules {shlex.quote(rule)}"
+    return f"compute-sanitizer --error-exitcode 1 --target-processes all --tool {tool} {step}"
+
+
 _CHECKED_RULES = ("adamw", "adamw, clipped", "adafactor", "lion")
 SANITIZERS = {"memcheck": 60, "racecheck": 90, "initcheck": 60}
 """The tools of compute-sanitizer, with most seconds for each rule: accesses out of bounds, races in shared memory, and
@@ -64,7 +70,7 @@ _TOOLKITS = ("{root}/nvidia/*/bin", "{root}/triton/backends/nvidia/bin", "{cuda}
 """Where programs of the CUDA toolkit are that are not on the path: in wheels, and where the toolkit is installed."""
 
 _PYTEST = "{python} -m pytest -q --tb=short -p no:cacheprovider"
-_WORKERS = " -n 6" * (importlib.util.find_spec("xdist") is not None)
+_WORKERS = " -n 8" * (importlib.util.find_spec("xdist") is not None)
 _ONE_PROCESS = f"{_PYTEST} tests/test_one_process.py"
 _STATIC = "{python} -m perf.static_report --out {out}/static.jsonl"
 
@@ -73,15 +79,11 @@ GPU_PARTS = (
     Part("tests that need a GPU", f"{_PYTEST}{_WORKERS} -m gpu tests", 150, checks=True),
     Part("NCCL on one process", _ONE_PROCESS, 60, checks=True),
     Part(
-        "kernel tests on the device", f"{_PYTEST}{_WORKERS} -m 'not gpu' tests -k 'triton or kernel'", 150, checks=True
+        "kernel tests on the device", f"{_PYTEST}{_WORKERS} -m 'not gpu' tests -k 'triton or kernel'", 180, checks=True
     ),
+    Part("weight decay in bfloat16", "{python} -m perf.decay --out {out}/low_precision.jsonl", 120, checks=True),
     *(
-        Part(
-            f"{tool}, {rule}",
-            _CHECKED.replace("{tool}", tool).replace("{rule}", shlex.quote(rule)),
-            seconds,
-            checks=True,
-        )
+        Part(f"{tool}, {rule}", _checked(tool, rule), seconds, checks=True)
         for tool, seconds in SANITIZERS.items()
         for rule in _CHECKED_RULES
     ),
@@ -91,7 +93,6 @@ GPU_PARTS = (
     Part("counters, bfloat16", f"{_NCU} llama_1g:bfloat16", 60),
     Part("sweeps", f"{_BENCH}/sweeps.jsonl --plan sweeps", 180),
     Part("more benchmarks", f"{_BENCH}/results.jsonl --plan cuda-rest", 300),
-    Part("weight decay in bfloat16", "{python} -m perf.decay --out {out}/low_precision.jsonl", 120),
     Part("compiled eager loops", f"{_BENCH}/results.jsonl --plan cuda-compiled", 400, enough=120.0),
     Part("static report", _STATIC, 90),
 )
@@ -107,7 +108,7 @@ SMOKE_PARTS = (
 )
 """The same road, a few steps long: runs on any machine, in Triton's interpreter."""
 
-SECONDS_TO_END = 5.0
+SECONDS_TO_END = 20.0
 """For a part that is stopped: pytest names the tests that have failed."""
 
 REPORT = Part(

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from importlib import metadata
@@ -38,7 +39,7 @@ def environment(device: torch.device) -> Record:
         "cpu": (_output("grep", "-m1", "model name", "/proc/cpuinfo") or platform.machine()).rpartition(": ")[2],
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
+        "load": _busy_cores(),
         "device": device.type,
         "others": {name: installed[name] for name in OTHERS if name in installed},
     }
@@ -112,6 +113,21 @@ def _commit() -> str | None:
     commit = _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
     changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no", "fusedopt", "kernels")
     return commit and commit + " with changes" * bool(changed)
+
+
+def _busy_cores(seconds: float = 0.5) -> float | None:
+    """Returns how many cores programs keep busy at present; None where there is no /proc/stat."""
+    if not (stat := Path("/proc/stat")).exists():
+        return None
+
+    def ticks() -> list[int]:
+        return list(map(int, stat.read_text().split(maxsplit=8)[1:8]))  # user, nice, system, idle, waiting, interrupts
+
+    before = ticks()
+    time.sleep(seconds)
+    passed = [now - then for now, then in zip(ticks(), before)]
+    busy = sum(passed) - passed[3] - passed[4]
+    return round((os.cpu_count() or 1) * busy / max(1, sum(passed)), 1)
 
 
 def _output(*command: str) -> str | None:
