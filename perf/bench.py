@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if load > 0.5:
         print(f"other programs keep {load:.1f} cores busy: times are too long and ratios less sure")
     run(comparisons, device, options.seconds, records, options.out)
-    print(f"\nroofline: {(Run(records).bandwidth or 0.0) / 1e9:.1f} GB/s, bytes read plus bytes written")
+    print(f"\n{Run(records).bandwidth_line}")
     if outcomes := plans.judge(Run(records), comparisons):
         print("\n" + report.goals_table(outcomes))
     print(f"\n{time.perf_counter() - start:.0f} s")

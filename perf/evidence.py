@@ -5,8 +5,8 @@ that a fault in one of them, which costs it the device, costs the others nothing
 and is over before anything is measured.
 
 In DIR: `results.jsonl` and `sweeps.jsonl` (measurements), `static.jsonl` (registers, spills, bytes),
-`low_precision.jsonl` (weight decay in bfloat16), `parts.jsonl` (what ran, how it ended, how long it took), `log.txt`
-(all output), `report.md` and `performance.png`.
+`counters.jsonl` (bytes that the hardware counted), `low_precision.jsonl` (weight decay in bfloat16), `parts.jsonl`
+(what ran, how it ended, how long it took), `log.txt` (all output), `report.md` and `performance.png`.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 import torch
 
-from perf import results
+from perf import counters, results
 from perf.results import ROOT, Record
 
 
@@ -43,13 +43,15 @@ class Part(NamedTuple):
     checks: bool = False  # True if it measures no time: neighbours that only check run at the same time
 
 
-_METRICS = (
-    "gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,"
-    "sm__warps_active.avg.pct_of_peak_sustained_active,launch__registers_per_thread"
-)
 _BENCH = "{python} -m perf.bench --seconds {seconds} --out {out}"
 _ONCE = "{python} -m perf.bench --once"
-_NCU = f"ncu --clock-control none --profile-from-start off --csv --metrics {_METRICS} {_ONCE} --workloads"
+
+
+def _counted(workload: str, rule: str) -> str:
+    """Returns a step under ncu."""
+    step = f"{_ONCE} --workloads {workload} --rules {shlex.quote(rule)}"
+    ncu = f"ncu --clock-control none --profile-from-start off --csv --metrics {','.join(counters.METRICS)} {step}"
+    return f"{ncu} | {{python}} -m perf.counters --workload {workload} --rule {rule} --out {{out}}/counters.jsonl"
 
 
 def _checked(tool: str, rule: str) -> str:
@@ -88,9 +90,9 @@ GPU_PARTS = (
         for rule in _CHECKED_RULES
     ),
     Part("benchmarks", f"{_BENCH}/results.jsonl --plan cuda", 330),
-    Part("counters", f"{_NCU} gpt2", 60),
-    Part("counters, adafactor", f"{_NCU} gpt2 --rules adafactor", 60),
-    Part("counters, bfloat16", f"{_NCU} llama_1g:bfloat16", 60),
+    Part("counters", _counted("gpt2", "adamw"), 60),
+    Part("counters, adafactor", _counted("gpt2", "adafactor"), 60),
+    Part("counters, bfloat16", _counted("llama_1g:bfloat16", "adamw"), 60),
     Part("sweeps", f"{_BENCH}/sweeps.jsonl --plan sweeps", 180),
     Part("more benchmarks", f"{_BENCH}/results.jsonl --plan cuda-rest", 300),
     Part("compiled eager loops", f"{_BENCH}/results.jsonl --plan cuda-compiled", 400, enough=120.0),

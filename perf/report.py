@@ -16,6 +16,7 @@ from fusedopt import files
 from fusedopt.columns import aligned
 from perf import plans, results
 from perf.plans import COPY
+from perf.providers import LOOP
 from perf.results import Record, Run
 from perf.traffic import OWNERS
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 OURS, OTHERS, INK = "#0072B2", "#B4BBC3", "#1F2933"
 """The package in blue, everyone else in grey: the eye should find one thing."""
+
+SHARED = ("fusedopt", "torch fused", "optimi", "flashoptim", "bitsandbytes", "torch foreach", "timm", LOOP)
+"""Providers in a table of shares: those with states of the parameter's dtype, or factored ones."""
 
 _STACK = ("#56B4E9", "#E69F00")
 
@@ -54,6 +58,17 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
             "moved": "{moved:.1f}",
             "must": "{floor:.0f}",
             "": "{verdict}",
+        },
+    ),
+    "counter": (
+        "what the hardware counted of one step: time, and bytes per parameter from and to the memory",
+        {
+            **_plain("rule", "workload", "kernel", "launches"),
+            "us": "{us:,.1f}",
+            "read": "{read:.2f}",
+            "written": "{written:.2f}",
+            "of peak": "{of_peak:.0f}%",
+            "registers": "{registers:.0f}",
         },
     ),
     "kernel": (
@@ -130,6 +145,24 @@ def steps_table(group: Sequence[Record], run: Run, markdown: bool = False) -> st
     return "\n".join([table(rows, markdown), *([""] if markdown else []), *without])
 
 
+def shares_table(run: Run, markdown: bool = False) -> str:
+    """Returns what share of a copy's bandwidth each provider reaches with the fewest bytes that the update must move.
+
+    By the time of the device, with the host ahead of it: what a training loop on large tensors waits for.
+    """
+    rows = []
+    for (workload, _), group in run.comparisons.items():
+        shares = {
+            r["provider"].removeprefix("clip_grad_norm_ + "): f"{floor / r['device_ms']['median']:.1%}"
+            for r in group
+            if "device_ms" in r and "sweep" not in r and (floor := _roofline(r, run))
+        }
+        if shares:
+            what = {"update": group[0]["rule"], "parameters": f"{workload.partition(':')[0]}, {group[0]['dtype']}"}
+            rows.append(what | {name: shares.get(name, "") for name in SHARED})
+    return table(rows, markdown)
+
+
 def goals_table(outcomes: Sequence[plans.Outcome], markdown: bool = False) -> str:
     """Returns every goal with what was measured."""
     rows = []
@@ -166,10 +199,12 @@ def text(run: Run, markdown: bool = False) -> str:
     heading, below = ("### ", "\n") if markdown else ("", "")
     parts = [run.machine] if run.machine else []
     if run.bandwidth:
-        parts.append(f"roofline: {run.bandwidth / 1e9:.1f} GB/s, bytes read plus bytes written")
+        parts.append(run.bandwidth_line)
     for (workload, name), group in run.comparisons.items():
         size = f"{group[0]['params']:,} {group[0]['dtype']} parameters in {group[0]['tensors']:,} tensors"
         parts.append(f"{heading}{name}: {workload}, {size}\n{below}{steps_table(group, run, markdown)}")
+    if run.device == "cuda" and run.comparisons:
+        parts.append(f"{heading}share of a copy's bandwidth\n{below}{shares_table(run, markdown)}")
     if run.comparisons:
         parts.append(goals_table(plans.judge(run), markdown))
     for kind, (title, _) in TABLES.items():
@@ -188,7 +223,12 @@ def between_marks(document: str, run: Run) -> str:
     parts = {}
     if run.comparisons:
         outcomes = plans.judge(run)
-        parts["ratios"], parts["measured"] = headlines(outcomes), goals_table(outcomes, markdown=True)
+        prefix = "" if run.device == "cpu" else "gpu "
+        parts[f"{prefix}ratios"], parts[f"{prefix}measured"] = headlines(outcomes), goals_table(outcomes, markdown=True)
+        if run.device == "cuda":
+            parts["shares"] = f"{run.bandwidth_line}\n\n{shares_table(run, markdown=True)}"
+    if run.of("counter"):
+        parts["counters"] = table(rows_of("counter", run), markdown=True)
     if run.of("decay"):
         parts["decay"] = decay_table(run, markdown=True)
     here = {name: part for name, part in parts.items() if f"<!-- {name} -->" in document}

@@ -101,6 +101,11 @@ class Run:
         for r in self.of("step"):
             self.comparisons.setdefault((r["workload"], str(r.get("sweep", r["rule"]))), []).append(r)
 
+    @property
+    def bandwidth_line(self) -> str:
+        """The ceiling of the run, in words."""
+        return f"roofline: {(self.bandwidth or 0.0) / 1e9:.1f} GB/s, bytes read plus bytes written"
+
     def of(self, kind: str) -> list[Record]:
         return [r for r in self.records if r.get("kind") == kind]
 
@@ -110,6 +115,9 @@ class Run:
 
 
 def _commit() -> str | None:
+    """Returns the commit: what COMMIT says, for a tree without its repository, or else git."""
+    if named := os.environ.get("COMMIT"):
+        return named
     commit = _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
     changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no", "fusedopt", "kernels")
     return commit and commit + " with changes" * bool(changed)
