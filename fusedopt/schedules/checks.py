@@ -3,7 +3,7 @@ another scheduler, and of an optimizer whose param groups may have changed."""
 
 from __future__ import annotations
 
-import sys
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +15,8 @@ from fusedopt import checks
 def number(name: str, value: Any) -> float:
     """Returns a finite number as a plain Python number, so that checkpoints hold nothing else."""
     value = checks.plain(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(checks.number(name, value)):
         raise ValueError(f"{name} must be a finite number, got {value!r}{checks.hint(value)}")
     plain: float = value
     return plain
