@@ -222,6 +222,7 @@ TRAINING: Mapping[str, Sequence[Entry]] = {
                 "there is no pinned memory for another captured step",
                 "no step before it had these limits for norms",
                 "before the optimizer counts skipped steps",
+                "the states have numbers for random rounding that were loaded",
             ],
             "The capture needs what only a step outside of a graph can make: state, compiled kernels, memory.",
             "Take one step like the captured one before the capture.",
