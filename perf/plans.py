@@ -180,7 +180,10 @@ PLANS: dict[str, tuple[Comparison, ...]] = {
         Comparison("gpt2", "adafactor", 0.1, goals=(Goal(LOOP, 10.0),)),
         Comparison("gpt2", BELOW, 0.05, goals=(Goal(_CLIP_FUSED, 1.2),)),
         Comparison("llama_1g", BELOW, 0.05, (*_FOR_CLIPPING, "fusedopt, captured"), (_SHARE, Goal(_CLIP_FUSED, 1.2))),
-        Comparison("llama_1g:bfloat16", "adamw", 0.05, _IN_BFLOAT16, (_SHARE, _FASTER)),
+        Comparison(
+            *("llama_1g:bfloat16", "adamw", 0.05, (*_IN_BFLOAT16, _MASTER, FLOAT32_COPY)),
+            goals=(_SHARE, _FASTER, *_MASTER_WEIGHTS),
+        ),
         Comparison("llama_1g:bfloat16", "adafactor", 0.05, ("fusedopt", "fusedopt, captured", _FOREACH), (_SHARE,)),
     ),
     "cuda-rest": (
