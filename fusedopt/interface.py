@@ -197,12 +197,16 @@ class StepArgs(NamedTuple):
         grad_scale: a tensor of one element by which gradients are divided on the way into the update, None for 1.
         found_inf: a tensor of one element; if it is not 0, the step changes nothing and is not counted. None for 0.
         measurement: what is to be measured, skipped steps included; None for nothing.
+        tensors: stands for the tensors of the step, see `States.tensors`; None where nothing is known of them. At steps
+            with the same object, param sets have the same parameters and states, and what is derived from types, sizes,
+            strides and dtypes of tensors holds; their addresses do not.
     """
 
     scale: float | Tensor = 1.0
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
     measurement: Measurement | None = None
+    tensors: object | None = None
 
     def checked(self) -> "StepArgs":
         """The same with 0-d tensors.

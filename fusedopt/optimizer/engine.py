@@ -6,7 +6,7 @@ backend, `begin_step` in the kernels) and advances step counts in place (`backen
 
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from itertools import chain, repeat
+from itertools import chain, islice
 from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,7 +20,7 @@ from fusedopt.checks import FLOATS
 from fusedopt.interface import ParamSet, ReduceDims, StepArgs
 from fusedopt.optimizer.clipping import Gradients, Guarded
 from fusedopt.optimizer.state import forget_states, make_states
-from fusedopt.optimizer.state_changes import States
+from fusedopt.optimizer.state_changes import States, states_of
 from fusedopt.out_of_memory import is_out_of_memory
 from fusedopt.precision import Precision
 from fusedopt.without_data import has_data
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 Groups = list[dict[str, Any]]
 Steppers = dict[tuple[torch.device, str], Any]
-
-_NO_STATE: dict[str, Tensor] = {}
 
 _GOES_ON = (
     "{}. Call step() again: it goes on from there, and ends as if there had been no error. Other gradients are a step "
@@ -53,6 +51,24 @@ class Part(NamedTuple):
     rule: str
     places: list[int] | None = None
     options: dict[str, Any] = {}
+
+
+class Checked(NamedTuple):
+    """What a step works on.
+
+    Attributes:
+        grads: the gradients, as they can be read.
+        flat: those that there are.
+        updated: the parameters that they are of.
+        sharded: whether any parameter is.
+        states: of all parameters, if nothing is to be done to them; else None.
+    """
+
+    grads: Gradients
+    flat: list[Tensor]
+    updated: list[Tensor]
+    sharded: bool
+    states: list[dict[str, Any]] | None
 
 
 class Unfinished(NamedTuple):
@@ -133,12 +149,10 @@ class Engine:
         Returns:
             The arguments that the backends got: with the factor of clipping, and with what makes the step skip.
         """
-        given, flat = grads, _present(grads)
-        own_grads = flat
+        own_grads = _present(grads)
 
         # 1. Options, gradients, states and shards must fit.
-        grads, updated, sharded = self._checked(optimizer, groups, grads, mentioned)
-        flat = flat if grads is given else _present(grads)
+        grads, flat, updated, sharded, states = self._checked(optimizer, groups, grads, own_grads, mentioned)
 
         # 2. States follow their parameters; those without data get a state, which is all there is to do.
         self._states.settle(optimizer, groups)
@@ -154,7 +168,7 @@ class Engine:
         started = False
         guarded: Guarded | None = None
         measurement = None
-        spread = len(set(self._states.devices)) > 1  # over several devices
+        spread = len(self._states.devices) > 1
         try:
             # 4. All processes agree about the step.
             squared = flat if optimizer.guard else list(filter(sharding.is_shared, flat)) if optimizer.ranks else []
@@ -177,13 +191,15 @@ class Engine:
             clipped, args = optimizer.clipping.clip(grads, args)
             if not flat:
                 return args
-            args = args._replace(measurement=measurement)
+            args = args._replace(
+                measurement=measurement, tensors=self._states.tensors if clipped is grads else None
+            )
             optimizer.ranks.waited_for = sharded and (optimizer.adds_up_over_shards or measurement is not None)
 
             # 7. One piece of work per device and rule, which gets its memory; from here on DTensors are local shards.
             if guarded is not None and spread:  # The other devices get a copy of what makes the step skip.
                 guarded.write()
-            param_sets = self.param_sets(optimizer, groups, clipped, measured=measurement is not None)
+            param_sets = self.param_sets(optimizer, groups, clipped, measurement is not None, states)
             if self._states.some_without_data:
                 param_sets = [param_set.only(has_data) for param_set in param_sets]
             if sharded:
@@ -242,46 +258,65 @@ class Engine:
         return self._stepper((device, "verdict"), backend)
 
     def param_sets(
-        self, optimizer: "FusedOptimizer", groups: Groups, grads: Gradients, measured: bool = False
+        self,
+        optimizer: "FusedOptimizer",
+        groups: Groups,
+        grads: Gradients,
+        measured: bool = False,
+        states: list[dict[str, Any]] | None = None,
     ) -> list[ParamSet]:
-        """Returns the work of a step: one set per part of each group."""
+        """Returns the work of a step: one set per part of each group. `states`: of all parameters, if known."""
         param_sets = []
+        if states is None:
+            states = states_of(optimizer, [p for group in groups for p in group["params"]])
+        rest = iter(states)
         for group, row, parts in zip(groups, grads, self._parts_of(optimizer, groups)):
             params = group["params"]
-            states = list(map(optimizer.state.get, params, repeat(_NO_STATE)))
+            own_states = list(islice(rest, len(params)))
             places_of_all = optimizer.tracker.places(params) if measured else None
             for rule, places, options in parts:
                 own = {**group, **options} if options else group
                 precision = Precision.of(own, optimizer.seed)
-                param_set = ParamSet(rule, optimizer.hyper(own), params, row, states, None, precision, places_of_all)
+                param_set = ParamSet(rule, optimizer.hyper(own), params, row, own_states, None, precision, places_of_all)
                 param_sets.append(param_set if places is None else param_set.at(places))
         return param_sets
 
     def _checked(
-        self, optimizer: "FusedOptimizer", groups: Groups, grads: Gradients, mentioned: Collection[Tensor] | None
-    ) -> tuple[Gradients, list[Tensor], bool]:
-        """Returns the gradients as they can be read, the parameters that have one, and if any parameter is sharded.
-
-        Raises for what this step cannot work with.
-        """
+        self,
+        optimizer: "FusedOptimizer",
+        groups: Groups,
+        grads: Gradients,
+        flat: list[Tensor],
+        mentioned: Collection[Tensor] | None,
+    ) -> Checked:
+        """Returns what this step works on; raises for what it cannot work with."""
         for group in groups:
             options = {name: checks.in_use(group[name]) for name in optimizer.checks if name != "lr"}
             optimizer.check_group({**group, **options, "lr": checks.rate_in_use(group.get("lr"))})
-        flat = _present(grads)
-        if any(map(Tensor.is_neg, flat)):
-            # Autograd of complex numbers makes them: in memory they have the other sign.
-            grads = [[g if g is None else g.resolve_neg() for g in row] for row in grads]
-            flat = _present(grads)
         params = [p for group in groups for p in group["params"]]
-        updated = [p for p, g in zip(params, chain.from_iterable(grads)) if g is not None]
-        shapes = _check_gradients(updated, flat)
-        if len(updated) < len(params):
+        complete = len(flat) == len(params)
+        updated = params if complete else [p for p, g in zip(params, chain.from_iterable(grads)) if g is not None]
+        states = self._states.recognised(optimizer, groups, grads)
+        shapes: list[torch.Size] = []
+        negative = False
+        if states is None:
+            negative = any(map(Tensor.is_neg, flat))
+            if negative:
+                # Autograd of complex numbers makes them: in memory they have the other sign.
+                grads = [[g if g is None else g.resolve_neg() for g in row] for row in grads]
+                flat = _present(grads)
+            shapes = _check_gradients(updated, flat)
+        if not complete:
             _refuse_untrained(optimizer, groups, grads, mentioned)
-        self._states.check(optimizer, groups, grads, shapes if len(updated) == len(params) else None)
+        if states is not None:
+            return Checked(grads, flat, updated, False, states)
+        self._states.check(optimizer, groups, grads, shapes if complete else None)
         sharded = sharding.check(groups, grads)
         if self._states.regrouped:
             self._parts = None
-        return grads, updated, sharded
+        if not (negative or sharded):
+            self._states.learn(optimizer, groups, grads)
+        return Checked(grads, flat, updated, sharded, None)
 
     def _sums_of_squares(self, grads: list[Tensor], backend: str, sharded: bool) -> list[tuple[Tensor, ReduceDims]]:
         """Returns the sums of squares of local gradients, one or more per device, and over what they are sharded."""
@@ -298,7 +333,7 @@ class Engine:
         Raises:
             RuntimeError: the backend cannot work there; or a CUDA graph is captured on some of the devices.
         """
-        devices = [device for device in dict.fromkeys(self._states.devices) if device.type != "meta"]
+        devices = [device for device in self._states.devices if device.type != "meta"]
         if len({capturing(device) for device in devices if device.type == "cuda"}) > 1:
             raise RuntimeError(
                 f"a CUDA graph is being captured on some of the devices {', '.join(map(str, devices))} alone: what is "

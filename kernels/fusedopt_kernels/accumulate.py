@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from fusedopt_kernels.device import dtypes_of_names, load_number, narrow
-from fusedopt_kernels.elementwise import launch_elementwise, open_piece, pointers
+from fusedopt_kernels.elementwise import launch_elementwise, open_piece, pieces_of, pointers
 from fusedopt_kernels.record import INTEGER, NUMBER, TENSOR, Record, Tables
 from fusedopt_kernels.table import LaunchTable
 
@@ -41,4 +41,5 @@ def accumulate(table: LaunchTable, keys: np.ndarray, numel: np.ndarray) -> None:
         numel: int64 [tensors].
     """
     tensors = len(ROW.tensors)
-    launch_elementwise(add, "add", table, ROW, keys, numel, (table.rows, table.hyper, TABLES), decisive=tensors)
+    launches = table.chunks("add", keys, pieces_of(numel))
+    launch_elementwise(add, launches, ROW, (table.rows, table.hyper, TABLES), decisive=tensors)

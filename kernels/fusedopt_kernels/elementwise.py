@@ -121,11 +121,8 @@ def words_of_piece(row, scalar, first, offsets, x, T: tl.constexpr, A: tl.conste
 
 def launch_elementwise(
     kernel: Any,
-    name: str,
-    table: LaunchTable,
+    launches: dict[int, Tensor],
     record: Record,
-    keys: np.ndarray,
-    numel: np.ndarray,
     arguments: tuple[Any, ...],
     decisive: int = 1,
 ) -> None:
@@ -133,21 +130,13 @@ def launch_elementwise(
 
     Args:
         kernel: takes the chunks, `arguments`, and what `access_of` returns.
-        name: of the launches in the table.
-        table: of rows of `record`.
-        record: of a row.
-        keys: int64 [tensors], the launch class of each row.
-        numel: int64 [tensors].
+        launches: the chunks of each, by launch class.
+        record: of a row of the table.
         arguments: what the kernel takes after the chunks.
         decisive: as in `access_of`.
     """
-    for key, chunks in table.chunks(name, keys, pieces_of(numel)).items():
+    for key, chunks in launches.items():
         kernel[(len(chunks),)](chunks, *arguments, access_of(record, key, decisive, block=BLOCK), **options(THREADS))
-
-
-def _name(measured: bool) -> str:
-    """Returns the name that the launches of a step have in the table."""
-    return "measured update" if measured else "update"
 
 
 class Elementwise(NamedTuple):
@@ -167,24 +156,29 @@ class Elementwise(NamedTuple):
     prologue: Any
     update: Any
 
-    def make_room(self, table: LaunchTable, keys: np.ndarray, numel: np.ndarray, measured: bool) -> None:
-        """Makes the memory that a step works in; takes what `step` takes. A table on "meta" tells how much it is."""
-        table.chunks(_name(measured), keys, pieces_of(numel))
-        room_for_scalars(table, self.scalars.places)
+    def make_room(
+        self, table: LaunchTable, keys: np.ndarray, pieces: np.ndarray, measured: bool
+    ) -> dict[int, Tensor]:
+        """Makes the memory that a step works in; takes what `step` takes. A table on "meta" tells how much it is.
 
-    def step(self, table: LaunchTable, keys: np.ndarray, numel: np.ndarray, partials: Tensor | None = None) -> None:
+        Returns the chunks of each launch.
+        """
+        launches = table.chunks("measured update" if measured else "update", keys, pieces)
+        room_for_scalars(table, self.scalars.places)
+        return launches
+
+    def step(self, table: LaunchTable, keys: np.ndarray, pieces: np.ndarray, partials: Tensor | None = None) -> None:
         """One step of all tensors of a table.
 
         Args:
             table: rows of `row`, sets of hyper-parameters of `hyper`.
             keys: int64 [tensors], the launch class of each row.
-            numel: int64 [tensors].
+            pieces: int64 [tensors], see `pieces_of`.
             partials: memory for the measures of all pieces; None: there are to be none.
         """
-        random = any(launch_class(key, len(self.row.tensors)).rounding for key in set(keys.tolist()))
-        tables = measuring(Tables(self.row.places, self.hyper.places, self.scalars.places, random), partials)
-        name = _name(partials is not None)
         # First: a captured step whose launch cannot be captured is refused before anything is queued.
-        self.make_room(table, keys, numel, partials is not None)
+        launches = self.make_room(table, keys, pieces, partials is not None)
+        random = any(launch_class(key, len(self.row.tensors)).rounding for key in launches)
+        tables = measuring(Tables(self.row.places, self.hyper.places, self.scalars.places, random), partials)
         scalars = run_prologue(self.prologue, table, tables._replace(measures=None))
-        launch_elementwise(self.update, name, table, self.row, keys, numel, (table.rows, scalars, partials, tables))
+        launch_elementwise(self.update, launches, self.row, (table.rows, scalars, partials, tables))

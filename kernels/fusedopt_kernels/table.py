@@ -119,7 +119,7 @@ class LaunchTable:
             RuntimeError: during a capture, a launch that no step before it had: its kernel may not be compiled yet.
         """
         known = self._chunks.get(phase)
-        if known is None or not (np.array_equal(known[0], keys) and np.array_equal(known[1], pieces)):
+        if known is None or not (_equal(known[0], keys) and _equal(known[1], pieces)):
             wanted = set(keys[pieces > 0].tolist())
             new = {(phase, key) for key in wanted} - self._warm
             if new and not self._may_warm:
@@ -167,6 +167,12 @@ def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     Raises:
         RuntimeError: a tensor has elements, but no memory of its own.
     """
+    try:
+        at = list(map(Tensor.data_ptr, tensors))
+        if all(at):
+            return at
+    except TypeError:  # None is among them
+        pass
     return [0 if t is None else t.data_ptr() or _nowhere(t) for t in tensors]
 
 
@@ -211,6 +217,10 @@ def are_aligned(numbers: np.ndarray) -> np.ndarray:
     """Which rows allow 128-bit accesses, given the addresses and sizes that matter, int64 [rows, numbers]."""
     aligned: np.ndarray = (np.bitwise_or.reduce(numbers, axis=1) & 15) == 0
     return aligned
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    return a is b or np.array_equal(a, b)
 
 
 def _stream(device: torch.device) -> int:

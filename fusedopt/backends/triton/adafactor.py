@@ -45,11 +45,14 @@ class TritonAdafactor(TritonStepper):
         )
         self._keys = rows.update_classes(rounding)
 
-    def fill_rows(self, rows: np.ndarray, param_sets: Sequence[ParamSet], params: list[Tensor], states: States) -> None:
-        shapes, self._plan = self._plans.of(params, self._keys, shard_infos(param_sets))
-        for fields in (shapes._asdict(), self._plan.fields):
+    def fill_rows(self, rows: np.ndarray, param_sets: Sequence[ParamSet], params: list[Tensor]) -> None:
+        self._shapes, self._plan = self._plans.of(params, self._keys, shard_infos(param_sets))
+        for fields in (self._shapes._asdict(), self._plan.fields):
             for name, column in fields.items():
                 rows[name] = column
+
+    def fill_addresses(self, rows: np.ndarray, states: States) -> None:
+        shapes = self._shapes
         row, col, rms = (_addresses(states, name) for name in ("exp_avg_sq_row", "exp_avg_sq_col", "RMS"))
         elementwise, is_vector = self._rows.addresses, shapes.kind == VECTOR.value
         # Every row of a matrix begins at a multiple of 16 bytes if the first does and its length is a multiple of 16.

@@ -59,7 +59,7 @@ class Tables:
         self._eager.update(rows, hyper)
         # Twice the table, since a captured step may have to bring chunks of its own.
         size = 2 * _CAPTURES * (self._eager.hyper.numel() + self._eager.rows.numel())
-        if 2 * len(_reserve(self._device)) < size:
+        if self._device not in _reserves or 2 * _reserves[self._device].numel() < size:
             _reserves[self._device] = lasting((size,), torch.int64, "cpu", pinned=self._device.type == "cuda")
         return self._eager
 

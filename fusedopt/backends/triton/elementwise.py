@@ -53,16 +53,14 @@ class ElementwiseStepper(TritonStepper):
     def hyper_values(self, hyper: Any) -> dict[str, float | Tensor]:
         return {name: value for name, value in hyper._asdict().items() if name in self.hyper.fields and name != "lr"}
 
-    def fill_rows(self, rows: np.ndarray, param_sets: Sequence[ParamSet], params: list[Tensor], states: States) -> None:
-        self._numel = self._rows.numel
-        if self._missing:
-            self._numel = self._numel.copy()
-            self._numel[self._missing] = 0
-        rows["pieces"] = pieces_of(self._numel)
+    def fill_rows(self, rows: np.ndarray, param_sets: Sequence[ParamSet], params: list[Tensor]) -> None:
+        self._pieces = pieces_of(self._rows.numel)
+        self._pieces[self._missing] = 0
+        rows["pieces"] = self._pieces
 
     def make_room(self, table: LaunchTable, measured: bool) -> list[tuple[Tensor, ReduceDims]]:
-        self._kernels.make_room(table, self._rows.keys, self._numel, measured)
+        self._kernels.make_room(table, self._rows.keys, self._pieces, measured)
         return []
 
     def launch(self, table: LaunchTable, partials: Tensor | None = None) -> None:
-        self._kernels.step(table, self._rows.keys, self._numel, partials)
+        self._kernels.step(table, self._rows.keys, self._pieces, partials)

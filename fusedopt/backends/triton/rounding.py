@@ -9,7 +9,6 @@ from torch import Tensor
 from fusedopt.interface import ParamSet
 from fusedopt.precision import NUMBER, Precision
 from fusedopt_kernels.storage import EVERYTHING, MOMENTS, NEAREST
-from fusedopt_kernels.table import addresses
 
 
 class Rounding(NamedTuple):
@@ -17,18 +16,16 @@ class Rounding(NamedTuple):
 
     Attributes:
         kinds: int64 [rows], what is rounded stochastically, as `storage` numbers it.
-        numbers: int64 [rows], addresses of the parameters' numbers, 0 for none.
         positions: int64 [rows, 3], the fields of `ShardPosition`; 0 for a whole parameter.
     """
 
     kinds: np.ndarray
-    numbers: np.ndarray
     positions: np.ndarray
 
     @classmethod
     def to_nearest(cls, rows: int) -> "Rounding":
         """Nothing is random."""
-        return cls(np.full(rows, NEAREST, np.int64), np.zeros(rows, np.int64), np.zeros((rows, 3), np.int64))
+        return cls(np.full(rows, NEAREST, np.int64), np.zeros((rows, 3), np.int64))
 
     @classmethod
     def of(cls, param_sets: Sequence[ParamSet]) -> "Rounding":
@@ -41,11 +38,19 @@ class Rounding(NamedTuple):
                 continue
             pairs = zip(param_set.params, param_set.states)
             rounding.kinds[rows] = [_kind(p, state, param_set.precision) for p, state in pairs]
-            rounding.numbers[rows] = addresses([state.get(NUMBER) for state in param_set.states])
             if param_set.shard_infos is not None:
                 places = [info and info.position for info in param_set.shard_infos]
                 rounding.positions[rows] = [place or (0, 0, 0) for place in places]
         return rounding
+
+    @property
+    def is_random(self) -> bool:
+        """True if anything is rounded at random."""
+        return bool((self.kinds != NEAREST).any())
+
+    def numbers(self, states: Sequence[dict[str, Tensor]]) -> list[Tensor | None]:
+        """Returns the numbers of the parameters with these states, which random bits depend on; None for the others."""
+        return [None if kind == NEAREST else state[NUMBER] for kind, state in zip(self.kinds.tolist(), states)]
 
     def position_bits(self) -> np.ndarray:
         """Returns int64 [rows]: the numbers of a position joined by "or", 0 where the position does not matter."""

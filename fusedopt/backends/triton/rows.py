@@ -50,9 +50,13 @@ class Rows:
         self._codes: list[np.ndarray] = []
         self._contiguous_states: list[bool] = []
         self._fit = False
+        self._in_place = False  # no row is copied
+        self._sizes = np.empty(0, np.int64)  # what must be multiples of 16 besides addresses, joined by "or"
+        self._classes = np.empty(0, np.int64)  # as keys, of rows that are not aligned
         self._counts: list[Tensor | None] = []
         self._counts_at: list[int] = []
         self._updated = np.empty((0, 0), np.int64)
+        self.keys = np.empty(0, np.int64)
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._grad_copies: list[Tensor] = []  # held until the kernel is queued: their memory must not be given away
 
@@ -95,16 +99,43 @@ class Rows:
             for i, (p, g, contiguous) in enumerate(zip(params, grads, self._contiguous_states))
             if g is not None and not (contiguous and p.is_contiguous() and g.is_contiguous())
         ]
+        self._in_place = not strided
         at = lay_at.copy() if strided else lay_at
         for i in strided:
             like_row = like(i) if like else without_gaps(params[i])
             at[:, i] = addresses(self._laid_out(like_row, [column[i] for column in columns]))
-        self.addresses = at.T
         rounding = rounding or Rounding.to_nearest(len(params))
         position_bits = rounding.position_bits()
-        aligned = are_aligned(np.vstack([at, self.numel, position_bits]).T)
-        self.keys = launch_keys(self._codes, aligned, rounding.kinds, position_bits != 0)
+        self._sizes = self.numel | position_bits
+        unaligned = np.zeros(len(params), bool)
+        self._classes = launch_keys(self._codes, unaligned, rounding.kinds, position_bits != 0)
+        self._lie(at)
         self._refuse_shared_memory()
+
+    def follow(self, grads: Column) -> bool:
+        """Takes these gradients, and else the tensors of the last step, wherever all of them lie now.
+
+        All must be of the type, dtype, size and strides that they were of at the last `refresh`, and missing gradients
+        in the same places. Returns False where kernels got copies, which only `refresh` makes; nothing is done then.
+
+        Raises:
+            RuntimeError: two parameters that would be updated share memory.
+        """
+        if not self._in_place:
+            return False
+        params, *states = self._seen
+        lay_at, self._lay_at = self._lay_at, np.array(list(map(addresses, (params, grads, *states))), np.int64)
+        self._lie(self._lay_at)
+        if not np.array_equal(lay_at[0], self._lay_at[0]):
+            self._refuse_shared_memory()
+        return True
+
+    def _lie(self, at: np.ndarray) -> None:
+        """Takes addresses, int64 [columns, rows], and what depends on them: `keys` stays the same array if it can."""
+        self.addresses = at.T
+        keys = self._classes | are_aligned(np.vstack([at, self._sizes]).T)
+        if not np.array_equal(keys, self.keys):
+            self.keys = keys
 
     def update_classes(self, rounding: Rounding) -> np.ndarray:
         """As `keys`, whatever the alignment is: of parameters, gradients, and the first two columns of states.
@@ -118,12 +149,14 @@ class Rows:
         sharded = rounding.position_bits() != 0
         return launch_keys([param, grad, master, average], unaligned, rounding.kinds, sharded)
 
-    def counts(self, steps: Column) -> list[int]:
-        """Addresses of step counts, one per row.
+    def counts(self, steps: Column | None = None) -> list[int]:
+        """Addresses of step counts, one per row. None for those of the last step, wherever they lie now.
 
         Raises:
             RuntimeError: a count is not a float64 tensor on its parameter's device.
         """
+        if steps is None:
+            return addresses(self._counts)
         at = addresses(steps)
         if at != self._counts_at or not _same(steps, self._counts):
             for p, step in zip(self._seen[0], steps):

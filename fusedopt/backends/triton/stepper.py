@@ -20,7 +20,7 @@ from fusedopt_kernels import record
 from fusedopt_kernels.measures import PLACES
 from fusedopt_kernels.record import Record, Tables
 from fusedopt_kernels.statistics import finish_measures
-from fusedopt_kernels.table import LaunchTable
+from fusedopt_kernels.table import LaunchTable, addresses
 
 States = Sequence[dict[str, Tensor]]
 
@@ -50,6 +50,7 @@ class TritonStepper:
         self._device = device
         self._rows = Rows()
         self._tables = CapturableTables(device)
+        self._tensors: object | None = None
 
     @property
     def captured(self) -> bool:
@@ -70,7 +71,7 @@ class TritonStepper:
         params = [p for param_set in param_sets for p in param_set.params]
         states = [s for param_set in param_sets for s in param_set.states]
         with on_device(self._device):
-            rows = self._filled_rows(param_sets, params, states)
+            rows = self._filled_rows(param_sets, params, states, args.tensors)
             scalars = DeviceScalars(self._device)
             hyper = self._hyper(param_sets, args, scalars)
             partials = 0
@@ -109,18 +110,36 @@ class TritonStepper:
             table.scratch("measures", len(PLACES) * int(rows["pieces"].sum()), dtype=torch.float64)
         return Reserved(table.workspace, sums)
 
-    def _filled_rows(self, param_sets: Sequence[ParamSet], params: list[Tensor], states: States) -> np.ndarray:
-        rounding = Rounding.of(param_sets)
-        self.refresh(self._rows, param_sets, params, states, rounding)
-        rows = self.row.rows(len(params))
+    def _filled_rows(
+        self, param_sets: Sequence[ParamSet], params: list[Tensor], states: States, tensors: object | None = None
+    ) -> np.ndarray:
+        """Returns the rows of a step; `tensors` as in `StepArgs`: with those of the last step, only addresses change."""
+        known = tensors is not None and tensors is self._tensors
+        self._tensors = None
+        if known and self._rows.follow(gradients(param_sets)):
+            counts = self._rows.counts()
+        else:
+            self._rounding = Rounding.of(param_sets)
+            self.refresh(self._rows, param_sets, params, states, self._rounding)
+            counts = self._rows.counts([s.get("step") for s in states])
+            self._template = self._new_rows(param_sets, params)
+        rows = self._template.copy()
         for name, column in zip(self.row.tensors, self._rows.addresses.T):
             rows[name] = column
-        rows["step"] = self._rows.counts([s.get("step") for s in states])
+        rows["step"] = counts
+        if self._rounding.is_random:
+            rows["number"] = addresses(self._rounding.numbers(states))
+        self.fill_addresses(rows, states)
+        self._tensors = tensors
+        return rows
+
+    def _new_rows(self, param_sets: Sequence[ParamSet], params: list[Tensor]) -> np.ndarray:
+        """Returns the rows without addresses."""
+        rows = self.row.rows(len(params))
         rows["numel"] = self._rows.numel
         rows["hyper_index"] = np.repeat(np.arange(len(param_sets)), [len(param_set.params) for param_set in param_sets])
-        rows["number"] = rounding.numbers
-        rows["shard_length"], rows["shard_gap"], rows["shard_offset"] = rounding.positions.T
-        self.fill_rows(rows, param_sets, params, states)
+        rows["shard_length"], rows["shard_gap"], rows["shard_offset"] = self._rounding.positions.T
+        self.fill_rows(rows, param_sets, params)
         return rows
 
     def _hyper(self, param_sets: Sequence[ParamSet], args: StepArgs, scalars: DeviceScalars) -> np.ndarray:
@@ -166,9 +185,12 @@ class TritonStepper:
         """Hands the tensors of this step to `rows`, those of `row.tensors` in their order."""
         raise NotImplementedError
 
-    def fill_rows(self, rows: np.ndarray, param_sets: Sequence[ParamSet], params: list[Tensor], states: States) -> None:
-        """Fills in `pieces`, and the fields of the rows that only this rule has."""
+    def fill_rows(self, rows: np.ndarray, param_sets: Sequence[ParamSet], params: list[Tensor]) -> None:
+        """Fills in `pieces`, and the fields of the rows that only this rule has, but for addresses."""
         raise NotImplementedError
+
+    def fill_addresses(self, rows: np.ndarray, states: States) -> None:
+        """Fills in the addresses that only this rule has, and what depends on addresses."""
 
     def hyper_values(self, hyper: Any) -> dict[str, float | Tensor]:
         """Returns the fields of a set of hyper-parameters that only this rule has."""
