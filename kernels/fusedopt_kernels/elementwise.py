@@ -159,25 +159,29 @@ class Elementwise(NamedTuple):
     def make_room(
         self, table: LaunchTable, keys: np.ndarray, pieces: np.ndarray, measured: bool
     ) -> dict[int, Tensor]:
-        """Makes the memory that a step works in; takes what `step` takes. A table on "meta" tells how much it is.
+        """Makes the memory that a step works in, and returns its launches. A table on "meta" tells how much it is.
 
-        Returns the chunks of each launch.
+        Args:
+            table: of the step.
+            keys: int64 [tensors], the launch class of each row.
+            pieces: int64 [tensors], see `pieces_of`.
+            measured: whether the step leaves measures.
+
+        Raises:
+            RuntimeError: during a capture, a launch that cannot be captured; nothing is queued then.
         """
         launches = table.chunks("measured update" if measured else "update", keys, pieces)
         room_for_scalars(table, self.scalars.places)
         return launches
 
-    def step(self, table: LaunchTable, keys: np.ndarray, pieces: np.ndarray, partials: Tensor | None = None) -> None:
+    def step(self, table: LaunchTable, launches: dict[int, Tensor], partials: Tensor | None = None) -> None:
         """One step of all tensors of a table.
 
         Args:
             table: rows of `row`, sets of hyper-parameters of `hyper`.
-            keys: int64 [tensors], the launch class of each row.
-            pieces: int64 [tensors], see `pieces_of`.
+            launches: what `make_room` returned.
             partials: memory for the measures of all pieces; None: there are to be none.
         """
-        # First: a captured step whose launch cannot be captured is refused before anything is queued.
-        launches = self.make_room(table, keys, pieces, partials is not None)
         random = any(launch_class(key, len(self.row.tensors)).rounding for key in launches)
         tables = measuring(Tables(self.row.places, self.hyper.places, self.scalars.places, random), partials)
         scalars = run_prologue(self.prologue, table, tables._replace(measures=None))

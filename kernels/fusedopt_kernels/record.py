@@ -6,7 +6,7 @@ argument: the key under which Triton keeps compiled kernels leaves out what they
 """
 
 from collections import namedtuple
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -77,11 +77,16 @@ class Record:
             }
         )
         self.places: Any = _named(fields, starts, length)
+        self._zeros = [(name, (0.0, 0, 0) if field is NUMBER else 0) for name, field in fields.items()]
         self.tensors = tuple(name for name, field in fields.items() if field.is_tensor)
 
     def rows(self, number: int) -> np.ndarray:
         """Returns rows of zeros, a structured array."""
         return np.zeros(number, self.dtype)
+
+    def row(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Returns a row with these values, to be assigned to one of `rows`; zeros for other fields."""
+        return tuple([values.get(name, zero) for name, zero in self._zeros])
 
 
 def _named(fields: Iterable[str], starts: list[int], length: int) -> Any:

@@ -6,6 +6,7 @@ are declared as a `record.Record`; on the device both are int64, float64 as thei
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -167,13 +168,18 @@ def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     Raises:
         RuntimeError: a tensor has elements, but no memory of its own.
     """
+    return [0 if t is None else t.data_ptr() or _nowhere(t) for t in tensors]
+
+
+def address_column(tensors: Sequence[Tensor | None]) -> np.ndarray:
+    """`addresses`, int64; fast where there is a tensor in each place."""
     try:
-        at = list(map(Tensor.data_ptr, tensors))
-        if all(at):
-            return at
+        column = np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))  # type: ignore[arg-type]
+        if np.count_nonzero(column) == len(column):
+            return column
     except TypeError:  # None is among them
         pass
-    return [0 if t is None else t.data_ptr() or _nowhere(t) for t in tensors]
+    return np.array(addresses(tensors), np.int64)
 
 
 def _nowhere(t: Tensor) -> int:
@@ -207,6 +213,7 @@ def launch_keys(
     return keys
 
 
+@cache
 def launch_class(key: int, columns: int) -> LaunchClass:
     """The launch class that a number from `launch_keys` stands for."""
     codes = [key >> (_BITS * place + _FLAGS) & (1 << _BITS) - 1 for place in range(columns)]

@@ -16,7 +16,7 @@ from fusedopt_kernels.adafactor.layout import HYPER, ROW, VECTOR
 from fusedopt_kernels.adafactor.plan import Plan, Shapes, plan_of, shape_of
 from fusedopt_kernels.adafactor.splits import Shards
 from fusedopt_kernels.adafactor.step import adafactor, make_room
-from fusedopt_kernels.table import LaunchTable, addresses, are_aligned
+from fusedopt_kernels.table import LaunchTable, address_column, are_aligned
 
 
 class TritonAdafactor(TritonStepper):
@@ -53,7 +53,7 @@ class TritonAdafactor(TritonStepper):
 
     def fill_addresses(self, rows: np.ndarray, states: States) -> None:
         shapes = self._shapes
-        row, col, rms = (_addresses(states, name) for name in ("exp_avg_sq_row", "exp_avg_sq_col", "RMS"))
+        row, col, rms = (address_column([s.get(name) for s in states]) for name in ("exp_avg_sq_row", "exp_avg_sq_col", "RMS"))
         elementwise, is_vector = self._rows.addresses, shapes.kind == VECTOR.value
         # Every row of a matrix begins at a multiple of 16 bytes if the first does and its length is a multiple of 16.
         length = np.where(is_vector, shapes.numel, shapes.width)
@@ -124,7 +124,3 @@ def _shards_of(shapes: Shapes, shard_infos: list[ShardInfo | None]) -> Shards:
 
 def _sides(shape: torch.Size) -> tuple[int, ...]:
     return tuple(shape[-2:]) if len(shape) >= 2 else (1, 1)
-
-
-def _addresses(states: States, name: str) -> np.ndarray:
-    return np.array(addresses([s.get(name) for s in states]), np.int64)

@@ -59,8 +59,8 @@ class ElementwiseStepper(TritonStepper):
         rows["pieces"] = self._pieces
 
     def make_room(self, table: LaunchTable, measured: bool) -> list[tuple[Tensor, ReduceDims]]:
-        self._kernels.make_room(table, self._rows.keys, self._pieces, measured)
+        self._launches = self._kernels.make_room(table, self._rows.keys, self._pieces, measured)
         return []
 
     def launch(self, table: LaunchTable, partials: Tensor | None = None) -> None:
-        self._kernels.step(table, self._rows.keys, self._pieces, partials)
+        self._kernels.step(table, self._launches, partials)

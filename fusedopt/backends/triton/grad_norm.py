@@ -11,7 +11,7 @@ from fusedopt.backends.triton.capture import Tables
 from fusedopt_kernels import norm as kernels
 from fusedopt_kernels.layout import is_dense
 from fusedopt_kernels.record import cells
-from fusedopt_kernels.table import LaunchTable, addresses, are_aligned, dtype_codes, launch_keys
+from fusedopt_kernels.table import LaunchTable, address_column, are_aligned, dtype_codes, launch_keys
 
 
 class GradNorm:
@@ -50,6 +50,6 @@ class GradNorm:
 def _rows_of(grads: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
     """Returns the rows of dense gradients, and their launch classes."""
     rows = kernels.ROW.rows(len(grads))
-    rows["grad"] = addresses(grads)
-    rows["numel"] = [g.numel() for g in grads]
+    rows["grad"] = address_column(grads)
+    rows["numel"] = list(map(Tensor.numel, grads))
     return rows, launch_keys([dtype_codes([g.dtype for g in grads])], are_aligned(cells(rows)))

@@ -16,7 +16,7 @@ from torch import Tensor
 from fusedopt.backends.triton.rounding import Rounding
 from fusedopt.precision import COUNTS
 from fusedopt_kernels.layout import is_dense, same_layout
-from fusedopt_kernels.table import addresses, are_aligned, dtype_codes, launch_keys
+from fusedopt_kernels.table import address_column, addresses, are_aligned, dtype_codes, launch_keys
 
 Column = Sequence[Tensor | None]
 """One tensor per row, or None."""
@@ -83,7 +83,7 @@ class Rows:
                 parameters that would be updated share memory.
         """
         columns: list[Column] = [params, grads, *states]
-        lay_at = np.array([addresses(column) for column in columns], np.int64)
+        lay_at = np.array(list(map(address_column, columns)), np.int64)
         numel = np.array([p.numel() for p in params], np.int64)
         self._refresh_dtypes(columns)
         if not self._are_as_before(columns, lay_at, numel):
@@ -124,7 +124,7 @@ class Rows:
         if not self._in_place:
             return False
         params, *states = self._seen
-        lay_at, self._lay_at = self._lay_at, np.array(list(map(addresses, (params, grads, *states))), np.int64)
+        lay_at, self._lay_at = self._lay_at, np.array(list(map(address_column, (params, grads, *states))))
         self._lie(self._lay_at)
         if not np.array_equal(lay_at[0], self._lay_at[0]):
             self._refuse_shared_memory()
@@ -149,14 +149,12 @@ class Rows:
         sharded = rounding.position_bits() != 0
         return launch_keys([param, grad, master, average], unaligned, rounding.kinds, sharded)
 
-    def counts(self, steps: Column | None = None) -> list[int]:
-        """Addresses of step counts, one per row. None for those of the last step, wherever they lie now.
+    def counts(self, steps: Column) -> list[int]:
+        """Addresses of step counts, one per row.
 
         Raises:
             RuntimeError: a count is not a float64 tensor on its parameter's device.
         """
-        if steps is None:
-            return addresses(self._counts)
         at = addresses(steps)
         if at != self._counts_at or not _same(steps, self._counts):
             for p, step in zip(self._seen[0], steps):
@@ -167,6 +165,10 @@ class Rows:
                     )
             self._counts, self._counts_at = list(steps), at
         return at
+
+    def last_counts(self) -> np.ndarray:
+        """`counts` of those seen last, wherever they lie now."""
+        return address_column(self._counts)
 
     def copy_back(self) -> None:
         """Brings what the kernel wrote into copies to where it belongs."""

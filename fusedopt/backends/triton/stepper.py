@@ -20,7 +20,7 @@ from fusedopt_kernels import record
 from fusedopt_kernels.measures import PLACES
 from fusedopt_kernels.record import Record, Tables
 from fusedopt_kernels.statistics import finish_measures
-from fusedopt_kernels.table import LaunchTable, addresses
+from fusedopt_kernels.table import LaunchTable, address_column
 
 States = Sequence[dict[str, Tensor]]
 
@@ -117,7 +117,7 @@ class TritonStepper:
         known = tensors is not None and tensors is self._tensors
         self._tensors = None
         if known and self._rows.follow(gradients(param_sets)):
-            counts = self._rows.counts()
+            counts: Sequence[int] | np.ndarray = self._rows.last_counts()
         else:
             self._rounding = Rounding.of(param_sets)
             self.refresh(self._rows, param_sets, params, states, self._rounding)
@@ -128,7 +128,7 @@ class TritonStepper:
             rows[name] = column
         rows["step"] = counts
         if self._rounding.is_random:
-            rows["number"] = addresses(self._rounding.numbers(states))
+            rows["number"] = address_column(self._rounding.numbers(states))
         self.fill_addresses(rows, states)
         self._tensors = tensors
         return rows
@@ -144,18 +144,24 @@ class TritonStepper:
 
     def _hyper(self, param_sets: Sequence[ParamSet], args: StepArgs, scalars: DeviceScalars) -> np.ndarray:
         hyper = self.hyper.rows(len(param_sets))
-        hyper["scale"] = scalars.number("scale", args.scale)
-        hyper["grad_scale"] = scalars.address(args.grad_scale)
-        hyper["found_inf"] = scalars.address(args.found_inf)
+        common = {
+            "scale": scalars.number("scale", args.scale),
+            "grad_scale": scalars.address(args.grad_scale),
+            "found_inf": scalars.address(args.found_inf),
+        }
+        fields = self.hyper.fields
         for i, param_set in enumerate(param_sets):
-            hyper["shared_steps"][i] = param_set.shares_steps
-            hyper["sign"][i] = -1.0 if param_set.hyper.maximize else 1.0
-            hyper["seed"][i] = param_set.precision.seed
+            values: dict[str, Any] = {
+                **common,
+                "shared_steps": param_set.shares_steps,
+                "sign": -1.0 if param_set.hyper.maximize else 1.0,
+                "seed": param_set.precision.seed,
+            }
             if param_set.hyper.lr is not None:
-                hyper["lr"][i] = scalars.number("lr", param_set.hyper.lr)
+                values["lr"] = scalars.number("lr", param_set.hyper.lr)
             for name, value in self.hyper_values(param_set.hyper).items():
-                by_address_too = self.hyper.fields[name] is record.NUMBER
-                hyper[name][i] = scalars.number(name, value) if by_address_too else value
+                values[name] = scalars.number(name, value) if fields[name] is record.NUMBER else value
+            hyper[i] = self.hyper.row(values)
         return hyper
 
     def _fill_in_measures(
