@@ -56,6 +56,7 @@ LAYERS = [
         "fusedopt.optimizer.compile",
         "fusedopt.optimizer.skipped",
         "fusedopt.optimizer.whose",
+        "fusedopt.optimizer.looks",
         "fusedopt.optimizer.clipping",
     },
     {
