@@ -1,14 +1,16 @@
 """A step that has the tensors of the last one looks at nothing but addresses again: it does the same, only faster."""
 
+import importlib
 import weakref
 
 import pytest
 import torch
 from helpers.between_steps import weight
 from helpers.comparing import assert_same
-from helpers.optimizers import BACKENDS, OPTIMIZERS, VARIANTS, every_optimizer, scheduler_for
+from helpers.optimizers import BACKENDS, NEEDS_TRITON, OPTIMIZERS, VARIANTS, every_optimizer, scheduler_for
 
 from fusedopt import AdamW
+from fusedopt.backends import has_triton
 from fusedopt.optimizer import looks
 from fusedopt.optimizer.looks import Looks
 from fusedopt.optimizer.state_changes import States
@@ -149,7 +151,7 @@ def swap_names(loop):
 
 def replace_count(loop):
     """Most likely by one that Python puts where the old one was."""
-    del loop.state[loop.p]["step"]
+    loop.state[loop.p]["step"] = None
     loop.state[loop.p]["step"] = torch.tensor(-1.0, dtype=torch.float64)
 
 
@@ -248,6 +250,27 @@ def test_any_change_is_seen_as_if_everything_were_looked_at(name, backend, monke
     assert_same(fast[1:], slow[1:], equal_nan=True)
 
 
+@NEEDS_TRITON
+def test_rows_that_follow_are_those_that_are_looked_at():
+    from fusedopt.backends.triton.rows import Rows
+
+    memory = torch.zeros(256)
+    params, states = [weight(16), weight(5), weight(2, 16)], [torch.zeros(16), torch.zeros(5), torch.zeros(2, 16)]
+    rows = Rows()
+    rows.refresh(params, list(map(torch.zeros_like, params)), states)
+    for start in (0, 1, 16, 3):
+        grads = [memory[start + 64 * i :][: p.numel()].view(p.shape) for i, p in enumerate(params)]
+        params[0].data = torch.ones(17)[start % 2 :][:16]
+        anew = Rows()
+        anew.refresh(params, grads, states)
+        assert rows.follow(grads)
+        for column in ("addresses", "keys", "numel"):
+            assert getattr(rows, column).tolist() == getattr(anew, column).tolist()
+        keys = rows.keys
+        assert rows.follow(grads) and rows.keys is keys
+
+
+@NEEDS_TRITON
 def test_memory_that_was_freed_is_refused():
     def free(loop):
         loop.p.untyped_storage().resize_(0)
@@ -317,9 +340,9 @@ def test_a_frozen_half_is_recognised(name, monkeypatch):
 
 def followed_rows(monkeypatch):
     found = []
-    if "triton" not in [getattr(backend, "values", ["eager"])[0] for backend in BACKENDS]:
+    if not has_triton():
         return found
-    rows = pytest.importorskip("fusedopt.backends.triton.rows").Rows
+    rows = importlib.import_module("fusedopt.backends.triton.rows").Rows
     follow = rows.follow
 
     def spy(self, grads):

@@ -191,9 +191,7 @@ class Engine:
             clipped, args = optimizer.clipping.clip(grads, args)
             if not flat:
                 return args
-            args = args._replace(
-                measurement=measurement, tensors=self._states.tensors if clipped is grads else None
-            )
+            args = args._replace(measurement=measurement, tensors=self._states.tensors if clipped is grads else None)
             optimizer.ranks.waited_for = sharded and (optimizer.adds_up_over_shards or measurement is not None)
 
             # 7. One piece of work per device and rule, which gets its memory; from here on DTensors are local shards.
@@ -277,7 +275,9 @@ class Engine:
             for rule, places, options in parts:
                 own = {**group, **options} if options else group
                 precision = Precision.of(own, optimizer.seed)
-                param_set = ParamSet(rule, optimizer.hyper(own), params, row, own_states, None, precision, places_of_all)
+                param_set = ParamSet(
+                    rule, optimizer.hyper(own), params, row, own_states, None, precision, places_of_all
+                )
                 param_sets.append(param_set if places is None else param_set.at(places))
         return param_sets
 
@@ -298,10 +298,8 @@ class Engine:
         updated = params if complete else [p for p, g in zip(params, chain.from_iterable(grads)) if g is not None]
         states = self._states.recognised(optimizer, groups, grads)
         shapes: list[torch.Size] = []
-        negative = False
         if states is None:
-            negative = any(map(Tensor.is_neg, flat))
-            if negative:
+            if any(map(Tensor.is_neg, flat)):
                 # Autograd of complex numbers makes them: in memory they have the other sign.
                 grads = [[g if g is None else g.resolve_neg() for g in row] for row in grads]
                 flat = _present(grads)
@@ -314,8 +312,7 @@ class Engine:
         sharded = sharding.check(groups, grads)
         if self._states.regrouped:
             self._parts = None
-        if not (negative or sharded):
-            self._states.learn(optimizer, groups, grads)
+        self._states.learn(optimizer, groups, grads)
         return Checked(grads, flat, updated, sharded, None)
 
     def _sums_of_squares(self, grads: list[Tensor], backend: str, sharded: bool) -> list[tuple[Tensor, ReduceDims]]:

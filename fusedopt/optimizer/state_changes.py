@@ -96,7 +96,7 @@ class States:
     ) -> None:
         """Remembers what a step has that was checked, to recognise it. Not while states are still to be made or moved.
 
-        Of sharded parameters, and gradients that are not what a backend gets, it is not to be called.
+        Sharded and lazy parameters are not recognised: they are of types that `Looks` does not remember.
         """
         if self._as_before and self._settled and not self.missing and not self.some_without_data:
             self._recognised, tensors, _ = self._all_of(optimizer, groups, grads)

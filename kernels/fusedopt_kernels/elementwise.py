@@ -156,9 +156,7 @@ class Elementwise(NamedTuple):
     prologue: Any
     update: Any
 
-    def make_room(
-        self, table: LaunchTable, keys: np.ndarray, pieces: np.ndarray, measured: bool
-    ) -> dict[int, Tensor]:
+    def make_room(self, table: LaunchTable, keys: np.ndarray, pieces: np.ndarray, measured: bool) -> dict[int, Tensor]:
         """Makes the memory that a step works in, and returns its launches. A table on "meta" tells how much it is.
 
         Args:

@@ -53,7 +53,9 @@ class TritonAdafactor(TritonStepper):
 
     def fill_addresses(self, rows: np.ndarray, states: States) -> None:
         shapes = self._shapes
-        row, col, rms = (address_column([s.get(name) for s in states]) for name in ("exp_avg_sq_row", "exp_avg_sq_col", "RMS"))
+        row, col, rms = (
+            address_column([s.get(name) for s in states]) for name in ("exp_avg_sq_row", "exp_avg_sq_col", "RMS")
+        )
         elementwise, is_vector = self._rows.addresses, shapes.kind == VECTOR.value
         # Every row of a matrix begins at a multiple of 16 bytes if the first does and its length is a multiple of 16.
         length = np.where(is_vector, shapes.numel, shapes.width)
