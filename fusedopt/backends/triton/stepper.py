@@ -113,7 +113,7 @@ class TritonStepper:
     def _filled_rows(
         self, param_sets: Sequence[ParamSet], params: list[Tensor], states: States, tensors: object | None = None
     ) -> np.ndarray:
-        """Returns the rows of a step; `tensors` as in `StepArgs`: with those of the last step, only addresses change."""
+        """Returns the rows of a step; with the `tensors` of the last one, see `StepArgs`, only addresses change."""
         known = tensors is not None and tensors is self._tensors
         self._tensors = None
         if known and self._rows.follow(gradients(param_sets)):
