@@ -260,7 +260,7 @@ class Adafactor(FusedOptimizer):
 
 def rate_on_device(hyper: AdafactorHyper, step: Tensor, rms: Tensor, before: float) -> Tensor:
     """The rate of update number `step` as a 0-d tensor, `before` if it is 0. Waits for no device."""
-    rate = hyper.rate(step, rms, torch.sqrt, torch.minimum, fmax)
+    rate = hyper.rate(step, rms.double(), torch.sqrt, torch.minimum, fmax)
     rate = torch.as_tensor(rate, dtype=torch.float32, device=step.device)
     return torch.where(step > 0.0, rate.reshape(()), before)
 

@@ -24,6 +24,9 @@ if not GPU:
 
 collect_ignore = ["ptx"]  # a session of its own, without the interpreter: `make test-ptx`
 
+if GPU:
+    collect_ignore += ["test_fuzz.py", "test_sharding.py"]  # models on the CPU, and processes in the interpreter
+
 if importlib.util.find_spec("triton") is None:  # as on macOS and Windows
     collect_ignore_glob = [
         "compiled_*.py",
@@ -134,16 +137,12 @@ def takes_long(item: pytest.Item) -> bool:
     return "of_four_processes" in item.fixturenames or ("triton" in words and again)
 
 
-def belongs_elsewhere(item: pytest.Item) -> bool:
-    """True if a test needs a GPU and there is none, or has processes that run in the interpreter, whatever there is."""
-    return "of_four_processes" in item.fixturenames if GPU else item.get_closest_marker("gpu") is not None
-
-
 def pytest_collection_modifyitems(config, items):
-    if not GPU:
-        for item in filter(takes_long, items):
-            item.add_marker(pytest.mark.slow)
-    elsewhere = [item for item in items if belongs_elsewhere(item)]
-    if elsewhere:
-        config.hook.pytest_deselected(items=elsewhere)
-        items[:] = [item for item in items if not belongs_elsewhere(item)]
+    if GPU:
+        return
+    for item in filter(takes_long, items):
+        item.add_marker(pytest.mark.slow)
+    needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if needs_gpu:
+        config.hook.pytest_deselected(items=needs_gpu)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]

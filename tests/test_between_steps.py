@@ -104,7 +104,7 @@ EDITS = {
     "a moment is missing": (lambda state: state.pop("exp_avg"), "the state exp_avg .* is missing, expected one"),
     "a moment of another shape": (broken("exp_avg", torch.zeros(2)), r"the state exp_avg .* is of shape \(2,\)"),
     "a moment of integers": (broken("exp_avg", torch.zeros(3, dtype=torch.int64)), "torch.int64"),
-    "a moment without data": (broken("exp_avg", torch.zeros(3, device="meta")), "on meta, expected one on cpu"),
+    "a moment without data": (broken("exp_avg", torch.zeros(3, device="meta")), "on meta, expected one on (cpu|cuda)"),
     "a number": (broken("exp_avg", 0.0), "the state exp_avg .* is 0.0, expected one of shape"),
     "no count": (lambda state: state.pop("step"), "the state step .* is missing: it must be a 0-d float64"),
     "a count that is an int": (broken("step", 3), "the state step .* is 3: it must be a 0-d float64"),

@@ -91,6 +91,8 @@ def test_a_bad_gradient_anywhere_skips_the_step_as_a_whole(maker, backend, bad):
 @pytest.mark.parametrize("unscale", [False, True], ids=["step", "unscale_ first"])
 def test_grad_scaler(maker, backend, unscale):
     ours, theirs = parameters(maker), parameters(maker)
+    if ours[0].is_cuda and ours[0].dtype is torch.bfloat16:
+        pytest.skip("torch's scaler takes no gradients in bfloat16 on a GPU")
     a, b = MAKERS[maker](ours, backend=backend), MAKERS[maker](theirs, backend="eager")
     scaler = torch.amp.GradScaler(torch.get_default_device().type, init_scale=1024.0, growth_interval=2)
     for seed in range(4):

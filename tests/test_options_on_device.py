@@ -270,12 +270,12 @@ def test_a_config_has_the_shortest_decimals_that_give_the_tensor_back(dtype, val
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_tensor_for_both_betas_stays_one(backend):
     beta = torch.tensor(0.9)
-    params = parameters()
+    params = parameters(beta.device)
     optimizer = AdamW([{"params": [p]} for p in params], lr=0.1, betas=(beta, beta), backend=backend)
     for first, second in (group["betas"] for group in optimizer.param_groups):
         assert first is second
     assert optimizer.param_groups[0]["betas"][0] is beta is not optimizer.param_groups[1]["betas"][0]
-    twins = parameters()
+    twins = parameters(beta.device)
     plain = AdamW([{"params": [p]} for p in twins], lr=0.1, betas=(beta.item(),) * 2, backend=backend)
     for number, value in enumerate((0.9, 0.5, 0.75)):
         for group, twin in zip(optimizer.param_groups, plain.param_groups):

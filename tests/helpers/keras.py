@@ -76,7 +76,7 @@ class KerasCase(Case):
             if "sparse_indices" in self.raw:
                 grads = torch.stack(
                     [
-                        torch.zeros_like(init).index_add(0, torch.tensor(rows), g[: len(rows)])
+                        torch.zeros_like(init).index_add(0, torch.tensor(rows, device="cpu"), g[: len(rows)])
                         for g, rows in zip(grads, self.raw["sparse_indices"])
                     ]
                 )
