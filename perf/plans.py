@@ -125,16 +125,17 @@ _FASTER_CAPTURED = Goal("torch fused, captured", 1.0, ours="fusedopt, captured")
 _MUCH_FASTER = Goal(_FUSED, 1.3, clock="device")
 _FASTER_HOST = Goal(_FUSED, 1.0, clock="host")
 _SHARE = Goal(COPY, 0.9, clock="device")
+_SHARE_AT_1G = _SHARE._replace(headline="AdamW of 1.1 G parameters in float32")
+_SHARE_AT_7B = _SHARE._replace(headline="AdamW of Llama-2 7B in bfloat16")
+_SHARE_OF_ADAFACTOR = _SHARE._replace(headline="Adafactor of 1.1 G parameters in float32")
 _AS_A_PLAIN_STEP = Goal("fusedopt", 1.05, "time", clock="device", ours=_TRACKED)
 _STATISTICS = (Goal("fusedopt", 1.6, "time", ours=_TRACKED), Goal(WITH_STATISTICS, 1.5, ours=_TRACKED))
 _MASTER_WEIGHTS = (Goal(FLOAT32_COPY, 1.0, "time", ours=_MASTER),)
 _AS_FAST = "as fast as the loop of transformers 4.34:"
 _CLIPPED_AS_FAST = "as fast as `clip_grad_norm_` and fused AdamW: AdamW with `max_grad_norm=`, not exceeded"
 
-_FASTER_AT_1G = "as fast as torch's fused AdamW: AdamW of 1.1 G parameters in float32"
-_FASTER_AT_7B = "as fast as torch's fused AdamW: AdamW of Llama-2 7B in bfloat16"
-_ADAFACTOR_AT_1G = f"{_AS_FAST} Adafactor of 1.1 G parameters"
-_ADAMW_OF_GPT2 = f"{_AS_FAST} AdamW of GPT-2 124M"
+_FASTER_AT_7B = _FASTER._replace(headline="as fast as torch's fused AdamW: AdamW of Llama-2 7B in bfloat16")
+_AS_THE_LOOP_AT_1G = Goal(LOOP, 5.0, headline=f"{_AS_FAST} Adafactor of 1.1 G parameters in float32")
 
 _BLOCKS = (
     ("fusedopt_kernels.elementwise.BLOCK", (1024, 2048, 4096, 8192)),
@@ -165,18 +166,18 @@ PLANS: dict[str, tuple[Comparison, ...]] = {
         Comparison("matrices_50m", CLIPPED, 0.1, _FOR_CLIPPING, (Goal(_CLIP_FUSED, 1.1),)),
     ),
     "cuda": (
-        Comparison("gpt2", "adamw", 0.15, goals=(_FASTER, _FASTER_CAPTURED, Goal(LOOP, 1.0, headline=_ADAMW_OF_GPT2))),
+        Comparison("gpt2", "adamw", 0.15, goals=(_FASTER, _FASTER_CAPTURED)),
         Comparison(
             *("llama_1g", "adamw", 0.15),
-            goals=(_SHARE, _FASTER._replace(headline=_FASTER_AT_1G), _FASTER_CAPTURED, _AS_A_PLAIN_STEP),
+            goals=(_SHARE_AT_1G, _FASTER, _FASTER_CAPTURED, _AS_A_PLAIN_STEP),
         ),
         Comparison(
             *("llama2_7b", "adamw", 0.15, _IN_BFLOAT16),
-            goals=(_SHARE, _FASTER._replace(headline=_FASTER_AT_7B), _FASTER_CAPTURED, _MUCH_FASTER, _AS_A_PLAIN_STEP),
+            goals=(_SHARE_AT_7B, _FASTER_AT_7B, _FASTER_CAPTURED, _MUCH_FASTER, _AS_A_PLAIN_STEP),
         ),
         Comparison("tiny_2000", "adamw", 0.1, _FOR_HOSTS_AND_GRAPHS, (_FASTER, _FASTER_CAPTURED, _FASTER_HOST)),
         Comparison("tiny_300", "adamw", 0.05, _FOR_HOSTS_AND_GRAPHS, (_FASTER_CAPTURED, _FASTER_HOST)),
-        Comparison("llama_1g", "adafactor", 0.1, goals=(Goal(LOOP, 5.0, headline=_ADAFACTOR_AT_1G), _SHARE)),
+        Comparison("llama_1g", "adafactor", 0.1, goals=(_SHARE_OF_ADAFACTOR, _AS_THE_LOOP_AT_1G)),
         Comparison("gpt2", "adafactor", 0.1, goals=(Goal(LOOP, 10.0),)),
         Comparison("gpt2", BELOW, 0.05, goals=(Goal(_CLIP_FUSED, 1.2),)),
         Comparison("llama_1g", BELOW, 0.05, (*_FOR_CLIPPING, "fusedopt, captured"), (_SHARE, Goal(_CLIP_FUSED, 1.2))),

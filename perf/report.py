@@ -152,15 +152,17 @@ def shares_table(run: Run, markdown: bool = False) -> str:
     """
     rows = []
     for (workload, _), group in run.comparisons.items():
-        shares = {
-            r["provider"].removeprefix("clip_grad_norm_ + "): f"{floor / r['device_ms']['median']:.1%}"
-            for r in group
-            if "device_ms" in r and "sweep" not in r and (floor := _roofline(r, run))
-        }
-        if shares:
+        if shares := _shares(group, run):
             what = {"update": group[0]["rule"], "parameters": f"{workload.partition(':')[0]}, {group[0]['dtype']}"}
-            rows.append(what | {name: shares.get(name, "") for name in SHARED})
+            rows.append(what | {name: f"{shares[name]:.1%}" if name in shares else "" for name in SHARED})
     return table(rows, markdown)
+
+
+def _shares(group: Sequence[Record], run: Run) -> dict[str, float]:
+    """Returns the share of each provider of one comparison; none of small tensors, whose time is the host's."""
+    measured = [r for r in group if "device_ms" in r and "sweep" not in r]
+    floors = [(r, floor) for r in measured if (floor := _roofline(r, run))]
+    return {r["provider"].removeprefix("clip_grad_norm_ + "): floor / r["device_ms"]["median"] for r, floor in floors}
 
 
 def goals_table(outcomes: Sequence[plans.Outcome], markdown: bool = False) -> str:
@@ -183,6 +185,8 @@ def headlines(outcomes: Iterable[plans.Outcome]) -> str:
     for _, goal, verdict, value, low, high, _ in outcomes:
         if goal.headline and value is None:
             lines.append(f"- ? {goal.headline}: {verdict}")
+        elif goal.headline and goal.theirs == COPY:
+            lines.append(f"- **{value:.1%}** of a copy's bandwidth: {goal.headline}")
         elif goal.headline:
             lines.append(f"- **{value:.2f} times** {goal.headline} ({low:.2f} to {high:.2f})")
     return "\n".join(lines)
@@ -243,7 +247,8 @@ def between_marks(document: str, run: Run) -> str:
 def filled(document: str, name: str, *parts: str) -> str:
     """Returns the document with these parts between the marks of that name."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    text, found = re.subn(f"(?s){begin}.*?{end}", lambda _: "\n\n".join([begin, *parts, end]), document, count=1)
+    shown = "\n\n".join([begin, *filter(None, parts), end])
+    text, found = re.subn(f"(?s){begin}.*?{end}", lambda _: shown, document, count=1)
     if not found:
         raise ValueError(f"the document needs the marks {begin} and {end}")
     return text
@@ -258,14 +263,23 @@ class Panel(NamedTuple):
 
 
 def steps_picture(run: Run, limit: int = 4) -> Figure:
-    """Draws step times, a panel per comparison of AdamW and Adafactor."""
+    """Draws step times, a panel per comparison of AdamW and Adafactor; on a GPU, shares of a copy's bandwidth."""
     panels = []
+    on_gpu = run.device == "cuda"
     for (workload, rule), group in run.comparisons.items():
-        if rule in ("adamw", "adafactor") and (measured := _fastest_first(group)):
-            r = measured[0]
-            title = f"{rule}: {workload}, {r['params'] / 1e6:,.3g} M {r['dtype']} in {r['tensors']:,} tensors"
+        r = group[0]
+        title = f"{rule}: {workload}, {_number(r['params'])} {r['dtype']} in {r['tensors']:,} tensors"
+        if on_gpu and (shares := _shares(group, run)):
+            best = sorted(((share, name) for name, share in shares.items() if name in SHARED), reverse=True)
+            panels.append(Panel(title, {name: [100 * share] for share, name in best}, 100.0))
+        elif not on_gpu and rule in ("adamw", "adafactor") and (measured := _fastest_first(group)):
             panels.append(Panel(title, {r["provider"]: [_median_ms(r)] for r in measured}, _roofline(r, run)))
-    return bars_picture(panels[:limit], "ms per step", note=run.machine)
+    xlabel = "% of a copy's bandwidth, by the time of the device" if on_gpu else "ms per step"
+    return bars_picture(panels[:limit], xlabel, note=run.machine)
+
+
+def _number(params: int) -> str:
+    return f"{params / 1e9:.2g} G" if params >= 1e9 else f"{params / 1e6:.3g} M"
 
 
 def bars_picture(
@@ -284,7 +298,8 @@ def bars_picture(
             who = [OURS if name.startswith("fusedopt") else OTHERS for name in bars]
             drawn = ax.barh(list(bars), length, left=begin, color=_STACK[index] if part else who, label=part)
         labels = [f"{total:,.0f}" if total >= 100 else f"{total:.3g}" for total in totals]
-        ax.bar_label(drawn, labels, padding=4, fontsize=9, color=INK)
+        behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # a number may lie across the roofline
+        ax.bar_label(drawn, labels, padding=4, fontsize=9, color=INK, zorder=5, bbox=behind)
         ax.set_ylim(len(bars) - 0.1, -0.6)  # from above; below the last bar there is room for a word
         ax.set_xlim(0, 1.15 * max(totals))
         _dress(ax, title, xlabel, "x")

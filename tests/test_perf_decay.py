@@ -82,13 +82,13 @@ def test_who_does_not_run_is_in_the_table_with_the_reason():
 
 @pytest.mark.parametrize("name", ["README.md", "docs/low-precision.md"])
 def test_the_documented_table_is_that_of_the_committed_run(name):
-    run = Run(results.read(results.COMMITTED / "cpu" / "low_precision.jsonl"))
+    run = Run(results.read(results.COMMITTED / "h100" / "low_precision.jsonl"))
     document = (ROOT / name).read_text()
     assert report.between_marks(document, run) == document, "run the command that stands below the table"
 
 
 def test_the_committed_run_has_every_row():
-    run = Run(results.read(results.COMMITTED / "cpu" / "low_precision.jsonl"))
+    run = Run(results.read(results.COMMITTED / "h100" / "low_precision.jsonl"))
     assert [(r["optimizer"], r["provider"]) for r in run.of("decay")] == [(r.optimizer, r.provider.name) for r in ROWS]
     ours = [r for r in run.of("decay") if r["provider"].startswith("fusedopt")]
     assert [abs(r["left"] - r["right"]) < 1e-3 for r in ours] == ["nearest" not in r["provider"] for r in ours]
