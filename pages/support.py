@@ -7,9 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from perf import results
+
 ROOT = Path(__file__).parent.parent
 OPTIMIZERS = ("AdamW", "AdamWeightDecay", "Adafactor", "Lion")
 NOT_RUN = "not run"
+
+ON_A_GPU = "gpu:"
+"""Before the ids of tests that ran on a GPU machine, as `perf.evidence` has recorded it."""
+
+_FILES_OF_PARTS = {"tests that need a GPU": "test_gpu.py", "NCCL on one process": "test_one_process.py"}
+"""Parts of `perf.evidence`, and a file all of whose tests have passed where the part is done."""
 
 
 class Row(NamedTuple):
@@ -168,13 +176,19 @@ SECTIONS: Mapping[str, Sequence[Row]] = {
             "with `clipvalue`, `clipnorm`, `global_clipnorm`",
             {"AdamWeightDecay": (f"{_SHARDED}four_processes_have_the_numbers_of_one[@-*clip*",)},
         ),
-        Row("NCCL", {}),
+        Row(
+            "NCCL on a GPU, one process",
+            {
+                name: (f"{ON_A_GPU}test_one_process.py::test_a_sharded_model_of_one_process_trains_like_a_whole_one",)
+                for name in ("AdamW", "Adafactor", "Lion")
+            },
+        ),
     ),
     "CUDA graphs": (
         Row("capture and replay, with stand-in graphs on a CPU", _CAPTURED),
         Row(
             "capture and replay on a GPU",
-            {"AdamW": ("test_gpu.py::test_capture_eager_step_with_other_gradients_replay",)},
+            (f"{ON_A_GPU}test_gpu.py::test_capture_eager_step_with_other_gradients_replay",),
         ),
     ),
     "torch.compile": (
@@ -233,17 +247,19 @@ SECTIONS: Mapping[str, Sequence[Row]] = {
         Row("Lightning in 16 bits", (f"{_LIGHTNING}lightning_in_16_bits_does_what_a_plain_loop_does[@*",)),
     ),
     "On a GPU": (
-        Row("the kernels", {name: ("test_gpu.py::test_a_gpu_gets_the_kernels",) for name in OPTIMIZERS}),
-        Row("a step waits for nothing", {"AdamW": ("test_gpu.py::test_a_step_waits_for_nothing*",)}),
+        Row("the kernels", {"AdamW": (f"{ON_A_GPU}test_gpu.py::test_a_gpu_gets_the_kernels",)}),
+        Row("a step waits for nothing", (f"{ON_A_GPU}test_gpu.py::test_a_step_waits_for_nothing",)),
+        Row("fifty replays equal fifty steps", (f"{ON_A_GPU}test_gpu.py::test_fifty_replays_under_a_schedule*",)),
+        Row("steps on changing streams", (f"{ON_A_GPU}test_gpu.py::test_steps_on_changing_streams",)),
     ),
 }
-"""Tests marked `gpu` are deselected where there is no GPU, so their cells say "not run" there."""
+"""Tests marked `gpu` are deselected where there is no GPU: their cells are of the committed runs on GPUs."""
 
 
 def files() -> list[str]:
     """Returns the test files that the rows name."""
     every = (p for rows in SECTIONS.values() for row in rows for name in OPTIMIZERS for p in row.patterns(name))
-    return sorted({pattern.partition("::")[0] for pattern in every})
+    return sorted({pattern.partition("::")[0] for pattern in every if not pattern.startswith(ON_A_GPU)})
 
 
 def collect() -> list[str]:
@@ -253,7 +269,17 @@ def collect() -> list[str]:
     done = subprocess.run([*command, *paths], cwd=ROOT, capture_output=True, text=True, timeout=600)
     if done.returncode:
         raise RuntimeError(f"the tests cannot be collected: {done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return [line.removeprefix("tests/") for line in done.stdout.splitlines() if "::" in line]
+    return [line.removeprefix("tests/") for line in done.stdout.splitlines() if "::" in line] + passed_on_a_gpu()
+
+
+def passed_on_a_gpu() -> list[str]:
+    """Returns the tests, without parameters, of the parts in which none failed when a GPU machine was last at hand."""
+    runs = [results.read(path) for path in results.COMMITTED.glob("*/parts.jsonl")]
+    done = {record["part"] for run in runs for record in run if record["outcome"] == "done"}
+    names = {name: (ROOT / "tests" / name).read_text() for part, name in _FILES_OF_PARTS.items() if part in done}
+    return [
+        f"{ON_A_GPU}{name}::{test}" for name, text in names.items() for test in re.findall(r"(?m)^def (test_\w+)", text)
+    ]
 
 
 def _found(pattern: str, optimizer: str, ids: Sequence[str]) -> list[str]:
@@ -288,7 +314,7 @@ def table(ids: Sequence[str]) -> str:
 
 def _listed(functions: Sequence[str]) -> str:
     """Returns the subjects of the files, each once, with the test's name where there is only one."""
-    files = dict.fromkeys(test.partition(".py::")[0].removeprefix("test_") for test in functions)
+    files = dict.fromkeys(test.removeprefix(ON_A_GPU).partition(".py::")[0].removeprefix("test_") for test in functions)
     listed = ", ".join(f"`{name}`" for name in files)
     if len(functions) == 1:
         name = functions[0].partition("::")[2].removeprefix("test_").replace("_", " ")

@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 import pytest
 from fuzz import drawn, formulas
-from fuzz.bounds import FLOAT64, Bound
+from fuzz.bounds import FLOAT32, FLOAT64, Bound
 from fuzz.machine import machine
 from fuzz.watch import Enough, Watch
 from helpers.optimizers import NEEDS_TRITON
@@ -97,6 +97,15 @@ def test_norms_of_the_reference_end_where_float64_squares_do():
         value, error = norm(size, size)
         assert error >= value and error < 1e-161
     assert norm(0.0, 0.0) == (0.0, 0.0)
+
+
+def test_the_reference_clips_by_a_number_of_the_gradients_dtype():
+    """0.001 is none of float32; gradients within the limit stay as exact as they were."""
+    for kind, clamped in ((FLOAT32, float(np.float32(0.001))), (FLOAT64, 0.001)):
+        gradient = Bound.of(np.array([math.inf, -1.0, 1e-4]), kind)
+        (clipped,) = formulas.keras_clipped([gradient], {"clipvalue": 0.001, "clipnorm": None, "global_clipnorm": None})
+        assert (abs(clipped.value - [clamped, -clamped, 1e-4]) <= clipped.error).all()
+        assert clipped.error[2] == 0.0 and (clipped.error < 8.0 * 0.001 * kind.unit).all()
 
 
 def test_the_reference_does_not_guess_beside_a_limit():

@@ -132,9 +132,15 @@ def keras_clipped(grads: list[Bound], clipping: Mapping[str, float | None]) -> l
             return [g * Bound.of(np.nan, FLOAT64, 0.0 if sure else np.inf) for g in gs]
         return [g * (scalar(bound) / norm.maximum(max(bound, 1e-300))) for g in gs]
 
+    def by_value(g: Bound, value: float) -> Bound:
+        bound = Bound.of(value, g.kind) * 1.0  # which has to be a number of the gradient's dtype
+        clipped = g.minimum(bound).maximum(-bound)
+        within = abs(g.value) + g.error < bound.value - bound.error
+        return Bound(clipped.value, np.where(within, g.error, clipped.error), g.kind)
+
     value, each, together = (clipping[name] for name in ("clipvalue", "clipnorm", "global_clipnorm"))
     if value is not None:
-        grads = [g.minimum(value).maximum(-value) for g in grads]
+        grads = [by_value(g, value) for g in grads]
     if each is not None:
         grads = [one for g in grads for one in by_norm([g], each)]
     return grads if together is None else by_norm(grads, together)
