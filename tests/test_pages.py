@@ -9,6 +9,7 @@ import pytest
 from fusedopt import public
 from pages import __main__ as pages
 from pages import drawing, errors, site, support
+from perf import results
 
 ROOT = Path(__file__).parent.parent
 NAV = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2].partition("\nnot_in_nav")[0]
@@ -73,6 +74,16 @@ def test_a_cell_without_a_test_says_that_it_was_not_run():
     assert shown == [True, True, False, False]
 
 
+def test_cells_of_a_gpu_are_those_of_a_run_without_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "COMMITTED", tmp_path)
+    assert support.passed_on_a_gpu() == []
+    for gpu, outcome in (("one", "failed with exit code 1"), ("another", "done")):
+        results.append(tmp_path / gpu / "parts.jsonl", [{"part": "NCCL on one process", "outcome": outcome}])
+    passed = support.passed_on_a_gpu()
+    assert "gpu:test_one_process.py::test_objects_go_through_the_group" in passed
+    assert all(test.startswith("gpu:test_one_process.py::test_") for test in passed)
+
+
 @pytest.mark.parametrize("name", support.files())
 def test_a_file_of_the_matrix_exists(name):
     assert (ROOT / "tests" / name).exists()
@@ -83,7 +94,7 @@ def test_the_functions_that_a_row_names_exist(row):
     """The ids of their parameters are held by the page itself, in `test_a_part_is_what_the_code_says`."""
     for optimizer in support.OPTIMIZERS:
         for pattern in row.patterns(optimizer):
-            file, _, function = pattern.partition("::")
+            file, _, function = pattern.removeprefix(support.ON_A_GPU).partition("::")
             wanted = re.compile(f"def {re.escape(function.partition('[')[0]).replace(chr(92) + '*', '.*')}")
             assert wanted.search((ROOT / "tests" / file).read_text()), pattern
 
