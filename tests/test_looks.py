@@ -86,18 +86,42 @@ def test_a_torch_that_cannot_compare_is_not_asked(monkeypatch):
     assert not Looks().learn([torch.zeros(3)])
 
 
-def test_what_changes_at_every_step_is_seldom_learnt():
-    known, tries = Looks(), []
-    for step in range(300):
-        if known.learn([torch.zeros(3)]):
-            tries.append(step)
-            known.miss()
-    assert tries == [0, 1, 3, 7, 15, 31, 63, 127, 191, 255]
-    while not known.learn([torch.zeros(3)]):
+SELDOM = [0, 1, 3, 7, 15, 31, 63, 127, 191, 255]
+
+
+def tries(known, tensors, hits=0):
+    """At which of 300 tries it learns something, if it misses after so many hits each time."""
+    found = []
+    for number in range(300):
+        if known.due():
+            found.append(number)
+            if known.learn(tensors):
+                assert all(known.same(tensors) for _ in range(hits))
+                known.miss()
+    return found
+
+
+def test_what_changes_too_often_is_seldom_learnt():
+    known = Looks()
+    assert tries(known, [torch.zeros(3)]) == SELDOM
+    while not known.due():
         pass
-    assert known.same([torch.zeros(3)])
-    known.miss()
     assert known.learn([torch.zeros(3)])
+    assert all(known.same([torch.zeros(3)]) for _ in range(4))
+    known.miss()
+    assert known.due()
+
+
+@pytest.mark.parametrize("hits", [1, 3])
+def test_what_changes_before_learning_has_paid_is_seldom_learnt(hits):
+    assert tries(Looks(), [torch.zeros(3)], hits) == SELDOM
+    assert tries(Looks(), [torch.zeros(3)], 4) == list(range(300))
+
+
+@pytest.mark.parametrize("other", ["a subclass", "the same"])
+def test_what_cannot_be_learnt_is_seldom_tried(other):
+    t = torch.zeros(3)
+    assert tries(Looks(), [t, t] if other == "the same" else [OTHERS[other]()]) == SELDOM
 
 
 # Steps.
@@ -336,6 +360,21 @@ def test_a_frozen_half_is_recognised(name, monkeypatch):
         model(torch.ones(2, 4)).sum().backward()
         optimizer.step()
     assert found == [False] * 3 + [True] * 3
+
+
+@pytest.mark.parametrize("how", ["alternate", "shared", "a subclass"])
+def test_a_loop_that_is_never_recognised_seldom_gathers_what_there_is(how, monkeypatch):
+    gathered = []
+    everything = States._all_of
+    monkeypatch.setattr(States, "_all_of", lambda *args: gathered.append(1) or everything(*args))
+    p, q = weight(3), weight(3)
+    if how == "a subclass":
+        p.__class__ = type("Other", (torch.nn.Parameter,), {})
+    optimizer = AdamW([p, q])
+    for step in range(100):
+        g = torch.ones(3, dtype=torch.bfloat16 if how == "alternate" and step % 2 else torch.float32)
+        optimizer.apply_gradients([(g, p), (g if how == "shared" else g.clone(), q)])
+    assert 0 < len(gathered) <= 16
 
 
 def followed_rows(monkeypatch):

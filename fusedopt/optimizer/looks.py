@@ -9,7 +9,10 @@ from torch import Tensor
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 _LONGEST_PAUSE = 6
-"""Its binary logarithm. To learn takes several times as long as to compare."""
+"""Its binary logarithm."""
+
+_PAYS = 4
+"""How many steps must be recognised until they have saved more time than it takes to learn."""
 
 
 def _look_of(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
@@ -37,35 +40,39 @@ class Looks:
     Only `Tensor` and `Parameter` themselves are remembered, none of their subclasses. So where this is true, whatever
     depends on none but these properties is true of the others, too. They may lie elsewhere in memory.
 
-    It is true if there is something to compare with: where tensors change with every step it soon gives up for a while,
-    for 1, 3, 7... and at most 63 steps.
+    It is true if there is something to compare with: where tensors change too often for learning to pay, or cannot be
+    remembered, it soon gives up for a while, for 1, 3, 7... and at most 63 steps.
     """
 
     def __init__(self) -> None:
         self._same: Callable[..., bool] | None = None
-        self._misses = self._pause = 0
+        self._hits = self._misses = self._pause = 0
 
     def __bool__(self) -> bool:
         return self._same is not None
 
-    def learn(self, tensors: Sequence[Tensor]) -> bool:
-        """Remembers what these look like; returns False where that cannot be, or is not worth it."""
-        self._same = None
+    def due(self) -> bool:
+        """True if it is worth while to learn at this step; to be asked once per step."""
         if self._pause:
             self._pause -= 1
-        elif _PLAIN.issuperset(map(type, tensors)):
-            self._same = _look_of(tensors)
+            return False
+        return True
+
+    def learn(self, tensors: Sequence[Tensor]) -> bool:
+        """Remembers what these look like; returns False where that cannot be, which is a miss."""
+        self._same = _look_of(tensors) if _PLAIN.issuperset(map(type, tensors)) else None
+        if self._same is None:
+            self.miss()
         return self._same is not None
 
     def same(self, tensors: Sequence[Tensor]) -> bool:
         """True if these, which must be as many, look like those that were learnt."""
         same = self._same is not None and self._same(*tensors)
-        if same:
-            self._misses = 0
+        self._hits += same
         return same
 
     def miss(self) -> None:
         """Forgets everything: the step has something else."""
         self._same = None
-        self._misses = min(self._misses + 1, _LONGEST_PAUSE + 1)
-        self._pause = (1 << self._misses - 1) - 1
+        self._misses = 1 if self._hits >= _PAYS else min(self._misses + 1, _LONGEST_PAUSE + 1)
+        self._hits, self._pause = 0, (1 << self._misses - 1) - 1

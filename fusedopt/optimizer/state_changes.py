@@ -98,7 +98,8 @@ class States:
 
         Sharded and lazy parameters are not recognised: they are of types that `Looks` does not remember.
         """
-        if self._as_before and self._settled and not self.missing and not self.some_without_data:
+        fit = self._as_before and self._settled and not self.missing and not self.some_without_data
+        if fit and self._looks.due():
             self._recognised, tensors, _ = self._all_of(optimizer, groups, grads)
             self.tensors = object() if self._looks.learn(tensors) else None
 
@@ -111,9 +112,10 @@ class States:
         states = states_of(optimizer, params)
         flat = [g for row in grads for g in row if g is not None]
         without = None if len(flat) == len(params) else [[g is None for g in row] for row in grads]
+        values = chain.from_iterable(map(dict.values, states))
+        tensors = [*params, *flat, *values]
         names = list(chain.from_iterable(states)), list(map(len, states))
-        now = ids, without, names, _state_options(optimizer, groups)
-        return now, [*params, *flat, *chain.from_iterable(map(dict.values, states))], states
+        return (ids, without, names, _state_options(optimizer, groups)), tensors, states
 
     def check(
         self,
