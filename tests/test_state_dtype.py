@@ -312,3 +312,21 @@ def test_both_backends_round_moments_to_the_same_bits(dtype, device):
             step(optimizer, [g.to(where) for g in normal(shapes, number, dtype)])
         results.append([{k: v for k, v in s.items() if k != "param"} for s in outcome(optimizer)])
     assert_same(*results)
+
+
+@pytest.mark.parametrize("shape", [(7,), (190, 200)], ids=["small", "in tiles"])
+@pytest.mark.parametrize("name", ["AdamW", "Adafactor", "Lion"])
+def test_an_update_of_float64_is_not_rounded_as_its_averages_are(name, shape):
+    """Averages are kept in float32; what a step makes of the gradient reaches the parameter in float64."""
+    moved = []
+    for dtype in (None, torch.float32):
+        generator = torch.Generator().manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64))
+        p.grad = torch.randn(shape, generator=generator, dtype=torch.float64)
+        before = p.detach().clone()
+        options = {"beta1": 0.9} if name == "Adafactor" else {}
+        optimizer = OPTIMIZERS[name].at(0.01, [p], state_dtype=dtype, backend="eager", **options)
+        optimizer.step()
+        assert optimizer.state[p]["exp_avg"].dtype == (dtype or torch.float64)
+        moved.append(p.detach() - before)
+    assert_near(*moved, rtol=1e-11, atol=1e-16)

@@ -184,7 +184,10 @@ def tiled_update(bucket: Bucket, which: int) -> Iterable[Part]:
             if averages is None or hyper.beta1 is None:
                 change = u.mul_(rows[i])
             else:
-                change = averages[i].mul_(hyper.beta1).addcmul_(u, rows[i], value=1.0 - hyper.beta1)
+                change = averages[i].to(tiles.dtype)  # a copy if it has another dtype, whose rounding is the state's
+                change.mul_(hyper.beta1).addcmul_(u, rows[i], value=1.0 - hyper.beta1)
+                if change is not averages[i]:
+                    averages[i].copy_(change)
             wide_p.sub_(torch.add(change, wide_p, alpha=rate * hyper.weight_decay, out=u))
 
     def write_tile(i: int) -> None:
