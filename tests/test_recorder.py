@@ -284,5 +284,5 @@ def test_an_empty_record_and_a_negative_start_are_refused() -> None:
     with pytest.raises(ValueError, match="first_step must be a whole number >= 0, got -1"):
         LRRecorder(sgd(), first_step=-1)
     for wrong in (math.inf, math.nan, 10**400):
-        with pytest.raises(ValueError, match="first_step must be a (finite number, got|number .* got a larger one)"):
+        with pytest.raises(ValueError, match=r"first_step must be a (finite number, got|number .* got a larger one)"):
             LRRecorder(sgd(), first_step=wrong)
