@@ -1,6 +1,6 @@
 """What tensors look like, all of them compared in one call."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,11 @@ _LONGEST_PAUSE = 6
 
 _PAYS = 4
 """How many steps must be recognised until they have saved more time than it takes to learn."""
+
+
+def are_plain(tensors: Iterable[Tensor]) -> bool:
+    """True if what these look like can be remembered, for all that their types say."""
+    return _PLAIN.issuperset(map(type, tensors))
 
 
 def _look_of(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
@@ -60,7 +65,7 @@ class Looks:
 
     def learn(self, tensors: Sequence[Tensor]) -> bool:
         """Remembers what these look like; returns False where that cannot be, which is a miss."""
-        self._same = _look_of(tensors) if _PLAIN.issuperset(map(type, tensors)) else None
+        self._same = _look_of(tensors) if are_plain(tensors) else None
         if self._same is None:
             self.miss()
         return self._same is not None

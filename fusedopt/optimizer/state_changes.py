@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedopt import checks
-from fusedopt.optimizer.looks import Looks
+from fusedopt.optimizer.looks import Looks, are_plain
 from fusedopt.optimizer.state import settle_states
 from fusedopt.optimizer.state_check import all_fit
 from fusedopt.without_data import has_data, is_lazy
@@ -60,7 +60,7 @@ class States:
         self._looks = Looks()
         self._recognised: tuple[Any, ...] | None = None
         self._all_devices: list[torch.device] = []
-        self._in_inference_mode = self._settled = self._as_before = False
+        self._in_inference_mode = self._settled = self._as_before = self._plain = False
         self._params: list[list[int]] = []
         self._seen: tuple[Any, ...] | None = None  # what was found right
         # Weak references: deleting a state frees its memory at once, not after the next step.
@@ -98,7 +98,7 @@ class States:
 
         Sharded and lazy parameters are not recognised: they are of types that `Looks` does not remember.
         """
-        fit = self._as_before and self._settled and not self.missing and not self.some_without_data
+        fit = self._plain and self._as_before and self._settled and not self.missing and not self.some_without_data
         if fit and self._looks.due():
             self._recognised, tensors, _ = self._all_of(optimizer, groups, grads)
             self.tensors = object() if self._looks.learn(tensors) else None
@@ -154,7 +154,7 @@ class States:
         self._as_before = not self.regrouped and now == self._seen and self._are_the_same(values)
         if self._as_before:
             return
-        self._seen, self._settled = None, False
+        self._seen, self._settled, self._plain = None, False, are_plain(params)
         if self.regrouped:
             checks.no_parameter_twice(groups)
         fit = all_fit(optimizer, groups, grads)
