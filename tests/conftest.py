@@ -38,6 +38,13 @@ if importlib.util.find_spec("triton") is None:  # as on macOS and Windows
         "test_gpu.py",
     ]
 
+if importlib.util.find_spec("hypothesis"):  # GPU tests run without it, too
+    from hypothesis import HealthCheck, settings
+
+    # The same examples in every run, however slow the machine; other ones are for `make fuzz`.
+    settings.register_profile("suite", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("suite")
+
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:

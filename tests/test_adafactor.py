@@ -258,7 +258,7 @@ small_shapes = st.lists(st.integers(1, 9), max_size=3).map(tuple)
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(
     st.lists(st.tuples(small_shapes, st.sampled_from(FLOATS)), min_size=2, max_size=6),
     st.integers(1, 4),

@@ -175,7 +175,7 @@ def problems(draw):
     return shapes, dtypes, permute, absent, split, options
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problems())
 def test_any_mixture_equals_each_parameter_by_itself_in_float64(problem):
     """Shapes, dtypes, strides, groups and missing gradients of one optimizer do not leak into each other."""

@@ -37,8 +37,6 @@ def test_random_runs(name, backends, examples, events):
         settings=settings(
             max_examples=examples,
             stateful_step_count=events,
-            database=None,
-            deadline=None,
             suppress_health_check=list(HealthCheck),
         ),
     )

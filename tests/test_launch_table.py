@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from fusedopt.backends.triton.rows import Rows
 from fusedopt.precision import COUNTS
 from fusedopt_kernels import table as tables
-from fusedopt_kernels.table import LaunchClass, LaunchTable, addresses, launch_class
+from fusedopt_kernels.table import LaunchClass, LaunchTable, address_column, addresses, launch_class
 
 CPU = torch.device("cpu")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -121,7 +121,7 @@ def placed(row, where, numel=None):
 CHANGES = st.tuples(st.integers(0, 3), st.sampled_from(("param", "grad", "no grad", "state", "state's data")), WHERE)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(CHANGES, max_size=8))
 def test_rows_never_remember_what_is_no_longer_so(changes):
     """After any change, rows that have seen the past are what the tensors say that are there now."""
@@ -215,6 +215,26 @@ def test_tensors_without_elements_have_an_address_all_the_same():
     rows = Rows()
     rows.refresh([p], [torch.zeros(0)])
     assert (rows.addresses != 0).all()
+
+
+@pytest.mark.parametrize("start", [0, 1, 20])
+def test_a_view_into_memory_that_was_freed_has_no_address(start):
+    whole = torch.ones(24)
+    view, empty = whole[start : start + 4], whole[start:start]
+    assert addresses([view, empty]) == address_column([view, empty]).tolist() == [whole.data_ptr() + 4 * start, 16]
+    whole.untyped_storage().resize_(0)
+    for found in addresses, address_column:
+        assert list(found([empty])) == [16]
+        with pytest.raises(RuntimeError, match=r"shape \(4,\) has no memory that a kernel could reach"):
+            found([torch.ones(1), view])
+
+
+def test_memory_may_lie_at_any_address(monkeypatch):
+    """Even where all of it lies so low that it has to be told from views into what was freed."""
+    monkeypatch.setattr(tables, "_LOW", 1 << 62)
+    tensors = [torch.ones(3), torch.ones(5)[2:], torch.ones(4, dtype=torch.float64)[1:2]]
+    for found in addresses, address_column:
+        assert list(found(tensors)) == [t.data_ptr() for t in tensors]
 
 
 def test_parameters_side_by_side_do_not_share_memory():

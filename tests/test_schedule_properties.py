@@ -17,9 +17,6 @@ from hypothesis import strategies as st
 from fusedopt import schedules
 from fusedopt.schedules import example_arguments, get_scheduler, needs_metric
 
-# The same examples in every run, however slow the machine.
-settled = settings(max_examples=200, derandomize=True, deadline=None)
-
 counts = st.one_of(st.integers(0, 500), st.floats(0.01, 500))
 shares = st.floats(0, 2)
 cycles = st.floats(0, 8)
@@ -57,7 +54,7 @@ any_schedule = st.one_of(
 )
 
 
-@settled
+@settings(max_examples=200)
 @given(any_schedule, st.one_of(st.integers(0, 2000), st.floats(0, 1e9)))
 def test_finite_and_non_negative_wherever_it_is_defined(schedule: schedules.Schedule, step: float) -> None:
     value = schedule(step)
@@ -78,7 +75,7 @@ START = {
 }
 
 
-@settled
+@settings(max_examples=200)
 @given(any_schedule)
 def test_starts_where_its_parameters_say(schedule: schedules.Schedule) -> None:
     if schedule.num_warmup_steps > 0:
@@ -100,7 +97,7 @@ END = {
 }
 
 
-@settled
+@settings(max_examples=200)
 @given(any_schedule, st.integers(0, 300), st.integers(1, 300))
 def test_peaks_after_the_warm_up_and_ends_where_its_parameters_say(
     schedule: schedules.Schedule, warm_up: int, decay: int

@@ -134,7 +134,7 @@ def tensors():
     )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(tensors(), st.sampled_from([{}, TINY, {**TINY, "SMALL_SIDE": 2}]))
 def test_every_tensor_has_a_place_of_its_own_and_is_cut_the_same_among_others(tensors, constants):
     with pytest.MonkeyPatch.context() as patch:
@@ -171,7 +171,7 @@ def shards_of(tensors, overs):
     return Shards(np.array([own is not None for own in overs], np.int64), size, size, size, *over)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(tensors(), st.lists(st.none() | st.tuples(*[st.sampled_from("ab")] * 3), min_size=8, max_size=8))
 def test_sums_that_processes_add_up_lie_behind_each_other(tensors, overs):
     """Nowhere else, and in an order that does not depend on how much of the tensors a process has."""

@@ -21,6 +21,8 @@ ROWS_PER_PROGRAM = 128
 
 _NOWHERE = 16  # Stands for the address of a tensor without elements, which has none: 0 says that there is no tensor.
 
+_LOW = 1 << 40  # In memory that was freed and begins at 0, a view lies as far from 0 as it does from its beginning.
+
 _DTYPES: tuple[torch.dtype | None, ...] = (
     *(None, torch.float16, torch.bfloat16, torch.float32, torch.float64),
     torch.int16,
@@ -168,21 +170,24 @@ def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     Raises:
         RuntimeError: a tensor has elements, but no memory of its own.
     """
-    return [0 if t is None else t.data_ptr() or _nowhere(t) for t in tensors]
+    return [0 if t is None else at if (at := t.data_ptr()) >= _LOW else _low(t, at) for t in tensors]
 
 
 def address_column(tensors: Sequence[Tensor | None]) -> np.ndarray:
     """`addresses`, int64; fast where there is a tensor in each place."""
     try:
         column = np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))  # type: ignore[arg-type]
-        if np.count_nonzero(column) == len(column):
+        if (column >= _LOW).all():
             return column
     except TypeError:  # None is among them
         pass
     return np.array(addresses(tensors), np.int64)
 
 
-def _nowhere(t: Tensor) -> int:
+def _low(t: Tensor, at: int) -> int:
+    """The address of a tensor that lies at one as low as that of a tensor without memory."""
+    if at > t.storage_offset() * t.element_size():
+        return at
     if t.numel() and not t.is_meta:  # States without data are recognised elsewhere, where their parameter is known.
         raise RuntimeError(f"a {type(t).__name__} of shape {tuple(t.shape)} has no memory that a kernel could reach")
     return _NOWHERE
