@@ -19,20 +19,20 @@ class _Allowed(NamedTuple):
 
 
 UNITS = 4.0
-"""In the last place, that sums may be off which are added up in another order."""
+"""How many units in the last place sums may be off that are added up in another order."""
 
 ADDS_UP = {
     *("step.sums", "step.squares", "step.finish", "averages.averages", "averages.shard_totals"),
     *("averages.shard_averages", "shards.row_means", "shards.square_totals", "norm.sum_of_squares"),
     "statistics.finish",
 }
-"""Kernels whose numbers may be: sums of squares, in which nothing cancels, and what is made of them."""
+"""Kernels whose numbers may be that far off: sums of squares, in which nothing cancels, and what is made of them."""
 
 MEASURES = {"adamw.update", "lion.update"}
-"""Kernels of which only float64 numbers may be: sums, where all else is not in float64."""
+"""Kernels that add up statistics beside an update, in float64: only these sums may be that far off."""
 
 APPLY = "step.apply"
-"""The kernel whose updates depend on a sum, and which takes them off: units are those of the largest weight."""
+"""The kernel that takes updates off the weights, which depend on a sum: units are those of the largest weight."""
 
 SIXTEEN_BITS = {"bfloat16": _Allowed(0.0, 1.0), "float16": _Allowed(0.0, 1.0), "int16": _Allowed(UNITS, 2.0**15)}
 """What it may do to numbers of 16 bits. Few of them fall to the other side of a tie; of lower halves of weights, few

@@ -10,25 +10,12 @@ import torch
 from helpers.comparing import Tolerance
 from torch import Tensor
 
-from fusedopt import Adafactor, AdamW, Lion, backends
+from fusedopt import backends
 from fusedopt.interface import ParamSet, ReduceDims, ShardInfo, ShardPosition, StepArgs
 from fusedopt.precision import Precision
 from fusedopt_kernels.measures import PLACES
-from ptx.workloads import (
-    ADAMW,
-    BF16,
-    F16,
-    F32,
-    F64,
-    LION,
-    Case,
-    Outcome,
-    Shape,
-    normal,
-    states_of,
-    unscaled_step,
-    with_float32_weights,
-)
+from ptx.outcomes import Outcome, states_of, with_float32_weights
+from ptx.workloads import Case, Shape, normal, unscaled_step
 
 RANKS = 2
 OVER: ReduceDims = (("a mesh", 0),)
@@ -104,7 +91,7 @@ class Shards:
     """Steps of parameters of which each rank has a half of the rows (`dim` -2) or of the columns (-1).
 
     Attributes:
-        make, options, dtype, shapes, steps, parameters, watched, compared: as in `Case`.
+        make, options, dtype, shapes, steps, parameters, watched: as in `Case`.
         dim: that is cut; that of a vector always is.
     """
 
@@ -116,7 +103,6 @@ class Shards:
     steps: int = 2
     parameters: Tolerance | None = None
     watched: bool = True
-    compared: bool = True
 
     def run(self, backend: str) -> Outcome:
         """Returns what the steps leave of the whole parameters, by name."""
@@ -203,25 +189,3 @@ class Shards:
         if factor is not None:
             return -1 if factor == self.dim else None
         return self._along(shape) if value.dim() else None
-
-
-ROUNDED = {"stochastic_rounding": True, "seed": 5}
-AVERAGED = {"beta1": 0.9, "weight_decay": 0.1}
-CASES = {
-    "Adafactor float32, rows": Shards(Adafactor, AVERAGED, F32, -2),
-    "Adafactor float32, columns": Shards(Adafactor, AVERAGED, F32, -1),
-    "Adafactor float64, columns": Shards(Adafactor, {}, F64, -1, SHAPES[:6]),
-    "Adafactor float64, many pieces": Shards(Adafactor, {}, F64, -1, ((2_200_000,),), steps=1, watched=False),
-    "Adafactor float32, many tiles": Shards(Adafactor, {}, F32, -2, ((2, 600, 520), (1500, 40)), steps=1),
-    "Adafactor bfloat16, rows, stochastic": Shards(Adafactor, {**AVERAGED, **ROUNDED}, BF16, -2),
-    "Adafactor bfloat16, columns, master": Shards(Adafactor, {**AVERAGED, "master_weights": True}, BF16, -1),
-    "Adafactor float16, columns, stochastic": Shards(Adafactor, {**AVERAGED, **ROUNDED}, F16, -1),
-    "Adafactor bfloat16, rows, statistics": Shards(Adafactor, {**ROUNDED, "track_statistics": True}, BF16, -2),
-    "AdamW bfloat16, columns, stochastic": Shards(AdamW, {**ADAMW, **ROUNDED}, BF16, -1),
-    "AdamW float16, rows, stochastic": Shards(AdamW, {**ADAMW, **ROUNDED}, F16, -2),
-    "AdamW float32, columns, bfloat16 moments": Shards(AdamW, {**ADAMW, "state_dtype": BF16, "seed": 5}, F32, -1),
-    "AdamW bfloat16, columns, statistics": Shards(AdamW, {**ADAMW, **ROUNDED, "track_statistics": True}, BF16, -1),
-    "Lion bfloat16, columns, stochastic": Shards(Lion, {**LION, **ROUNDED}, BF16, -1),
-    "Lion bfloat16, rows, master": Shards(Lion, {**LION, "master_weights": True}, BF16, -2),
-}
-"""By name, as `ptx.workloads.CASES`."""
