@@ -7,7 +7,9 @@ what thousands of small parameters cost.
 """
 
 from collections.abc import Callable, Sequence
-from operator import is_
+from operator import call, is_
+from typing import Any
+from weakref import ref
 
 import numpy as np
 import torch
@@ -20,6 +22,10 @@ from fusedopt_kernels.table import address_column, addresses, are_aligned, dtype
 
 Column = Sequence[Tensor | None]
 """One tensor per row, or None."""
+
+Remembered = list[Callable[[], Tensor | None]]
+"""A column, empty for one without tensors. They are not kept alive: states that go to the host, or are deleted, free
+their memory at once, not after the next step."""
 
 _ITEMSIZES = np.array([0, 2, 2, 4, 8, 2])  # by dtype code
 
@@ -44,7 +50,7 @@ class Rows:
     keys: np.ndarray
 
     def __init__(self) -> None:
-        self._seen: list[list[Tensor | None]] = []  # parameters and states
+        self._seen: list[Remembered] = []  # parameters and states
         self._lay_at = np.empty((0, 0), np.int64)
         self._dtypes: list[list[torch.dtype | None]] = []
         self._codes: list[np.ndarray] = []
@@ -53,7 +59,7 @@ class Rows:
         self._in_place = False  # no row is copied
         self._sizes = np.empty(0, np.int64)  # what must be multiples of 16 besides addresses, joined by "or"
         self._classes = np.empty(0, np.int64)  # as keys, of rows that are not aligned
-        self._counts: list[Tensor | None] = []
+        self._counts: Remembered = []
         self._counts_at: list[int] = []
         self._updated = np.empty((0, 0), np.int64)
         self.keys = np.empty(0, np.int64)
@@ -91,8 +97,7 @@ class Rows:
             self._contiguous_states = [
                 all(t is None or t.is_contiguous() for t in row[1:]) for row in zip(params, *states)
             ]
-        # Without the gradients: dropped after the step, their memory must be free for the next backward pass.
-        self._seen, self._lay_at, self.numel = [list(params), *map(list, states)], lay_at, numel
+        self._seen, self._lay_at, self.numel = list(map(_remembered, (params, *states))), lay_at, numel
         self._copies, self._grad_copies = [], []
         strided = [
             i
@@ -123,8 +128,10 @@ class Rows:
         """
         if not self._in_place:
             return False
-        params, *states = self._seen
-        lay_at, self._lay_at = self._lay_at, np.array(list(map(address_column, (params, grads, *states))))
+        params, *states = map(_recalled, self._seen)
+        lay_at, columns = self._lay_at, (params, grads, *states)
+        now = [address_column(column) if column else last for column, last in zip(columns, lay_at)]
+        self._lay_at = np.array(now)
         self._lie(self._lay_at)
         if not np.array_equal(lay_at[0], self._lay_at[0]):
             self._refuse_shared_memory()
@@ -157,18 +164,18 @@ class Rows:
         """
         at = addresses(steps)
         if at != self._counts_at or not _same(steps, self._counts):
-            for p, step in zip(self._seen[0], steps):
+            for p, step in zip(_recalled(self._seen[0]), steps):
                 if step is not None and p is not None and (step.dtype, step.device) != (COUNTS, p.device):
                     raise RuntimeError(
                         f"a step count is {step.dtype} on {step.device}: it must be a float64 tensor on {p.device}, as "
                         "init_state() and load_state_dict() make it"
                     )
-            self._counts, self._counts_at = list(steps), at
+            self._counts, self._counts_at = _remembered(steps), at
         return at
 
     def last_counts(self) -> np.ndarray:
         """`counts` of those seen last, wherever they lie now."""
-        return address_column(self._counts)
+        return address_column(_recalled(self._counts))
 
     def copy_back(self) -> None:
         """Brings what the kernel wrote into copies to where it belongs."""
@@ -213,7 +220,8 @@ class Rows:
         row, start, end = updated[:, np.argsort(starts)]
         shared = np.flatnonzero(end[:-1] > start[1:])
         if len(shared):
-            one, other = (tuple(self._seen[0][i].shape) for i in row[shared[0] : shared[0] + 2])
+            params = _recalled(self._seen[0])
+            one, other = (tuple(params[i].shape) for i in row[shared[0] : shared[0] + 2])
             raise RuntimeError(
                 f"two parameters, of shapes {one} and {other}, share memory and both have a gradient: they would be "
                 "updated twice, in any order; give the optimizer one of them, and add the gradients"
@@ -240,5 +248,23 @@ def _all_fit(params: Sequence[Tensor], grads: Column, states: Sequence[Column]) 
     return fit
 
 
-def _same(a: Column, b: Column) -> bool:
-    return len(a) == len(b) and all(map(is_, a, b))
+def _remembered(column: Column) -> Remembered:
+    if all(t is None for t in column):
+        return []
+    return [_no_tensor if t is None else ref(t) for t in column]
+
+
+def _recalled(column: Remembered) -> list[Any]:
+    """Returns the tensors, None in the place of one that is no more."""
+    return list(map(call, column))
+
+
+def _no_tensor() -> None:
+    return None
+
+
+def _same(a: Column, b: Remembered) -> bool:
+    """True if these are the tensors; None is the same as one that is no more, which addresses tell apart."""
+    if not b:
+        return all(t is None for t in a)
+    return len(a) == len(b) and all(map(is_, a, map(call, b)))
