@@ -247,7 +247,7 @@ SECTIONS: Mapping[str, Sequence[Row]] = {
         Row("Lightning in 16 bits", (f"{_LIGHTNING}lightning_in_16_bits_does_what_a_plain_loop_does[@*",)),
     ),
     "On a GPU": (
-        Row("the kernels", {"AdamW": (f"{ON_A_GPU}test_gpu.py::test_a_gpu_gets_the_kernels",)}),
+        Row('`backend="auto"` takes the kernels', {"AdamW": (f"{ON_A_GPU}test_gpu.py::test_a_gpu_gets_the_kernels",)}),
         Row("a step waits for nothing", (f"{ON_A_GPU}test_gpu.py::test_a_step_waits_for_nothing",)),
         Row("fifty replays equal fifty steps", (f"{ON_A_GPU}test_gpu.py::test_fifty_replays_under_a_schedule*",)),
         Row("steps on changing streams", (f"{ON_A_GPU}test_gpu.py::test_steps_on_changing_streams",)),

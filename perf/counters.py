@@ -71,7 +71,7 @@ def _table(lines: Iterable[str]) -> Iterable[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m perf.counters", description=__doc__.partition("\n")[0])
     parser.add_argument("--workload", required=True, help="of the step that ncu looks at")
-    parser.add_argument("--rule", default="adamw", help="likewise")
+    parser.add_argument("--rule", default="adamw", help="and the rule of that step")
     parser.add_argument("--out", type=Path, help="append the records to this file, as JSON lines")
     options = parser.parse_args(arguments)
     records = read(sys.stdin, options.workload, options.rule)

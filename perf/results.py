@@ -115,7 +115,7 @@ class Run:
 
 
 def _commit() -> str | None:
-    """Returns the commit: what COMMIT says, for a tree without its repository, or else git."""
+    """Returns what git says, or the variable COMMIT where it is set, for a tree without its repository."""
     if named := os.environ.get("COMMIT"):
         return named
     commit = _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")

@@ -235,7 +235,7 @@ def test_a_step_in_backward_knows_what_it_has_updated(capture):
         optimizer.step()
 
 
-HALVES = {
+WAYS = {
     "nearest": {},
     "stochastic": {"stochastic_rounding": True},
     "master": {"master_weights": True},
@@ -244,12 +244,12 @@ HALVES = {
 }
 
 
-@pytest.mark.parametrize("how", HALVES)
+@pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_no_step_but_the_first_waits_for_the_device(name, how):
     """Nor looks at what it has written itself, as `.tolist()` would."""
     params = [torch.nn.Parameter(p.detach().bfloat16()) for p in parameters(CPU, SIZES)]
-    optimizer = OPTIMIZERS[name].at(0.1, params, backend="triton", **HALVES[how])
+    optimizer = OPTIMIZERS[name].at(0.1, params, backend="triton", **WAYS[how])
     step(optimizer, params, gradients(params, 0))
     for seed in (1, 2):
         with Waits() as waits:

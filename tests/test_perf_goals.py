@@ -1,5 +1,6 @@
 """Goals are judged rightly, and the commands of `perf` do what they say, evidence and sweeps included."""
 
+import asyncio
 import itertools
 import subprocess
 import time
@@ -213,7 +214,23 @@ def test_a_sweep_is_a_comparison_of_its_own_in_the_report(capsys, monkeypatch):
     assert "BLOCK=1024" in capsys.readouterr().out
 
 
-def test_evidence_goes_on_after_a_fault_and_ends_in_time(tmp_path, capsys):
+def stop_once_there(monkeypatch, file, seconds):
+    """The time of a part that gets so many seconds is over once it has written this file, however slow the machine."""
+    wait_for = asyncio.wait_for
+
+    async def until_there(waiting, timeout):
+        if timeout != seconds:
+            return await wait_for(waiting, timeout)
+        waiting.close()
+        while not (file.exists() and file.read_text()):
+            await asyncio.sleep(0.01)
+        raise asyncio.TimeoutError
+
+    monkeypatch.setattr(asyncio, "wait_for", until_there)
+
+
+def test_evidence_goes_on_after_a_fault_and_ends_in_time(tmp_path, capsys, monkeypatch):
+    stop_once_there(monkeypatch, tmp_path / "out" / "child", 0.5)
     parts = [
         evidence.Part("works", "echo measured > {out}/first", 10, enough=0),
         evidence.Part("faults", "sh -c 'exit 3'", 10, enough=0),
@@ -241,18 +258,19 @@ def test_evidence_goes_on_after_a_fault_and_ends_in_time(tmp_path, capsys):
 def test_what_only_checks_runs_side_by_side_before_what_measures(tmp_path):
     waits = "sh -c 'until [ -e {{out}}/{other} ]; do sleep 0.1; done; touch {{out}}/{own}'"
     parts = [
-        evidence.Part("first", "touch {out}/0", 10, enough=0, checks=True),
-        evidence.Part("waits for the third", waits.format(own=1, other=2), 10, enough=0, checks=True),
-        evidence.Part("third", "touch {out}/2", 10, enough=0, checks=True),
-        evidence.Part("measures", "sh -c 'test -e {out}/1'", 10, enough=0),
-        evidence.Part("measures too", "touch {out}/4", 10, enough=0),
+        evidence.Part("first", "touch {out}/0", 120, enough=0, checks=True),
+        evidence.Part("waits for the third", waits.format(own=1, other=2), 120, enough=0, checks=True),
+        evidence.Part("third", "touch {out}/2", 120, enough=0, checks=True),
+        evidence.Part("measures", "sh -c 'test -e {out}/1'", 120, enough=0),
+        evidence.Part("measures too", "touch {out}/4", 120, enough=0),
     ]
-    summary = evidence.run(parts, tmp_path, minutes=1)
+    summary = evidence.run(parts, tmp_path, minutes=5)
     assert [(s["part"], s["outcome"]) for s in summary] == [(part.name, "done") for part in parts]
 
 
-def test_a_part_that_is_stopped_may_say_what_it_has_found(tmp_path):
-    says = "sh -c 'trap \"echo two failed; exit 1\" INT; echo running; while :; do sleep 0.1; done'"
+def test_a_part_that_is_stopped_may_say_what_it_has_found(tmp_path, monkeypatch):
+    stop_once_there(monkeypatch, tmp_path / "ready", 1.0)
+    says = "sh -c 'trap \"echo two failed; exit 1\" INT; echo running | tee {out}/ready; while :; do sleep 0.1; done'"
     (end,) = evidence.run([evidence.Part("tests", says, 1.0, enough=0)], tmp_path, minutes=1)
     assert end["outcome"] == "stopped after 1 s"
     assert "running\ntwo failed\n" in (tmp_path / "log.txt").read_text()

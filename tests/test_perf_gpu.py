@@ -1,5 +1,6 @@
 """What a GPU machine measured: the hardware's counts are read rightly, and documents show the committed run."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,16 @@ def test_shares_are_of_the_best_copy_and_of_the_devices_time():
     assert len(rows) == 2
     assert (cells["fusedopt"], cells["torch fused"], cells["torch foreach"]) == ("87.5%", "50.0%", "10.0%")
     assert cells["optimi"] == "" and cells["parameters"] == "gpt2, float32"
+
+
+def test_times_in_the_notes_are_those_of_the_committed_runs():
+    """Those with three digits, which are milliseconds of the device."""
+    notes = (ROOT / "perf" / "NOTES.md").read_text().partition("\n## On an H100\n")[2].partition("\n## ")[0]
+    said = re.findall(r"\b\d+\.\d{3}\b", notes)
+    assert len(said) > 20
+    runs = [Run(results.read(path)) for path in (results.COMMITTED / "h100").rglob("*.jsonl")]
+    measured = {f"{r['device_ms']['median']:.3f}" for run in runs for r in run.of("step") if "device_ms" in r}
+    assert [number for number in said if number not in measured] == []
 
 
 GPUS = sorted(folder for folder in results.COMMITTED.iterdir() if folder.is_dir() and folder.name != "cpu")

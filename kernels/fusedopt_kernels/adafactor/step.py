@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""Adafactor for all tensors of a table, in six launches for each dtype class.
+"""Adafactor for all tensors of a table, in six phases: six launches where there is one launch class.
 
     prologue   advances the step counts; works out rates and weights
     sums       reads g, and p for its root mean square: sums of g² over rows and columns of tiles; for vectors and small
@@ -9,11 +9,12 @@
     finish     both root mean squares of each tensor, and writes RMS; from them, its step size
     apply      reads g and p, writes p, and exp_avg where there is one
 
-Those that work on next to nothing (`prologue`, `averages`, `finish`) are shared by all classes. So g is read three
-times, p twice, once without `scale_parameter`, and written once. The update's mean square is a bilinear form of g², but
-its two vectors depend on all of g: hence the second reading. Sums are kept for each piece of a tensor, and added up in
-the order of the pieces: two runs give the same bits, whatever else shares the launches. `layout` shows the workspace
-that phases hand sums on in. Shards of tensors go through three more launches, see `shards`.
+`prologue` and `finish` are one launch for all tensors, `averages` one per precision of the arithmetic, the others one
+per launch class. g is read three times, p twice (once without `scale_parameter`), and p is written once. The update's
+mean square is a bilinear form of g², but its two vectors depend on all of g: hence the second reading. Sums are kept
+for each piece of a tensor, and added up in the order of the pieces: two runs give the same bits, whatever else shares
+the launches. `layout` shows the workspace that phases hand sums on in. Shards of tensors go through three more
+launches, see `shards`.
 """
 
 from typing import Any, NamedTuple
@@ -272,7 +273,7 @@ def adafactor(
 
     Args:
         table: rows of `layout.ROW`, sets of hyper-parameters of `layout.HYPER`.
-        keys: int64 [tensors], the dtype class of each row, see `plan.access_of`.
+        keys: int64 [tensors], the launch class of each row, see `plan.access_of`.
         plan: of the same tensors.
         all_reduce: puts the sums over all processes that have a share in the place of local sums; for a plan with
             shards.
