@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fusedopt_kernels.record import ADDRESS, FLOAT, INTEGER, NUMBER, TENSOR, Record, cells
+from fusedopt_kernels.record import ADDRESS, FLOAT, INTEGER, NUMBER, TENSOR, Record, cells, copied
 
 ROOT = Path(__file__).parent.parent
 
@@ -86,3 +86,12 @@ def test_the_host_and_a_kernel_see_the_same_cells():
     assert cells(rows).shape == (2, at.length) and at.length % 16 == 0
     assert record.tensors == ("grad",)
     assert torch.from_numpy(cells(rows)).dtype is torch.int64
+
+
+def test_a_copy_of_rows_has_all_their_cells():
+    """Rows that are the same are so to the last cell, or they would go to the device again."""
+    rows = Record(numel=INTEGER).rows(3)
+    cells(rows)[...] = 7
+    copy = copied(rows)
+    rows["numel"] = 0
+    assert (cells(copy) == 7).all()

@@ -99,6 +99,11 @@ def cells(rows: np.ndarray) -> np.ndarray:
     return rows.view(np.int64).reshape(len(rows), -1)
 
 
+def copied(rows: np.ndarray) -> np.ndarray:
+    """Returns a copy of rows, with the zeros behind the last field, which numpy's `copy` leaves to chance."""
+    return rows.view(np.int64).copy().view(rows.dtype)
+
+
 class Tables(NamedTuple):
     """The places of the fields of all records of a kernel, as its constexpr argument.
 

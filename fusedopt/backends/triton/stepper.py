@@ -123,7 +123,7 @@ class TritonStepper:
             self.refresh(self._rows, param_sets, params, states, self._rounding)
             counts = self._rows.counts([s.get("step") for s in states])
             self._template = self._new_rows(param_sets, params)
-        rows = self._template.copy()
+        rows = record.copied(self._template)
         for name, column in zip(self.row.tensors, self._rows.addresses.T):
             rows[name] = column
         rows["step"] = counts
