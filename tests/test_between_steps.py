@@ -154,6 +154,21 @@ def test_a_state_whose_memory_was_exchanged_is_looked_at_again():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("state", ["step", "exp_avg_sq_row", "exp_avg_sq_col", "RMS"])
+def test_a_state_with_data_of_another_dtype_is_as_good_as_another_tensor(state, backend):
+    """What a step goes on with has the dtype that it reads."""
+    p, q = weight(3, 2), weight(3, 2)
+    given, replaced = Adafactor([p], backend=backend), Adafactor([q], backend=backend)
+    for _ in range(2):
+        step(given), step(replaced)
+    dtype = torch.float32 if state == "step" else torch.bfloat16
+    given.state[p][state].data = given.state[p][state].to(dtype)
+    replaced.state[q][state] = replaced.state[q][state].to(dtype)
+    step(given), step(replaced)
+    assert_same([p, given.state[p]], [q, replaced.state[q]])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", MAKE)
 def test_a_parameter_that_was_expanded_between_steps_is_refused(name, backend):
     p, q = weight(3), weight(2)

@@ -37,6 +37,11 @@ def _state_options(optimizer: "FusedOptimizer", groups: list[dict[str, Any]]) ->
     ]
 
 
+def _kinds_of(values: list[Tensor]) -> list[list[Any]]:
+    """Returns what `t.data = ...` may change of tensors that stay the same."""
+    return [list(map(read, values)) for read in (Tensor.numel, attrgetter("dtype"), attrgetter("device"))]
+
+
 class States:
     """Brings the states of some groups to what the coming step needs: `check`, which may raise, then `settle`.
 
@@ -65,7 +70,7 @@ class States:
         self._seen: tuple[Any, ...] | None = None  # what was found right
         # Weak references: deleting a state frees its memory at once, not after the next step.
         self._values: list[weakref.ref[Tensor]] = []
-        self._sizes: list[int] = []
+        self._kinds: list[list[Any]] = []
 
     def recognised(
         self,
@@ -160,13 +165,13 @@ class States:
         fit = all_fit(optimizer, groups, grads)
         self._params = ids
         if fit and all(isinstance(value, Tensor) for value in values):
-            self._seen, self._values, self._sizes = now, list(map(weakref.ref, values)), list(map(Tensor.numel, values))
+            self._seen, self._values, self._kinds = now, list(map(weakref.ref, values)), _kinds_of(values)
 
     def _are_the_same(self, values: list[Any]) -> bool:
         known = self._known()
         # A dead reference gives None, and a state may hold None too.
         same = len(values) == len(known) and all(map(is_, values, known)) and all(map(is_not, known, repeat(None)))
-        return same and list(map(Tensor.numel, values)) == self._sizes
+        return same and _kinds_of(values) == self._kinds
 
     def _known(self) -> list[Tensor | None]:
         return [value() for value in self._values]
