@@ -37,7 +37,11 @@ def read(lines: Iterable[str], workload: str, rule: str) -> list[Record]:
         lines: of ncu; what comes before the head of its table is left out.
         workload: of the step.
         rule: of the step.
+
+    Raises:
+        ValueError: there is no launch among the lines, which say why.
     """
+    lines = list(lines)
     params = workloads.get(workload).params
     launches: dict[str, dict[str, float]] = {}
     names: dict[str, str] = {}
@@ -45,6 +49,8 @@ def read(lines: Iterable[str], workload: str, rule: str) -> list[Record]:
         names[row["ID"]] = row["Kernel Name"]
         value = float(row["Metric Value"].replace(",", "")) * _FACTORS[row["Metric Unit"]]
         launches.setdefault(row["ID"], {})[METRICS[row["Metric Name"]]] = value
+    if not launches:
+        raise ValueError("ncu counted no launch, and printed:\n" + "\n".join(map(str.rstrip, lines)))
     of: dict[str, list[dict[str, float]]] = {}
     for number, values in launches.items():
         of.setdefault(names[number], []).append(values)

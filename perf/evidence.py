@@ -49,7 +49,8 @@ _ONCE = "{python} -m perf.bench --once"
 
 def _counted(workload: str, rule: str) -> str:
     """Returns a step under ncu."""
-    step = f"{_ONCE} --workloads {workload} --rules {shlex.quote(rule)}"
+    rule = shlex.quote(rule)
+    step = f"{_ONCE} --workloads {workload} --rules {rule}"
     ncu = f"ncu --clock-control none --profile-from-start off --csv --metrics {','.join(counters.METRICS)} {step}"
     return f"{ncu} | {{python}} -m perf.counters --workload {workload} --rule {rule} --out {{out}}/counters.jsonl"
 

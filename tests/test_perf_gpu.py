@@ -50,6 +50,11 @@ def test_an_unknown_unit_is_an_error():
         counters.read([line.replace('"ns"', '"furlong"') for line in lines], "equal", "adamw")
 
 
+def test_where_nothing_was_counted_ncu_says_why():
+    with pytest.raises(ValueError, match=r"no launch(.|\n)*ERR_NVGPUCTRPERM"):
+        counters.read(["==PROF== Connected to process 7\n", "==ERROR== ERR_NVGPUCTRPERM\n"], "equal", "adamw")
+
+
 def step(provider, ms, workload="gpt2", **fields):
     record = {"kind": "step", "rule": "adamw", "workload": workload, "provider": provider, "dtype": "float32"}
     record |= {"params": 2_000_000, "tensors": 1, "floor_bytes": 28.0, "status": "measured"}
