@@ -80,8 +80,9 @@ def test_no_tensor_is_kept_alive():
 
 
 def test_a_torch_that_cannot_compare_is_not_asked(monkeypatch):
-    monkeypatch.setattr("torch._C._dynamo.guards.TensorGuards", lambda *tensors: None)  # with other arguments
-    assert not Looks().learn([torch.zeros(3)])
+    for other in (lambda *tensors: None, lambda *tensors, **options: None):  # other arguments, no `check`
+        monkeypatch.setattr("torch._C._dynamo.guards.TensorGuards", other)
+        assert not Looks().learn([torch.zeros(3)])
     monkeypatch.delattr("torch._C._dynamo.guards.TensorGuards")
     assert not Looks().learn([torch.zeros(3)])
 

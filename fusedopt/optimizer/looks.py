@@ -32,7 +32,7 @@ def _look_of(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
         guards: Any = TensorGuards
         same: Callable[..., bool] = guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
         return same if same(*tensors) else None  # It takes no tensor twice.
-    except (ImportError, TypeError, RuntimeError):
+    except (ImportError, AttributeError, TypeError, RuntimeError):
         return None
 
 
