@@ -169,6 +169,17 @@ def test_a_state_with_data_of_another_dtype_is_as_good_as_another_tensor(state, 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("name", "state"), [("AdamW", "exp_avg"), ("Adafactor", "exp_avg_sq_row")])
+def test_a_state_whose_data_was_expanded_is_refused(name, state, backend):
+    p = weight(3, 2)
+    optimizer = MAKE[name]([p], backend=backend)
+    step(optimizer), step(optimizer)
+    t = optimizer.state[p][state]
+    t.data = t[:1].clone().expand_as(t)
+    refuses(optimizer, p, match=f"the state {state} .* without two elements in one place of memory")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", MAKE)
 def test_a_parameter_that_was_expanded_between_steps_is_refused(name, backend):
     p, q = weight(3), weight(2)

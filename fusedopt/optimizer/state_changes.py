@@ -39,7 +39,8 @@ def _state_options(optimizer: "FusedOptimizer", groups: list[dict[str, Any]]) ->
 
 def _kinds_of(values: list[Tensor]) -> list[list[Any]]:
     """Returns what `t.data = ...` may change of tensors that stay the same."""
-    return [list(map(read, values)) for read in (Tensor.numel, attrgetter("dtype"), attrgetter("device"))]
+    dense = [t.layout is torch.strided and t.is_contiguous() for t in values]
+    return [dense, *(list(map(read, values)) for read in (Tensor.numel, attrgetter("dtype"), attrgetter("device")))]
 
 
 class States:
