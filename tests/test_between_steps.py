@@ -206,6 +206,39 @@ def test_a_state_that_came_back_in_inference_mode_goes_on_outside_of_it(name, ba
     assert_same([p, away.state[p]], [q, stayed.state[q]])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", [{}, {"stochastic_rounding": True}], ids=["nearest", "stochastic"])
+def test_a_model_may_swap_its_parameters_for_others_of_another_dtype(options, backend, monkeypatch):
+    """As `model.to` does for wrapped tensors: it takes no parameter with weak references."""
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+    model = torch.nn.Linear(3, 2, dtype=torch.bfloat16)
+    optimizer = AdamW(model.parameters(), backend=backend, **options)
+    for dtype in (torch.float32, torch.bfloat16):
+        for _ in range(4):
+            step(optimizer)
+        optimizer.zero_grad()
+        model.to(dtype)
+    assert model.weight.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_parameter_in_the_place_of_one_that_is_gone_is_updated(backend):
+    """It may have its id: Python gives the memory of what is gone to what comes next."""
+    given = torch.full((8,), 2.0)
+    for _ in range(20):
+        optimizer = AdamW([weight(8)], backend=backend)
+        for _ in range(4):
+            step(optimizer)
+        (params,) = (group["params"] for group in optimizer.param_groups)
+        state = optimizer.state.pop(params[0])
+        params[0].grad = None
+        params.clear()
+        params.append(torch.nn.Parameter(given.clone()))
+        optimizer.state[params[0]] = state
+        step(optimizer)
+        assert (params[0] < given).all() and state["step"] == 5.0
+
+
 def test_users_may_keep_things_of_their_own_beside_a_state():
     p = weight(3)
     optimizer = AdamW([p])

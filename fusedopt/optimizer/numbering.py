@@ -23,7 +23,8 @@ class Numbers:
     """
 
     def __init__(self) -> None:
-        self._places: Any = None  # of those that the groups had when they got their states
+        # Not weak: `torch.utils.swap_tensors`, as `model.to()` may call it, takes no parameter with weak references.
+        self._places: dict[Tensor, int] | None = None
         self._used: set[int] = set()
         self._known: Any = WeakIdKeyDictionary()  # what the host knows of tensors: version and number
 
@@ -43,7 +44,7 @@ class Numbers:
             return
         if self._places is None:
             everything = (p for group in optimizer.param_groups for p in group["params"])
-            self._places = WeakIdKeyDictionary({p: i for i, p in enumerate(everything)})
+            self._places = {p: i for i, p in enumerate(everything)}
             given = set(params) if new else set()
             states = [
                 state[NUMBER]

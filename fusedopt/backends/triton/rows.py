@@ -50,7 +50,10 @@ class Rows:
     keys: np.ndarray
 
     def __init__(self) -> None:
-        self._seen: list[Remembered] = []  # parameters and states
+        # Parameters are kept: another one must not get the id of one that is gone, by which a step is recognised, and
+        # `torch.utils.swap_tensors`, as `model.to()` may call it, takes no tensor with weak references.
+        self._params: list[Tensor] = []
+        self._seen: list[Remembered] = []  # states
         self._lay_at = np.empty((0, 0), np.int64)
         self._dtypes: list[list[torch.dtype | None]] = []
         self._codes: list[np.ndarray] = []
@@ -97,7 +100,7 @@ class Rows:
             self._contiguous_states = [
                 all(t is None or t.is_contiguous() for t in row[1:]) for row in zip(params, *states)
             ]
-        self._seen, self._lay_at, self.numel = list(map(_remembered, (params, *states))), lay_at, numel
+        self._params, self._seen, self._lay_at, self.numel = list(params), list(map(_remembered, states)), lay_at, numel
         self._copies, self._grad_copies = [], []
         strided = [
             i
@@ -128,8 +131,7 @@ class Rows:
         """
         if not self._in_place:
             return False
-        params, *states = map(_recalled, self._seen)
-        lay_at, columns = self._lay_at, (params, grads, *states)
+        lay_at, columns = self._lay_at, (self._params, grads, *map(_recalled, self._seen))
         now = [address_column(column) if column else last for column, last in zip(columns, lay_at)]
         self._lay_at = np.array(now)
         self._lie(self._lay_at)
@@ -164,8 +166,8 @@ class Rows:
         """
         at = addresses(steps)
         if at != self._counts_at or not _same(steps, self._counts):
-            for p, step in zip(_recalled(self._seen[0]), steps):
-                if step is not None and p is not None and (step.dtype, step.device) != (COUNTS, p.device):
+            for p, step in zip(self._params, steps):
+                if step is not None and (step.dtype, step.device) != (COUNTS, p.device):
                     raise RuntimeError(
                         f"a step count is {step.dtype} on {step.device}: it must be a float64 tensor on {p.device}, as "
                         "init_state() and load_state_dict() make it"
@@ -185,7 +187,7 @@ class Rows:
 
     def _refresh_dtypes(self, columns: list[Column]) -> None:
         dtypes = [[None if t is None else t.dtype for t in column] for column in columns]
-        last_seen = self._dtypes[1] if self._seen and _same(columns[0], self._seen[0]) else dtypes[0]
+        last_seen = self._dtypes[1] if self._dtypes and self._are_same_params(columns[0]) else dtypes[0]
         dtypes[1] = [last if dtype is None else dtype for dtype, last in zip(dtypes[1], last_seen)]
         if dtypes != self._dtypes:
             self._codes = [dtype_codes(column) for column in dtypes]
@@ -195,10 +197,14 @@ class Rows:
         """True if sizes and strides of the states need not be checked again."""
         return (
             self._fit
-            and all(map(_same, [columns[0], *columns[2:]], self._seen))
+            and self._are_same_params(columns[0])
+            and all(map(_same, columns[2:], self._seen))
             and np.array_equal(lay_at[2:], self._lay_at[2:])
             and np.array_equal(numel, self.numel)
         )
+
+    def _are_same_params(self, params: Column) -> bool:
+        return len(params) == len(self._params) and all(map(is_, params, self._params))
 
     def _laid_out(self, like: Tensor, row: list[Tensor | None]) -> list[Tensor | None]:
         """A row, with copies of what does not lie as the kernel wants it to."""
@@ -220,8 +226,7 @@ class Rows:
         row, start, end = updated[:, np.argsort(starts)]
         shared = np.flatnonzero(end[:-1] > start[1:])
         if len(shared):
-            params = _recalled(self._seen[0])
-            one, other = (tuple(params[i].shape) for i in row[shared[0] : shared[0] + 2])
+            one, other = (tuple(self._params[i].shape) for i in row[shared[0] : shared[0] + 2])
             raise RuntimeError(
                 f"two parameters, of shapes {one} and {other}, share memory and both have a gradient: they would be "
                 "updated twice, in any order; give the optimizer one of them, and add the gradients"
