@@ -48,6 +48,15 @@ def start(out: Path, *options: str) -> int:
     return child
 
 
+def version(path: Path) -> tuple[int, int] | None:
+    """Returns what tells a file from what was there before under its name; None if there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
 def end(child: int) -> int:
     """Waits for a process; returns its exit code, or minus the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -66,6 +75,7 @@ def kill(out: Path, options: list[str], comes: Callable[[float], bool]) -> bool:
         if ended:
             assert os.waitstatus_to_exitcode(status) == 0, out.with_suffix(".log").read_text()
             return False
+        time.sleep(1e-4)  # and leave the processor to it
     os.kill(child, signal.SIGKILL)
     return end(child) == -signal.SIGKILL
 
@@ -101,7 +111,7 @@ def main(kills: int, seed: int) -> None:
             assert cli.main(["demo", f"--out={straight}", *options_for(straight, text)]) == 0
         expected = content(straight)
         began = time.monotonic()
-        assert end(start(straight, *OPTIONS, f"--text={text}")) == 0
+        assert not kill(straight, [*OPTIONS, f"--text={text}"], lambda passed: False)
         duration = time.monotonic() - began
 
         done = writing = runs = 0
@@ -109,16 +119,17 @@ def main(kills: int, seed: int) -> None:
             out, runs = Path(folder) / f"run{runs}", runs + 1
             while done < kills:
                 temporary, moment = out / f"{CHECKPOINT}.tmp", chance.uniform(0.0, duration)
+                old = None, version(temporary)  # an earlier kill may have left one
                 at_a_write = done % 2 == 1
                 later = chance.uniform(0.0, 0.5 * duration)
 
                 def comes(passed: float) -> bool:
-                    return passed > later and temporary.exists() if at_a_write else passed > moment  # noqa: B023
+                    return passed > later and version(temporary) not in old if at_a_write else passed > moment  # noqa: B023
 
                 if not kill(out, options_for(out, text), comes):
                     break
                 done += 1
-                writing += out.exists() and temporary.name in os.listdir(out)
+                writing += version(temporary) not in old
                 check(out)
                 print(f"\r{done} of {kills} kills, {writing} of them in a write", end="", file=sys.stderr, flush=True)
             assert end(start(out, *options_for(out, text))) == 0, out.with_suffix(".log").read_text()
