@@ -7,9 +7,12 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from fuzz import drawn, formulas
 from fuzz.bounds import FLOAT32, FLOAT64, Bound
+from fuzz.events import Run
 from fuzz.machine import machine
+from fuzz.setups import Grads, Group, Setup, Spec
 from fuzz.watch import Enough, Watch
 from helpers.optimizers import NEEDS_TRITON
 from hypothesis import HealthCheck, seed, settings
@@ -147,3 +150,15 @@ def test_a_failure_is_told_at_once_and_not_shrunk_for_ever(capsys):
     watch.begin_round()
     example("run.a")
     assert watch.failing == [] and watch.examples == 7
+
+
+@NEEDS_TRITON
+def test_squares_too_small_for_a_normal_number_are_read_as_they_are():
+    """In bfloat16 they are subnormal; Triton's interpreter took each of them for another one."""
+    spec = Spec(shape=(40,), dtype=torch.bfloat16)
+    options = {"lr": 0.1, "betas": (0.9, 0.9999), "master_weights": True, "state_dtype": torch.bfloat16}
+    run = Run(setup=Setup("AdamW", options=options, groups=(Group(specs=(spec,), options={}),), backend="triton"))
+    run.step(how=Grads(seed=42, size=3e-18))
+    squares = run.optimizer.state[run.params[0]]["exp_avg_sq"]
+    assert 0.0 < squares.max() < torch.finfo(torch.bfloat16).tiny
+    run.step(how=Grads(seed=0, size=0.0))

@@ -13,6 +13,7 @@ from torch import Tensor
 from fusedopt import register_step_in_backward
 from fuzz import expectation, formulas
 from fuzz.comparison import Snapshot, check
+from fuzz.interpreter import read_bfloat16_exactly
 from fuzz.setups import CLASSES, LAYOUTS, Grads, Setup, drawn, made, name_of
 
 REASONS = ("nonfinite", "grad_norm_above", "outliers")
@@ -46,6 +47,8 @@ class Training:
         self.optimizer = self.make(groups, self.setup.backend)
 
     def make(self, groups: list[dict[str, Any]], backend: str) -> Any:
+        if backend == "triton":
+            read_bfloat16_exactly()
         return self.cls(groups, **copy.deepcopy(self.setup.options), backend=backend)
 
     def named(self, params: Sequence[Tensor]) -> list[Any]:
